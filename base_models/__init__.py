@@ -1,0 +1,1 @@
+"""Floor 0: the generator stack (codec, text encoder, token language model, mastering). Knows torch; knows no SQL, no web."""

@@ -1,0 +1,1 @@
+"""Floor 0: SQL through SQLAlchemy. No torch, no web."""
