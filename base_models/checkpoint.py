@@ -1,0 +1,262 @@
+"""Files that last: atomic, hashed, without pickle; and training states that a `kill -9` cannot spoil.
+
+Weights and optimiser moments are safetensors, everything else is JSON. A folder is written under a temporary name, flushed to
+the disk and renamed, so that at every moment either the old or the new one is whole.
+
+    run/config.json   run/metrics.jsonl   run/checkpoints/step_00000200/{state.json, lm.safetensors, optimizer.safetensors}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from base_models.errors import UserError
+
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+# ---- single files ----------------------------------------------------------------------------------------------------
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; flush it and rename it into place when the block succeeds, remove it when not."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The same for a folder; an existing folder of that name is replaced only when the new one is whole."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        temporary.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.rename(target, old / "was")
+            os.rename(temporary, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, target)
+        _flush(target.parent)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON atomically; NaN and infinity are refused, since other readers of JSON cannot read them."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}", "a JSON file there", "check the folder's path")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}", "valid JSON", "restore the file; it was cut or edited") from error
+
+
+def append_jsonl(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
+    """Add one line to a metrics file."""
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        safetensors.torch.save_file(plain, temporary, metadata=metadata)
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read safetensors. Pickled weights are refused by name, a cut or foreign file by its content."""
+    path = Path(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise UserError(f"pickled weights {path.name}", "a .safetensors file", "convert them: pickle can run any code")
+    if not path.is_file():
+        pickled = sorted(p.name for p in path.parent.glob("*") if p.suffix in PICKLE_SUFFIXES)
+        found = f"no {path.name} in {path.parent}" + (f", only pickled weights {pickled}" if pickled else "")
+        raise UserError(found, "a .safetensors file there", "check the path, or convert the weights to safetensors")
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}", "whole safetensors", "copy the file again; it is cut or damaged") from error
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """A hash over names, types, shapes and bytes, in the order of names: equal exactly when the tensors are."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- training states -------------------------------------------------------------------------------------------------
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every random stream of this process: torch (CPU and CUDA) as tensors, numpy and Python as JSON."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    plain = {
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+    return tensors, plain
+
+
+def set_rng_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    torch.set_rng_state(tensors["torch"].cpu())
+    if torch.cuda.is_available() and "cuda0" in tensors:
+        torch.cuda.set_rng_state_all([tensors[f"cuda{i}"].cpu() for i in range(torch.cuda.device_count())])
+    kind, keys, position, has_gauss, gauss = plain["numpy"]
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = plain["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """Split a nested state dict into tensors (by key path) and JSON that refers to them."""
+    if isinstance(value, Tensor):
+        tensors[key] = value
+        return {"__tensor__": key}
+    if isinstance(value, Mapping):
+        return {"__dict__": [[k, _pack(v, f"{key}.{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        packed = [_pack(v, f"{key}.{i}", tensors) for i, v in enumerate(value)]
+        return {"__tuple__": packed} if isinstance(value, tuple) else packed
+    return value
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if isinstance(value, dict):
+        if "__tensor__" in value:
+            return tensors[value["__tensor__"]]
+        if "__tuple__" in value:
+            return tuple(_unpack(v, tensors) for v in value["__tuple__"])
+        return {k: _unpack(v, tensors) for k, v in value["__dict__"]}
+    return value
+
+
+def save_training_state(
+    run_dir: str | os.PathLike[str],
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    states: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write `run_dir/checkpoints/step_XXXXXXXX`, whole or not at all, and keep the newest `keep` of them.
+
+    Args: tensors: name -> state dict of tensors (a model's weights). states: name -> any nested state dict (an optimiser's,
+    a scheduler's, a controller's). extra: plain JSON. The random streams of this process are always included.
+    """
+    folder = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+    rng_tensors, rng_plain = rng_state()
+    with atomic_folder(folder) as temporary:
+        for name, group in tensors.items():
+            save_tensors(temporary / f"{name}.safetensors", group)
+        packed: dict[str, Tensor] = {}
+        description = {name: _pack(state, name, packed) for name, state in (states or {}).items()}
+        save_tensors(temporary / "states.safetensors", packed)
+        save_tensors(temporary / "rng.safetensors", rng_tensors)
+        content = {
+            "step": step,
+            "states": description,
+            "rng": rng_plain,
+            "extra": dict(extra or {}),
+            "groups": list(tensors),
+        }
+        write_json(temporary / "state.json", content)
+    for old in _checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
+    folder = Path(run_dir) / "checkpoints"
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and (p / "state.json").is_file()]
+    return sorted(found)
+
+
+def latest_training_state(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    found = _checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def load_training_state(
+    folder: str | os.PathLike[str], restore_rng: bool = True
+) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
+    """The inverse of save_training_state: (step, tensors, states, extra); sets the random streams unless told not to."""
+    folder = Path(folder)
+    content = read_json(folder / "state.json")
+    tensors = {name: load_tensors(folder / f"{name}.safetensors") for name in content["groups"]}
+    packed = load_tensors(folder / "states.safetensors")
+    states = {name: _unpack(value, packed) for name, value in content["states"].items()}
+    if restore_rng:
+        set_rng_state(load_tensors(folder / "rng.safetensors"), content["rng"])
+    return int(content["step"]), tensors, states, content["extra"]
