@@ -1,0 +1,81 @@
+"""What PPO remembers from step to step beside its weights: the price of drift and the scale of the reward.
+
+Both are plain numbers with `state_dict` / `load_state_dict`, so that a resumed run goes on exactly where it stood.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf.losses import Reduce, alone
+
+
+class AdaptiveKLController:
+    """Moves the KL price so that the policy's KL per sequence stays near a target.
+
+    Ziegler et al. 2019, arXiv:1909.08593, section 2.2:
+    beta <- beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon).
+
+    Args: kl_coef: the first price. target_kl: nats per sequence; None keeps the price fixed. horizon: sequences.
+    """
+
+    def __init__(self, kl_coef: float, target_kl: float | None = None, horizon: int = 10_000) -> None:
+        self.kl_coef, self.target_kl, self.horizon = kl_coef, target_kl, horizon
+
+    def update(self, kl: float, n: int) -> float:
+        """Takes the mean KL (nats per sequence) of n sequences, returns the new price. A non-finite KL: no change."""
+        if self.target_kl is not None and math.isfinite(kl):
+            error = min(max(kl / self.target_kl - 1.0, -0.2), 0.2)
+            self.kl_coef *= 1.0 + error * n / self.horizon
+        return self.kl_coef
+
+    def state_dict(self) -> dict[str, float]:
+        return {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.kl_coef = float(state["kl_coef"])
+
+
+class RewardNormalizer:
+    """Running mean and variance of the scores over all steps and ranks: (score - mean) / std, clipped to +-clip.
+
+    The mean is shared by every sequence: taking it away changes no preference; it only spares the critic a bias.
+    Moments are merged exactly (Chan, Golub and LeVeque 1983), so that one batch of 2n equals two of n.
+    """
+
+    def __init__(self, clip: float = 5.0, eps: float = 1e-4) -> None:
+        self.clip, self.eps = clip, eps
+        self.count, self.mean, self.m2 = 0.0, 0.0, 0.0
+
+    @property
+    def std(self) -> float:
+        """1 until two scores were seen, and where all scores are equal (they differ from the mean by 0 then)."""
+        variance = self.m2 / self.count if self.count > 1 else 0.0
+        return math.sqrt(variance) if variance > self.eps**2 else 1.0
+
+    def update(self, scores: Tensor, reduce: Reduce = alone) -> None:
+        """Takes the finite scores of [B]; `reduce` sums over ranks where each holds its own share."""
+        assert scores.ndim == 1, f"expected [B], got {tuple(scores.shape)}"
+        finite = scores[torch.isfinite(scores)].double()
+        count = float(reduce(torch.tensor(float(finite.numel()), dtype=torch.float64, device=scores.device)))
+        if count == 0:
+            return
+        mean = float(reduce(finite.sum())) / count
+        m2 = float(reduce(((finite - mean) ** 2).sum()))
+        total, delta = self.count + count, mean - self.mean
+        self.m2 += m2 + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """[B] -> [B]; non-finite scores stay non-finite, for the caller to leave out."""
+        return ((scores - self.mean) / self.std).clamp(-self.clip, self.clip)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self.m2 = float(state["count"]), float(state["mean"]), float(state["m2"])

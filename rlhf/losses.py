@@ -1,0 +1,234 @@
+"""Losses and estimators of preference learning: pure functions over `[B, S]`, each with its equation and its paper.
+
+`mask` is True where a step counts; whatever stands at a False place, NaN included, changes no result.
+Means are taken over *all* ranks and microbatches by handing in the global count or a `reduce` that sums a tensor over
+ranks: a loss divided by the global count adds up, so 1 x 8 equals 8 x 1 and two processes equal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks (`lambda x: accelerator.reduce(x, "sum")`)."""
+
+
+def alone(x: Tensor) -> Tensor:
+    """The `reduce` of a run with one process: x itself."""
+    return x
+
+
+def _check(mask: Tensor, *tensors: Tensor) -> None:
+    """All of one shape [B, S], the mask boolean: anything else is a bug of the caller."""
+    assert mask.dtype == torch.bool, f"mask must be bool, not {mask.dtype}"
+    assert mask.ndim == 2, f"expected [B, S], got {tuple(mask.shape)}"
+    for tensor in tensors:
+        assert tensor.shape == mask.shape, f"expected {tuple(mask.shape)}, got {tuple(tensor.shape)}"
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of x [B, S] over the places where mask [B, S] is True. Returns a scalar; masked NaNs are not seen."""
+    _check(mask, x)
+    return torch.where(mask, x, torch.zeros_like(x)).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None, reduce: Reduce = alone) -> Tensor:
+    """sum(mask * x) / count, a scalar; 0 where nothing is valid.
+
+    Args: x [B, S]. mask [B, S] bool. count: the divisor, for losses that are summed later over microbatches and ranks;
+        by default the number of valid places. reduce: sums over ranks, for figures that are to be reported globally.
+    """
+    total = reduce(masked_sum(x, mask))
+    if count is None:
+        count = reduce(mask.sum()).clamp(min=1)
+    return total / count
+
+
+def masked_whiten(x: Tensor, mask: Tensor, reduce: Reduce = alone, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps), moments over the valid places of *all* ranks, in float64.
+
+    Rank-local moments shift every rank by its own mean: the gradient is then no longer the one of the global batch.
+    Two passes, so that a large mean costs no digits. Huang et al. 2024, arXiv:2403.17031, detail "advantage whitening".
+
+    Args: x, mask [B, S]. reduce: sums over ranks. shift_mean: False keeps the mean (for rewards).
+    Returns: [B, S]; 0 at masked places.
+    """
+    _check(mask, x)
+    wide = torch.where(mask, x, torch.zeros_like(x)).double()
+    count = reduce(mask.sum().double()).clamp(min=1)
+    mean = reduce(wide.sum()) / count
+    variance = reduce(torch.where(mask, (wide - mean) ** 2, torch.zeros_like(wide)).sum()) / count
+    white = (wide - mean) * torch.rsqrt(variance + eps)
+    if not shift_mean:
+        white = white + mean
+    return torch.where(mask, white, torch.zeros_like(white)).to(x.dtype)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: A_s = sum_i (gamma lam)^i delta_{s+i}, delta_s = r_s + gamma V_{s+1} - V_s.
+
+    The value after the last valid step is 0 (a clip ends there). Masked steps are skipped over, wherever they stand.
+    lam = 1, gamma = 1: A_s = sum of the rewards to come - V_s. lam = 0: the TD error.
+    Schulman et al. 2016, arXiv:1506.02438.
+
+    Args: rewards, values, mask [B, S].
+    Returns: advantages [B, S], returns = advantages + values [B, S]; both 0 at masked places, without gradient.
+    """
+    _check(mask, rewards, values)
+    rewards, values = rewards.detach(), values.detach()
+    zero = torch.zeros_like(values[:, 0])
+    next_value, carried = zero, zero
+    columns: list[Tensor] = []
+    for s in reversed(range(rewards.shape[1])):
+        valid = mask[:, s]
+        delta = rewards[:, s] + gamma * next_value - values[:, s]
+        advantage = delta + gamma * lam * carried
+        carried = torch.where(valid, advantage, carried)
+        next_value = torch.where(valid, values[:, s], next_value)
+        columns.append(torch.where(valid, advantage, zero))
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
+
+
+def ppo_policy_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cliprange: float,
+    count: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """mean of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = exp(logps - old_logps).
+
+    Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+
+    Args: logps, old_logps, advantages, mask [B, S], nats per step. count: divisor (see `masked_mean`).
+    Returns: a scalar loss; figures `approx_kl` (k3 of old against new), `clipfrac`, `ratio`, divided by the same count.
+    """
+    _check(mask, logps, old_logps, advantages)
+    log_ratio = torch.where(mask, logps - old_logps.detach(), torch.zeros_like(logps))
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    advantages = advantages.detach()
+    loss = masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask, count)
+    with torch.no_grad():
+        stats = {
+            "approx_kl": masked_mean(ratio - 1.0 - log_ratio, mask, count),
+            "clipfrac": masked_mean(((ratio - 1.0).abs() > cliprange).float(), mask, count),
+            "ratio": masked_mean(ratio, mask, count),
+        }
+    return loss, stats
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    cliprange_value: float,
+    count: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """mean of 1/2 max((V - R)^2, (V_clip - R)^2), V_clip = V_old + clip(V - V_old, -eps, eps).
+
+    The larger of the two: a value may be drawn back into the range, never be rewarded for having left it.
+    arXiv:2403.17031 (value clipping, as in OpenAI's baselines).
+
+    Args: values, old_values, returns, mask [B, S]. count: divisor (see `masked_mean`).
+    Returns: a scalar loss; the figure `value_clipfrac`.
+    """
+    _check(mask, values, old_values, returns)
+    values, old_values, returns = (
+        torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values.detach(), returns.detach())
+    )
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    free, bound = (values - returns) ** 2, (clipped - returns) ** 2
+    loss = 0.5 * masked_mean(torch.maximum(free, bound), mask, count)
+    with torch.no_grad():
+        stats = {"value_clipfrac": masked_mean((bound > free).float(), mask, count)}
+    return loss, stats
+
+
+def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """k1 = log pi(a) - log ref(a): the unbiased single-sample estimate of KL(pi || ref); may be negative.
+
+    Schulman 2020, "Approximating KL Divergence". Args: [B, S] nats, actions drawn from pi. Returns: [B, S].
+    """
+    assert logps.shape == ref_logps.shape, f"{tuple(logps.shape)} against {tuple(ref_logps.shape)}"
+    return logps - ref_logps
+
+
+def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """k3 = r - 1 - log r, r = ref(a) / pi(a): unbiased as k1, never negative, of less variance near zero.
+
+    Schulman 2020, "Approximating KL Divergence". Args: [B, S] nats, actions drawn from pi. Returns: [B, S] >= 0.
+    """
+    assert logps.shape == ref_logps.shape, f"{tuple(logps.shape)} against {tuple(ref_logps.shape)}"
+    log_r = ref_logps - logps
+    return torch.expm1(log_r) - log_r
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H = -sum_v p_v log p_v of softmax(logits), in nats and in float32. Args: logits [..., V]. Returns: [...]."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def dpo_loss(
+    logps_chosen: Tensor,
+    logps_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    p_chosen: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-log sigmoid(beta * ((log pi/ref)(chosen) - (log pi/ref)(rejected))).
+
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
+    With `p_chosen` the label is soft: -p log sigmoid(h) - (1 - p) log sigmoid(-h) (cDPO); p = 1/2 is a tie.
+
+    Args: each log-prob [B], nats, summed over the answer's steps. beta: price of drift, dimensionless.
+        p_chosen [B] in [0, 1].
+    Returns: loss [B]; implicit rewards of chosen and rejected [B], without gradient.
+    """
+    assert logps_chosen.ndim == 1, f"expected [B], got {tuple(logps_chosen.shape)}"
+    assert logps_chosen.shape == logps_rejected.shape == ref_chosen.shape == ref_rejected.shape
+    reward_chosen = beta * (logps_chosen - ref_chosen)
+    reward_rejected = beta * (logps_rejected - ref_rejected)
+    loss = bradley_terry_loss(reward_chosen, reward_rejected, p_chosen)
+    return loss, reward_chosen.detach(), reward_rejected.detach()
+
+
+def bradley_terry_loss(score_chosen: Tensor, score_rejected: Tensor, p_chosen: Tensor | None = None) -> Tensor:
+    """-p log sigmoid(d) - (1 - p) log sigmoid(-d), d = score(chosen) - score(rejected). Bradley & Terry 1952.
+
+    Args: scores [B], logits. p_chosen [B] in [0, 1]: share of the raters for `chosen` (a tie is 1/2); 1 by default.
+    Returns: loss [B], nats. At d = 0 it is log 2.
+    """
+    assert score_chosen.ndim == 1, f"expected [B], got {tuple(score_chosen.shape)}"
+    assert score_chosen.shape == score_rejected.shape
+    difference = score_chosen - score_rejected
+    if p_chosen is None:
+        return -F.logsigmoid(difference)
+    assert p_chosen.shape == difference.shape
+    return -p_chosen * F.logsigmoid(difference) - (1.0 - p_chosen) * F.logsigmoid(-difference)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the valid places: 1 is a perfect critic, 0 a constant, below 0 worse than that.
+
+    Args: values, returns, mask [B, S]. reduce: sums over ranks. Returns: a scalar; 0 where the returns do not vary.
+    """
+    _check(mask, values, returns)
+
+    def variance(x: Tensor) -> Tensor:
+        x = x.detach().double()
+        mean = masked_mean(x, mask, reduce=reduce)
+        return masked_mean((x - mean) ** 2, mask, reduce=reduce)
+
+    of_returns = variance(returns)
+    share = 1.0 - variance(returns - values) / of_returns.clamp(min=1e-12)
+    return torch.where(of_returns > 1e-12, share, torch.zeros_like(share)).float()
