@@ -1,8 +1,8 @@
 """Sampling from a MusicLM with a key-value cache: the speed of every rollout, and the distribution that everyone scores.
 
-A row's random numbers come from its own seed, so a clip does not depend on its batch mates (up to floating point). LoRA is folded
-into the weights once a call (one matrix product a layer), so an adapted policy samples as fast as its base. Guidance follows Ho and
-Salimans 2022 (arXiv:2207.12598): logits = null + cfg_coef * (conditional - null).
+A row's random numbers come from its own seed, so a clip does not depend on its batch mates (up to floating point). LoRA is
+folded into the weights once a call (one matrix product a layer), so an adapted policy samples as fast as its base. Guidance
+follows Ho and Salimans 2022 (arXiv:2207.12598): logits = null + cfg_coef * (conditional - null).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, T5EncoderModel
 from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.utils.logging import disable_progress_bar
 
 from base_models.checkpoint import file_sha256
 from base_models.errors import UserError
@@ -93,11 +94,11 @@ def minilm_folder() -> Path:
 def load_text_encoder(name_or_path: str | Path = MINILM) -> TextEncoder:
     """The packaged MiniLM by default, or any encoder that transformers can load from a folder or the hub (safetensors only)."""
     source = str(minilm_folder()) if str(name_or_path) == MINILM else str(name_or_path)
+    disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
         loader = T5EncoderModel if config.model_type == "t5" else AutoModel
-        extra = {"add_pooling_layer": False} if config.model_type == "bert" else {}
-        model = loader.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **extra)
+        model = loader.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"text encoder {source!r}: {error}", "a transformers folder or hub name", "check the name") from error
