@@ -1,0 +1,186 @@
+"""Who among the raters can be relied on, how far they agree, and how right a model can be at all.
+
+    votes -> agreement -> ceiling          votes -> EM -> accuracy a_r per rater -> weight log(a_r / (1 - a_r))
+    votes on systems -> Davidson's model -> strengths, ties, side bias
+
+Nothing here asks what was played: it uses only who said what about which pair.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from rlhf.preferences import TIE, Vote, X, Y
+
+Array = NDArray[np.float64]
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two raters on the same pair: how often do they name the same side?"""
+
+    rate: float
+    """Of the couples of decided votes on one pair, by different raters."""
+    n: int
+    """Such couples."""
+    ceiling: float
+    """The best accuracy against a single rater's votes (see `ceiling`)."""
+    ci: tuple[float, float]
+    """95 % interval of the ceiling, pairs resampled."""
+
+
+def ceiling(agreement: float) -> float:
+    """(1 + sqrt(2 a - 1)) / 2: the most that any model can agree with one rater, when two raters agree in a share a of
+    pairs.
+
+    If a rater hears the better clip with probability q, two agree with a = q^2 + (1 - q)^2; solved for q. With a q that
+    differs from pair to pair this is an upper bound (Jensen). An agreement of 1/2 or less leaves nothing to be learnt:
+    1/2."""
+    return (1 + float(np.sqrt(max(0.0, 2 * agreement - 1)))) / 2
+
+
+def agreement(votes: Sequence[Vote], n_boot: int = 1000, seed: int = 0) -> Agreement | None:
+    """Agreement over all pairs with two decided votes or more of different raters; None when there is no such pair."""
+    by_pair: dict[str, dict[str, str]] = defaultdict(dict)
+    for vote in votes:
+        if vote.choice in (X, Y) and not vote.gold and not vote.repeat:
+            by_pair[vote.pair_id][vote.rater] = vote.clip_x if vote.choice == X else vote.clip_y
+    counts = []
+    for said in by_pair.values():
+        couples = [one == other for one, other in combinations(said.values(), 2)]
+        if couples:
+            counts.append((sum(couples), len(couples)))
+    if not counts:
+        return None
+    same, total = np.array(counts, dtype=float).T
+    draws = np.random.default_rng(seed).integers(0, len(counts), (n_boot, len(counts)))
+    ceilings = [ceiling(rate) for rate in same[draws].sum(1) / total[draws].sum(1)]
+    rate = float(same.sum() / total.sum())
+    low, high = np.percentile(ceilings, [2.5, 97.5])
+    return Agreement(rate, int(total.sum()), ceiling(rate), (float(low), float(high)))
+
+
+# ---- reliability -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RaterQuality:
+    """What the votes say about one rater."""
+
+    accuracy: float
+    """Probability of naming the side that the others' votes make the better one, drawn towards `prior` when votes are
+    few."""
+    weight: float
+    """log(accuracy / (1 - accuracy)), never below 0, scaled to a mean of 1 over the raters."""
+    n: int
+    """Decided votes on pairs that somebody else judged too."""
+
+
+def reliability(
+    votes: Sequence[Vote], prior: float = 0.7, prior_votes: float = 8.0, iterations: int = 50
+) -> dict[str, RaterQuality]:
+    """One-coin Dawid and Skene (1979) by EM: which side is better is hidden, each rater names it with accuracy a_r.
+
+    E: posterior of the better side of every pair from its votes. M: a_r = (expected right votes + prior * prior_votes)
+    / (n_r + prior_votes), the mean of a Beta posterior, so that a rater with few votes is neither trusted nor damned.
+    Ties and both-bad say nothing here. Gold questions enter as pairs whose better side is known.
+
+    Returns: rater -> quality, for everybody who voted. A rater whose accuracy is 1/2 or less weighs 0.
+    """
+    raters = sorted({vote.rater for vote in votes})
+    number = {rater: index for index, rater in enumerate(raters)}
+    by_pair: dict[str, list[Vote]] = defaultdict(list)
+    for vote in votes:
+        if vote.choice in (X, Y):
+            by_pair[vote.pair_id].append(vote)
+    pair_of, rater_of, for_first, known = [], [], [], {}
+    for index, (_, said) in enumerate(sorted(by_pair.items())):
+        if len({vote.rater for vote in said}) < 2 and not said[0].gold:
+            continue
+        first = min(said[0].clip_x, said[0].clip_y)
+        for vote in said:
+            pair_of.append(index)
+            rater_of.append(number[vote.rater])
+            for_first.append((vote.clip_x if vote.choice == X else vote.clip_y) == first)
+            if vote.gold in (X, Y):
+                known[index] = (vote.clip_x if vote.gold == X else vote.clip_y) == first
+    accuracy = np.full(len(raters), prior)
+    n = np.bincount(np.array(rater_of, dtype=int), minlength=len(raters)).astype(float)
+    if pair_of:
+        pairs, who = np.array(pair_of), np.array(rater_of)
+        sign = np.where(for_first, 1.0, -1.0)
+        for _ in range(iterations):
+            log_odds = np.log(accuracy / (1 - accuracy))
+            evidence = np.bincount(pairs, weights=sign * log_odds[who], minlength=pairs.max() + 1)
+            first_better = 1 / (1 + np.exp(-np.clip(evidence, -30, 30)))
+            for index, truth in known.items():
+                first_better[index] = float(truth)
+            right = np.where(sign > 0, first_better[pairs], 1 - first_better[pairs])
+            hits = np.bincount(who, weights=right, minlength=len(raters))
+            accuracy = np.clip((hits + prior * prior_votes) / (n + prior_votes), 0.02, 0.98)
+    weight = np.maximum(0.0, np.log(accuracy / (1 - accuracy)))
+    weight = weight / weight.mean() if weight.sum() > 0 else np.ones_like(weight)
+    return {rater: RaterQuality(float(accuracy[i]), float(weight[i]), int(n[i])) for rater, i in number.items()}
+
+
+def weights(qualities: Mapping[str, RaterQuality]) -> dict[str, float]:
+    """rater -> weight, as rlhf.preferences.training_pairs takes it."""
+    return {rater: quality.weight for rater, quality in qualities.items()}
+
+
+# ---- systems ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Davidson:
+    """Strengths of systems in nats (mean 0), the propensity to tie and the advantage of side x."""
+
+    strengths: dict[str, float]
+    tie: float
+    side_bias: float
+
+
+def fit_davidson(games: Sequence[tuple[str, str, str]], shrinkage: float = 0.01) -> Davidson:
+    """Davidson (1970): P(x) : P(y) : P(tie) = pi_x e^(b/2) : pi_y e^(-b/2) : nu sqrt(pi_x pi_y), by penalised maximum
+    likelihood.
+
+    Args: games: (system x, system y, choice "x" | "y" | "tie"); others are skipped. shrinkage: weight of sum
+        strengths^2 / 2, which keeps the estimate finite for a system that always wins."""
+    used = [game for game in games if game[2] in (X, Y, TIE) and game[0] != game[1]]
+    names = sorted({name for x, y, _ in used for name in (x, y)})
+    number = {name: index for index, name in enumerate(names)}
+    x = np.array([number[game[0]] for game in used], dtype=int)
+    y = np.array([number[game[1]] for game in used], dtype=int)
+    outcome = np.array([(X, Y, TIE).index(game[2]) for game in used], dtype=int)
+    rows = np.arange(len(used))
+
+    def loss(theta: Array) -> tuple[float, Array]:
+        strength, log_tie, bias = theta[:-2], theta[-2], theta[-1]
+        logits = np.stack([strength[x] + bias / 2, strength[y] - bias / 2, log_tie + (strength[x] + strength[y]) / 2], axis=1)
+        top = logits.max(axis=1, keepdims=True)
+        p = np.exp(logits - top)
+        normaliser = p.sum(axis=1, keepdims=True)
+        value = float((np.log(normaliser) + top).sum() - logits[rows, outcome].sum())
+        slope = p / normaliser
+        slope[rows, outcome] -= 1
+        gradient = np.zeros_like(theta)
+        np.add.at(gradient, x, slope[:, 0] + slope[:, 2] / 2)
+        np.add.at(gradient, y, slope[:, 1] + slope[:, 2] / 2)
+        gradient[-2] = slope[:, 2].sum()
+        gradient[-1] = (slope[:, 0] - slope[:, 1]).sum() / 2
+        return value + shrinkage * float(theta @ theta) / 2, gradient + shrinkage * theta
+
+    start = np.zeros(len(names) + 2)
+    best = minimize(loss, start, jac=True, method="L-BFGS-B").x
+    strengths = best[:-2] - best[:-2].mean()
+    return Davidson({name: float(strengths[i]) for name, i in number.items()}, float(np.exp(best[-2])), float(best[-1]))
