@@ -1,0 +1,181 @@
+"""TRL's DPOTrainer over the flat policy, with what a music model's votes need.
+
+What differs from the stock trainer, and why:
+  * ids pass through: there is no text to tokenise (`_prepare_dataset`), and nothing is ever truncated (`max_length=None`).
+  * the reference has spoken before the adapter exists (`reference_logps`), by the same code in the same precision; TRL's own
+    cache of it lies in a folder of one process, which a second process never finds (`_precompute_ref_logps`).
+  * labels are soft and pairs are weighted: TRL 1.16's "sigmoid" loss knows neither (its `label_smoothing` is for two other
+    losses and would be ignored silently). The difference to `rlhf.losses.dpo_loss` is added to TRL's loss (`_compute_loss`).
+  * K native heads instead of one head over all ids (`use_native_heads`).
+  * checkpoints without pickle: adapter and optimiser as safetensors, the rest as JSON, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from adapters.lora import adapter_tensors, lora_config, set_adapter_tensors
+from base_models.checkpoint import load_training_state, save_training_state
+from base_models.lm import MusicLM
+from rlhf.flat_policy import FlatCausalLM, make_tokenizer, use_native_heads
+from rlhf.losses import dpo_loss
+from rlhf.preferences import Preference
+
+EXTRA_COLUMNS = ("p_chosen", "weight")
+
+
+def smoothed(p: float, label_smoothing: float) -> float:
+    """Conservative DPO: the raters' p, mixed with a coin at the rate at which a label is thought to be wrong."""
+    return p * (1.0 - 2.0 * label_smoothing) + label_smoothing
+
+
+def preference_rows(
+    flat: FlatCausalLM, pairs: Sequence[Preference], table_rows: Sequence[int], label_smoothing: float
+) -> list[dict[str, Any]]:
+    """Pairs -> what the trainer reads: ids of prompt, chosen and rejected, the soft label and the weight."""
+    rows = []
+    for pair, row in zip(pairs, table_rows, strict=True):
+        prompt, chosen = flat.sequence(row, torch.as_tensor(pair.chosen_codes))
+        _, rejected = flat.sequence(row, torch.as_tensor(pair.rejected_codes))
+        label = {"p_chosen": smoothed(pair.p, label_smoothing), "weight": pair.weight}
+        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **label})
+    return rows
+
+
+class PreferenceCollator(DataCollatorForPreference):
+    """TRL's collator, which would drop the labels and weights."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        return batch | {name: torch.tensor([float(row[name]) for row in examples]) for name in EXTRA_COLUMNS}
+
+
+@torch.no_grad()
+def reference_logps(
+    flat: FlatCausalLM, rows: Sequence[dict[str, Any]], args: DPOConfig, collator: PreferenceCollator, batch_size: int
+) -> list[dict[str, Any]]:
+    """The rows with `ref_chosen_logps` and `ref_rejected_logps` [nats], by `flat` as it is now: call it before LoRA is attached.
+
+    With several processes each scores its share, and all get the whole.
+    """
+    device, rank, world = args.device, args.process_index, args.world_size
+    starts = list(range(0, len(rows), batch_size))
+    done: list[tuple[int, list[float], list[float]]] = []
+    for start in starts[rank::world]:
+        batch = {k: v.to(device) for k, v in collator(list(rows[start : start + batch_size])).items()}
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        with autocast(args):
+            out = flat(batch["input_ids"], batch["attention_mask"], labels=labels, fused_lm_head=True)
+        chosen, rejected = out.log_probs.sum(1).chunk(2)
+        done.append((start, chosen.tolist(), rejected.tolist()))
+    chosen_all, rejected_all = [], []
+    for _, chosen_part, rejected_part in sorted(gather_object(done) if world > 1 else done):
+        chosen_all += chosen_part
+        rejected_all += rejected_part
+    logps = zip(chosen_all, rejected_all, strict=True)
+    return [{**row, "ref_chosen_logps": c, "ref_rejected_logps": r} for row, (c, r) in zip(rows, logps, strict=True)]
+
+
+def autocast(args: DPOConfig) -> contextlib.AbstractContextManager[Any]:
+    """The precision in which the trainer's own forward pass runs."""
+    return torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+
+
+class FlatDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    """DPO over `FlatCausalLM`; see the module's docstring. The adapter it trains is called "default" in `lm`."""
+
+    def __init__(
+        self,
+        flat: FlatCausalLM,
+        args: DPOConfig,
+        train_rows: Sequence[dict[str, Any]],
+        eval_rows: Sequence[dict[str, Any]] = (),
+        r: int = 16,
+        alpha: float = 32.0,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        self.lm: MusicLM = flat.trunk.lm
+        super().__init__(
+            model=flat,
+            args=args,
+            data_collator=PreferenceCollator(pad_token_id=flat.config.pad_token_id, max_length=None),
+            train_dataset=Dataset.from_list(list(train_rows)),
+            eval_dataset=Dataset.from_list(list(eval_rows)) if eval_rows else None,
+            processing_class=make_tokenizer(flat.config.n_q, flat.config.card, flat.config.n_prompts),
+            peft_config=lora_config(r, alpha),
+            callbacks=callbacks,
+        )
+        use_native_heads(flat)
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
+        p_chosen, weight = inputs.pop("p_chosen"), inputs.pop("weight")
+        heard: list[Any] = []
+
+        def listening(**kwargs: Any) -> Any:
+            heard.append(model(**kwargs))
+            return heard[-1]
+
+        loss = super()._compute_loss(listening, inputs, return_outputs)
+        chosen, rejected = heard[0].log_probs.sum(1).chunk(2)
+        logps = (chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+        soft, reward_chosen, reward_rejected = dpo_loss(*logps, self.beta, p_chosen)
+        hard, _, _ = dpo_loss(*logps, self.beta)
+        self._tell(weight * soft, hard, reward_chosen, reward_rejected, p_chosen)
+        return loss + (weight * soft - hard).mean()
+
+    def _tell(self, loss: Tensor, hard: Tensor, reward_chosen: Tensor, reward_rejected: Tensor, p_chosen: Tensor) -> None:
+        """Figures that TRL does not log, over all processes."""
+        decided = p_chosen > 0.5 + 1e-6
+        right = ((reward_chosen > reward_rejected) & decided).sum()
+        drift = -(reward_chosen + reward_rejected) / (2 * self.beta)
+        local = torch.stack([loss.sum(), hard.sum(), right, decided.sum(), drift.sum(), torch.ones_like(drift).sum()])
+        total = self.accelerator.reduce(local.detach().double(), "sum")
+        figures = self._metrics["train" if self.model.training else "eval"]
+        figures["dpo/loss"].append((total[0] / total[5]).item())
+        figures["dpo/loss_hard_labels"].append((total[1] / total[5]).item())
+        if total[3] > 0:
+            figures["dpo/accuracy_decided"].append((total[2] / total[3]).item())
+        figures["dpo/kl_reference_to_policy"].append((total[4] / total[5]).item())
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """`output_dir/checkpoints/step_XXXXXXXX`, written by the first process."""
+        if self.args.should_save:
+            save_training_state(
+                self.args.output_dir,
+                self.state.global_step,
+                {"adapter": adapter_tensors(self.lm)},
+                {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()},
+            )
+            folder = Path(self.args.output_dir) / "checkpoints" / f"step_{self.state.global_step:08d}"
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        set_adapter_tensors(self.lm, load_training_state(resume_from_checkpoint, restore_rng=False)[1]["adapter"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            states = load_training_state(checkpoint, restore_rng=False)[2]
+            self.optimizer.load_state_dict(states["optimizer"])
+            self.lr_scheduler.load_state_dict(states["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """DPO draws nothing but the order of the data, which the trainer replays from its seed."""
