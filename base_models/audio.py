@@ -29,6 +29,8 @@ SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS", ".mp3": "MPEG
 MP3_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 WRITE_FRAMES = 65536
 """Written piece by piece: libsndfile's Vorbis encoder overflows the stack when it is given minutes at once."""
+HEADER_SLACK = 4096
+"""Bytes by which careless writers misstate the length of a WAV; more than that is missing sound."""
 BLOCK_S = 0.4
 """The gating block of ITU-R BS.1770: anything shorter is measured as one block, padded with silence."""
 
@@ -54,7 +56,7 @@ def probe(path: Path_) -> AudioInfo:
     # libsndfile reads what is left of a shortened WAV and mentions the broken promise in its log only. A size with the top bit
     # set is no promise: it is what programs write into a pipe, where they cannot know it.
     promise = re.search(r"^data : (-?\d+) \(should be (\d+)\)", info.extra_info, re.MULTILINE)
-    if promise is not None and int(promise[2]) < int(promise[1]) < 2**31 - 2**16:
+    if promise is not None and int(promise[2]) + HEADER_SLACK < int(promise[1]) < 2**31 - 2**16:
         raise UserError(f"{file} cut short: {promise[2]} of {promise[1]} bytes", "a whole audio file", "copy or export it again")
     if info.frames <= 0 or info.samplerate <= 0 or info.channels <= 0:
         raise UserError(f"{file} without samples", "an audio file with at least one sample", "export the clip again")
