@@ -1,0 +1,180 @@
+"""The rating app: python -m feedback_app.app --db sqlite:///runs/demo/encore.db --port 7860
+
+The Gradio page at / and the JSON API under /api/v1, one process, no torch. Votes go straight to the API: Gradio's own
+queue never sees them.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it is read there
+
+import argparse
+import errno
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from base_models.errors import UserError
+from db.errors import ConflictError, StoreError
+from db.store import Store, open_store
+from feedback_app.api import add_api
+from feedback_app.auth import Sessions, load_or_make_secret, secret_path
+from feedback_app.media import Tickets
+from feedback_app.pages.rate import CSS, HEAD, THEME, build_page
+
+GUARD_HEADERS = {
+    b"content-security-policy": (
+        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        b"img-src 'self' data:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'self'"
+    ),
+    b"referrer-policy": b"same-origin",
+    b"x-content-type-options": b"nosniff",
+}
+"""With these a browser contacts nobody else, and nobody else frames the page."""
+
+GRADIO_NEEDED = ("/gradio_api/heartbeat", "/gradio_api/startup-events", "/gradio_api/info")
+"""What our page needs of Gradio's own API. The rest (uploads, files, proxy, queue) is closed."""
+
+
+class Guard:
+    """ASGI middleware: safe headers on every answer; the parts of Gradio that we do not use are not there."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path: str = scope["path"]
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                present = {name.lower() for name, _ in message["headers"]}
+                missing = [(name, value) for name, value in GUARD_HEADERS.items() if name not in present]
+                message["headers"] = [*message["headers"], *missing]
+            await send(message)
+
+        if path.startswith("/gradio_api/") and not path.startswith(GRADIO_NEEDED):
+            await send_guarded({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        await self.app(scope, receive, send_guarded)
+
+
+def create_app(db_url: str, secret: str | None = None) -> FastAPI:
+    """The whole application over the database at `db_url`, which is made or migrated if need be.
+
+    Args: secret: signs sessions and audio addresses; default: the one beside the SQLite file, made if need be.
+    Raises: StoreError or UserError when the database or the secret cannot be had.
+    """
+    store = open_store(db_url)
+    return _assemble(store, secret or load_or_make_secret(secret_path(db_url)))
+
+
+def _assemble(store: Store, secret: str) -> FastAPI:
+    @asynccontextmanager
+    async def closing_store(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        store.close()
+
+    app = FastAPI(title="Encore rating API", version="1", docs_url=None, redoc_url=None, lifespan=closing_store)
+    app.state.store, app.state.sessions, app.state.tickets = store, Sessions(secret), Tickets(secret)
+    add_api(app)
+    gr.mount_gradio_app(
+        app,
+        build_page(),
+        path="/",
+        css=CSS,
+        head=HEAD,
+        theme=THEME,
+        footer_links=[],
+        run_history=False,
+        mcp_server=False,
+        max_file_size="1kb",
+        show_error=False,
+        ssr_mode=False,
+        pwa=False,
+    )
+    app.add_middleware(Guard)
+    return app
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that says one line when it is ready."""
+
+    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self._ready, flush=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises UserError when the port cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"host {host!r}: {error}", "an address of this machine", "pass another --host") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        got = f"port {port} on {host}, which is in use" if taken else f"{host}:{port} ({error})"
+        raise UserError(got, "a free port", f"stop the other program, or pass --port {port + 1}") from error
+    return listener
+
+
+def serve(app: FastAPI, listener: socket.socket) -> None:
+    """Serves until interrupted."""
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    _Server(config, f"Encore rating app ready at http://{host}:{port}").run(sockets=[listener])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m feedback_app.app", description=__doc__.split(":")[0])
+    parser.add_argument("--db", default="sqlite:///runs/demo/encore.db", help="database URL (SQLite or PostgreSQL)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--secret-file", type=Path, help="signing secret; default: beside the SQLite file")
+    parser.add_argument("--rater", metavar="NAME", help="make sure this rater exists and print a fresh access code")
+    args = parser.parse_args(argv)
+    try:
+        with listen(args.host, args.port) as listener:
+            secret = load_or_make_secret(args.secret_file or secret_path(args.db))
+            store = open_store(args.db)
+            if args.rater:
+                print(f"Sign in as {args.rater} with access code {_access_code(store, args.rater)}", flush=True)
+            serve(_assemble(store, secret), listener)
+    except (UserError, StoreError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _access_code(store: Store, handle: str) -> str:
+    try:
+        return store.add_rater(handle)
+    except ConflictError:
+        return store.renew_token(handle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
