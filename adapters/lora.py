@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -30,7 +30,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def lora_config(r: int, alpha: float, targets: str = LORA_TARGETS) -> LoraConfig:
     """PEFT's configuration of a plain LoRA without dropout (dropout would make the policy differ from itself)."""
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none")
+    scale: Any = alpha  # PEFT's annotation says int; it divides
+    return LoraConfig(r=r, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, bias="none")
 
 
 def attach_lora(
@@ -44,13 +45,13 @@ def attach_lora(
     """
     if name in adapter_names(lm):
         raise UserError(f"a second adapter called '{name}'", "a new name", "choose another name or remove_adapter first")
-    known = lm.__dict__.pop("peft_config", {})  # PEFT warns of a second adapter; here several side by side are meant
+    known: dict[str, LoraConfig] = lm.__dict__.pop("peft_config", {})  # PEFT warns of a second one; here several are meant
     inject_adapter_in_model(lora_config(r, alpha, targets), lm, adapter_name=name)
-    lm.peft_config = {**known, **lm.peft_config}
+    lm.__dict__["peft_config"] = known | lm.__dict__["peft_config"]
     activate(lm, name, trainable=True)
     if init_b:
         for layer in lora_layers(lm).values():
-            nn.init.normal_(layer.lora_B[name].weight, std=0.02)
+            nn.init.normal_(_factors(layer, name)[1], std=0.02)
     return lm
 
 
@@ -60,6 +61,14 @@ def attach_lora(
 def lora_layers(lm: nn.Module) -> dict[str, LoraLayer]:
     """Module name -> LoRA layer. Pass the LM itself: the names are the keys of the adapter's file."""
     return {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] of one adapter at one linear map."""
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    assert isinstance(down, nn.Linear)
+    assert isinstance(up, nn.Linear)
+    return down.weight, up.weight
 
 
 def adapter_names(lm: nn.Module) -> list[str]:
@@ -92,10 +101,14 @@ def activate(lm: nn.Module, names: str | Sequence[str], trainable: bool = False)
 
 
 def remove_adapter(lm: nn.Module, name: str) -> None:
-    """Take an adapter out of `lm`; the others stay active."""
+    """Take an adapter out of `lm`; which of the others are active does not change."""
+    flags = [(parameter, parameter.requires_grad) for parameter in lm.parameters()]
     for layer in lora_layers(lm).values():
         if name in layer.lora_A:
+            layer.set_adapter([other for other in layer.active_adapters if other != name])
             layer.delete_adapter(name)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
     lm.__dict__.get("peft_config", {}).pop(name, None)
 
 
@@ -103,7 +116,7 @@ def remove_adapter(lm: nn.Module, name: str) -> None:
 def adapter_disabled(lm: nn.Module) -> Iterator[None]:
     """Inside, `lm` is its own base: bitwise what it was before any adapter. Which parameters have gradients is restored."""
     layers = [layer for layer in lora_layers(lm).values() if not layer.disable_adapters]
-    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in lm.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -122,11 +135,14 @@ def merged(lm: nn.Module) -> Iterator[None]:
     PEFT's unmerge subtracts what it added and leaves rounding errors in the base; here the old tensors are kept aside.
     """
     layers = [layer for layer in lora_layers(lm).values() if not layer.disable_adapters]
-    kept: list[tuple[nn.Parameter, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for layer in layers:
-            weight = layer.get_base_layer().weight
-            deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+            linear = layer.get_base_layer()
+            assert isinstance(linear, nn.Linear)
+            weight = linear.weight
+            names = [name for name in layer.active_adapters if name in layer.lora_A]
+            deltas = [layer.scaling[name] * (up @ down) for name in names for down, up in [_factors(layer, name)]]
             kept.append((weight, weight.data))
             if deltas:
                 weight.data = weight.data + torch.stack(deltas).sum(0).to(weight.dtype)
@@ -146,8 +162,8 @@ def adapter_tensors(lm: nn.Module, name: str = "default") -> dict[str, Tensor]:
     tensors = {}
     for module, layer in lora_layers(lm).items():
         if name in layer.lora_A:
-            tensors[f"{module}.lora_A.weight"] = layer.lora_A[name].weight.detach().clone()
-            tensors[f"{module}.lora_B.weight"] = layer.lora_B[name].weight.detach().clone()
+            for side, factor in zip("AB", _factors(layer, name)):
+                tensors[f"{module}.lora_{side}.weight"] = factor.detach().clone()
     if not tensors:
         raise UserError(f"no adapter '{name}'", f"one of {adapter_names(lm)}", "name an adapter that is attached")
     return tensors
@@ -163,11 +179,10 @@ def adapter_shape(lm: nn.Module, name: str = "default") -> tuple[int, float]:
 
 def set_adapter_tensors(lm: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
     """Fill an attached adapter. Every tensor must find its place and every place its tensor, else UserError."""
-    places = {}
+    places: dict[str, Tensor] = {}
     for module, layer in lora_layers(lm).items():
         if name in layer.lora_A:
-            places[f"{module}.lora_A.weight"] = layer.lora_A[name].weight
-            places[f"{module}.lora_B.weight"] = layer.lora_B[name].weight
+            places |= {f"{module}.lora_{side}.weight": factor for side, factor in zip("AB", _factors(layer, name))}
     wrong = sorted(set(places) ^ set(tensors))
     wrong += sorted(k for k in set(places) & set(tensors) if places[k].shape != tensors[k].shape)
     if wrong:

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from trl import DPOConfig, DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from adapters.lora import adapter_tensors, lora_config, set_adapter_tensors
 from base_models.checkpoint import load_training_state, save_training_state
@@ -91,7 +90,7 @@ def autocast(args: DPOConfig) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
 
 
-class FlatDPOTrainer(DPOTrainer):  # type: ignore[misc]
+class FlatDPOTrainer(DPOTrainer):
     """DPO over `FlatCausalLM`; see the module's docstring. The adapter it trains is called "default" in `lm`."""
 
     def __init__(
@@ -146,6 +145,7 @@ class FlatDPOTrainer(DPOTrainer):  # type: ignore[misc]
         drift = -(reward_chosen + reward_rejected) / (2 * self.beta)
         local = torch.stack([loss.sum(), hard.sum(), right, decided.sum(), drift.sum(), torch.ones_like(drift).sum()])
         total = self.accelerator.reduce(local.detach().double(), "sum")
+        assert self.model is not None
         figures = self._metrics["train" if self.model.training else "eval"]
         figures["dpo/loss"].append((total[0] / total[5]).item())
         figures["dpo/loss_hard_labels"].append((total[1] / total[5]).item())
@@ -158,13 +158,9 @@ class FlatDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """`output_dir/checkpoints/step_XXXXXXXX`, written by the first process."""
         if self.args.should_save:
-            save_training_state(
-                self.args.output_dir,
-                self.state.global_step,
-                {"adapter": adapter_tensors(self.lm)},
-                {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()},
-            )
-            folder = Path(self.args.output_dir) / "checkpoints" / f"step_{self.state.global_step:08d}"
+            states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}  # type: ignore[union-attr]
+            weights = {"adapter": adapter_tensors(self.lm)}
+            folder = save_training_state(str(self.args.output_dir), self.state.global_step, weights, states)
             self.state.save_to_json(str(folder / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
 
@@ -174,8 +170,8 @@ class FlatDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             states = load_training_state(checkpoint, restore_rng=False)[2]
-            self.optimizer.load_state_dict(states["optimizer"])
-            self.lr_scheduler.load_state_dict(states["scheduler"])
+            self.optimizer.load_state_dict(states["optimizer"])  # type: ignore[union-attr]
+            self.lr_scheduler.load_state_dict(states["scheduler"])  # type: ignore[union-attr]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """DPO draws nothing but the order of the data, which the trainer replays from its seed."""

@@ -106,6 +106,10 @@ class FlatConfig(PreTrainedConfig):
 class FlatTrunk(nn.Module):
     """Flat ids [B, L] -> states [B, L, d + K + 1]; the state at place j predicts id j + 1."""
 
+    text: Tensor
+    mask: Tensor
+    tempo_bpm: Tensor
+
     def __init__(self, lm: MusicLM, conditions: Conditions, temperature: float) -> None:
         super().__init__()
         self.lm = lm
@@ -150,6 +154,7 @@ class FlatTrunk(nn.Module):
 class BlockHead(nn.Module):
     """All K heads as one matrix [2 + K * V, d + K + 1]: see the module's docstring. It follows the LM's heads at construction."""
 
+    weight: Tensor
     bias = None
 
     def __init__(self, lm: MusicLM) -> None:
@@ -157,12 +162,13 @@ class BlockHead(nn.Module):
         K, V, d = lm.n_q, lm.card, lm.config.d_model
         weight = torch.zeros(N_SPECIAL + K * V, d + K + 1)
         weight[:, d:] = IMPOSSIBLE
-        for k, head in enumerate(lm.decoder.lm_heads):
+        heads: list[nn.Linear] = list(lm.decoder.lm_heads)  # type: ignore[arg-type]
+        for k, head in enumerate(heads):
             ids = slice(N_SPECIAL + k * V, N_SPECIAL + (k + 1) * V)
             weight[ids, :d] = head.weight.detach()
             weight[ids, d + k] = 0.0
         weight[EOS, d + K] = 0.0
-        self.register_buffer("weight", weight.to(lm.decoder.lm_heads[0].weight), persistent=False)
+        self.register_buffer("weight", weight.to(heads[0].weight), persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         return nn.functional.linear(states, self.weight)
@@ -174,6 +180,7 @@ class FlatCausalLM(PreTrainedModel):
     config_class = FlatConfig
     base_model_prefix = "trunk"
     main_input_name = "input_ids"
+    is_gradient_checkpointing = False  # transformers warns when PEFT asks its own, deprecated property
 
     def __init__(self, lm: MusicLM, conditions: Conditions, temperature: float = 1.0) -> None:
         """conditions: the prompt table, one row a prompt id. temperature: that of the sampling whose clips are scored.
@@ -192,7 +199,8 @@ class FlatCausalLM(PreTrainedModel):
         """Nothing: the LM comes with its weights."""
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.trunk.lm.decoder.model.decoder.embed_tokens[0]
+        embeddings: list[nn.Module] = list(self.trunk.lm.decoder.model.decoder.embed_tokens)
+        return embeddings[0]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -231,11 +239,12 @@ class FlatCausalLM(PreTrainedModel):
             logits = head(hidden[:, k : k + T_max]).float() / trunk.temperature
             target = codes[:, k].clamp(max=lm.card - 1)
             normaliser = logits.logsumexp(-1)
-            logps = logits.gather(-1, target[..., None])[..., 0] - normaliser
+            picked = logits.gather(-1, target[..., None])[..., 0]
+            logps = picked - normaliser
             with torch.no_grad():
                 plain = logits.detach()
                 entropy = normaliser - ((plain - normaliser[..., None]).exp_().mul_(plain)).sum(-1)
-                per_code.append((logps, entropy, plain.mean(-1), (plain.argmax(-1) == target).float()))
+                per_code.append((logps, entropy, plain.mean(-1), (picked >= plain.amax(-1)).float()))
         mask = labels[:, 1:] != -100
         fields = [self._flat(torch.stack(field, 1), frames, mask) for field in zip(*per_code)]
         log_probs, entropy, mean_logits, is_top1 = fields

@@ -1,0 +1,162 @@
+"""Adapter folders: whole, bound to their base, readable by PEFT, and refused when they are not what they say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+
+from adapters.library import Manifest, find_adapter, list_adapters, load_adapter, read_adapter, save_adapter, unload_adapters
+from adapters.lora import active_adapters, attach_lora, trainable_parameters
+from base_models.errors import UserError
+
+
+@pytest.fixture
+def saved(make_tiny, tmp_path):
+    """A trained-looking adapter on disk, its policy, and what it makes the policy say."""
+    source = make_tiny(0)
+    attach_lora(source.lm, r=4, alpha=8, init_b=True)
+    manifest = Manifest(name="warm", base_sha256=source.sha256, method="dpo", figures={"kl_nats": 1.5}, licence="CC0-1.0")
+    save_adapter(tmp_path / "warm", source.lm, manifest)
+    return source, tmp_path / "warm"
+
+
+def test_a_saved_adapter_speaks_the_same_after_loading(saved, make_tiny):
+    source, folder = saved
+    other = make_tiny(0)
+    before = other.logps()
+    manifests = load_adapter(other, folder)
+    assert torch.equal(other.logps(), source.logps())
+    assert [m.name for m in manifests] == active_adapters(other.lm) == ["warm"]
+    assert trainable_parameters(other.lm) == []
+    unload_adapters(other.lm)
+    assert torch.equal(other.logps(), before)
+
+
+def test_the_folder_is_complete_and_its_card_tells_the_figures(saved):
+    _, folder = saved
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
+    card = (folder / "README.md").read_text()
+    assert "| kl_nats | 1.5 |" in card
+    assert "CC0-1.0" in card
+    assert read_adapter(folder).manifest.adapter_sha256 in card
+
+
+def test_plain_peft_reads_the_folder(saved, make_tiny):
+    source, folder = saved
+    other = make_tiny(0)
+    wrapped = PeftModel.from_pretrained(other.lm, str(folder))
+    with torch.no_grad():
+        got = wrapped.get_base_model().logps(source.codes, source.cond)
+    assert torch.equal(got, source.logps())
+
+
+def test_another_base_is_refused_with_both_hashes_and_left_untouched(saved, make_tiny):
+    source, folder = saved
+    other = make_tiny(1)
+    before = other.logps()
+    with pytest.raises(UserError) as refused:
+        load_adapter(other, folder)
+    assert source.sha256 in str(refused.value)
+    assert other.sha256 in str(refused.value)
+    assert torch.equal(other.logps(), before)
+
+
+def test_a_weighted_pair_is_loaded_as_the_exact_sum(saved, make_tiny, tmp_path):
+    _, folder = saved
+    second = make_tiny(0)
+    torch.manual_seed(7)
+    attach_lora(second.lm, r=2, alpha=4, init_b=True)
+    save_adapter(tmp_path / "cool", second.lm, {"base_sha256": second.sha256, "method": "style"})
+    mixed, by_hand = make_tiny(0), make_tiny(0)
+    load_adapter(mixed, [folder, tmp_path / "cool"], weights=[0.5, -2.0])
+    with torch.no_grad():
+        for part, weight in ((folder, 0.5), (tmp_path / "cool", -2.0)):
+            lora = read_adapter(part).lora
+            for module in lora.modules:
+                by_hand.lm.get_submodule(module).weight += weight * lora.delta(module)
+    torch.testing.assert_close(mixed.logps(), by_hand.logps(), atol=1e-5, rtol=0)
+    assert not torch.allclose(mixed.logps(), make_tiny(0).logps(), atol=1e-4)
+
+
+def test_a_cut_file_is_refused(saved, make_tiny):
+    _, folder = saved
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="whole safetensors"):
+        load_adapter(make_tiny(0), folder)
+
+
+def test_pickled_weights_are_refused(saved, make_tiny):
+    _, folder = saved
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="pickle"):
+        load_adapter(make_tiny(0), folder)
+
+
+def test_a_folder_without_manifest_is_refused(saved, make_tiny):
+    _, folder = saved
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"without manifest\.json"):
+        load_adapter(make_tiny(0), folder)
+
+
+def test_swapped_weights_are_refused(saved, make_tiny, tmp_path):
+    _, folder = saved
+    second = make_tiny(0)
+    attach_lora(second.lm, r=4, alpha=8)
+    save_adapter(tmp_path / "second", second.lm, {"base_sha256": second.sha256, "method": "dpo"})
+    shutil.copy(tmp_path / "second" / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="hash to"):
+        load_adapter(make_tiny(0), folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_dora", True), ("use_rslora", True), ("r", 0), ("peft_type", "LOHA")])
+def test_variants_of_lora_are_refused_because_they_would_load_wrongly(saved, key, value):
+    _, folder = saved
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match="a plain LoRA"):
+        read_adapter(folder)
+
+
+def test_an_adapter_with_nan_is_not_written(tiny, tmp_path):
+    attach_lora(tiny.lm, r=2, alpha=4)
+    with torch.no_grad():
+        next(iter(p for n, p in tiny.lm.named_parameters() if "lora_B" in n)).fill_(float("nan"))
+    with pytest.raises(UserError, match="nothing was written"):
+        save_adapter(tmp_path / "broken", tiny.lm, {"base_sha256": tiny.sha256, "method": "dpo"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_library_lists_and_finds_adapters_by_name(saved):
+    _, folder = saved
+    (folder.parent / "notes").mkdir()
+    assert [m.name for m in list_adapters(folder.parent)] == ["warm"]
+    assert find_adapter(folder.parent, "warm") == folder
+    with pytest.raises(UserError, match="no adapter 'cold'"):
+        find_adapter(folder.parent, "cold")
+
+
+@pytest.mark.parametrize("name", ["..", "../warm", "a/b", "", "a\\b", "/etc", "x" * 65])
+def test_a_name_cannot_leave_the_library(saved, name):
+    _, folder = saved
+    with pytest.raises(UserError, match="adapter name"):
+        find_adapter(folder.parent, name)
+
+
+def test_a_manifest_must_name_a_base_by_hash(tiny, tmp_path):
+    attach_lora(tiny.lm, r=2, alpha=4)
+    with pytest.raises(UserError, match="64 hex digits"):
+        save_adapter(tmp_path / "a", tiny.lm, {"base_sha256": "demo", "method": "dpo"})
+    with pytest.raises(UserError, match="base_sha256"):
+        save_adapter(tmp_path / "a", tiny.lm, {"method": "dpo"})
+    assert not (tmp_path / "a").exists()
