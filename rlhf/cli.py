@@ -1,0 +1,258 @@
+"""`encore ...`: one door to what is not training.
+
+    encore corpus import|build   encore sample   encore app   encore ratings export|stats   encore generate
+    encore adapters list|show    encore evaluate   encore lineage   encore demo
+
+Training is launched with `accelerate launch <folder>/train_*.py`. Bad input ends with one line on stderr (got, expected, remedy)
+and exit code 2; nothing half-written is left. Each command imports what it needs only when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from base_models.errors import UserError
+from db.errors import StoreError
+
+DEMO_DB = "sqlite:///runs/demo/encore.db"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "alembic", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except (UserError, StoreError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except OSError as error:
+        # A full or read-only disk, a folder without rights: the system's words, and what to do.
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: got {error.strerror or error}{where}; expected a place that can be written; remedy: free space, or "
+              "choose another folder", file=sys.stderr)  # fmt: skip
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="encore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    corpus = commands.add_parser("corpus", help="import or build a corpus").add_subparsers(required=True, metavar="ACTION")
+    p = _command(corpus, "import", corpus_import, "check and import a folder of audio (HF audiofolder layout)")
+    p.add_argument("folder", type=Path)
+    p.add_argument("--out", type=Path, default=Path(".cache/imported"))
+    p.add_argument("--sample-rate", type=int, default=16000)
+    p.add_argument("--strict-genres", action="store_true", help="leave out clips whose genre is not a known one")
+    p = _command(corpus, "build", corpus_build, "build the demo corpus from public-domain melodies")
+    p.add_argument("--out", type=Path, default=Path(".cache/corpus"))
+    p.add_argument("--n-clips", type=int, default=6000)
+    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--stems", action="store_true")
+
+    p = _command(commands, "sample", sample, "sample clips for prompts, and put them up for rating")
+    _policy_arguments(p)
+    p.add_argument("--prompts", type=Path, required=True, help=".jsonl with {prompt, ...} or .txt, one a line")
+    p.add_argument("-n", type=int, default=2, help="clips a prompt")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--duration", type=float, default=6.0, help="seconds")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--system", help="the name under which the clips are kept (raters never see it)")
+    p.add_argument("--campaign", help="register the clips as pairs of this campaign")
+    p.add_argument("--db", default=DEMO_DB)
+    p.add_argument("--target-votes", type=int, default=3)
+
+    p = _command(commands, "app", app, "serve the rating page")
+    p.add_argument("--db", default=DEMO_DB)
+    p.add_argument("--host", default="127.0.0.1")
+    p.add_argument("--port", type=int, default=7860)
+    p.add_argument("--rater", metavar="NAME", help="make sure this rater exists and print a fresh access code")
+
+    ratings = commands.add_parser("ratings", help="export or count votes").add_subparsers(required=True, metavar="ACTION")
+    p = _command(ratings, "export", ratings_export, "freeze a campaign's votes as a hashed snapshot")
+    p.add_argument("--db", default=DEMO_DB)
+    p.add_argument("--campaign", required=True)
+    p.add_argument("--out", type=Path, default=Path("runs/snapshots"))
+    p.add_argument("--name", required=True)
+    p = _command(ratings, "stats", ratings_stats, "count pairs, raters and votes")
+    p.add_argument("--db", default=DEMO_DB)
+
+    p = _command(commands, "generate", generate, "a prompt becomes a mastered track")
+    p.add_argument("prompt")
+    _policy_arguments(p)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--duration", type=float, default=6.0, help="seconds")
+    p.add_argument("--sample-rate", type=int, choices=[16000, 44100], default=44100)
+    p.add_argument("--mono", action="store_true")
+    p.add_argument("--out", type=Path, default=Path("track.wav"))
+
+    adapters = commands.add_parser("adapters", help="look into a library of adapters").add_subparsers(required=True, metavar="ACTION")
+    p = _command(adapters, "list", adapters_list, "every adapter below a folder")
+    p.add_argument("root", type=Path, nargs="?", default=Path("runs"))
+    p = _command(adapters, "show", adapters_show, "one adapter's manifest")
+    p.add_argument("folder", type=Path)
+
+    p = _command(commands, "evaluate", evaluate, "play held-out prompts with a base and its adapters; KL and diversity")
+    _policy_arguments(p)
+    p.add_argument("--prompts", type=Path, required=True)
+    p.add_argument("-n", type=int, default=2)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--duration", type=float, default=6.0)
+    p.add_argument("--out", type=Path, required=True)
+
+    p = _command(commands, "lineage", lineage, "what an adapter was made from: reward, snapshot, base, votes")
+    p.add_argument("folder", type=Path)
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where its parents are looked for")
+
+    p = _command(commands, "demo", demo, "the whole loop, from prompts to a report")
+    p.add_argument("--out", type=Path, default=Path("runs/demo"))
+    p.add_argument("--policy", type=Path, help="default: the base that ships with Encore")
+    return parser
+
+
+def _command(group: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _policy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", type=Path, help="policy folder; default: the base that ships with Encore")
+    parser.add_argument("--adapter", type=Path, action="append", default=[], help="adapter folder; may be given several times")
+    parser.add_argument("--weight", type=float, action="append", help="weight of each adapter, in order; default 1")
+
+
+def _policy_dir(args: argparse.Namespace) -> Path:
+    from base_models.policy import PRETRAINED
+
+    return args.policy or PRETRAINED
+
+
+def corpus_import(args: argparse.Namespace) -> None:
+    from base_models.corpus.importer import import_folder
+
+    report = import_folder(args.folder, args.out, sample_rate=args.sample_rate, strict_genres=args.strict_genres)
+    print(report)
+
+
+def corpus_build(args: argparse.Namespace) -> None:
+    from base_models.corpus.build import build_corpus
+
+    print(build_corpus(args.out, n_clips=args.n_clips, workers=args.workers, stems=args.stems))
+
+
+def sample(args: argparse.Namespace) -> None:
+    from rlhf.sample_pairs import Settings, sample_folder
+
+    settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
+    manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight)
+    print(manifest)
+    if args.campaign:
+        from db.store import open_store
+        from feedback_app.campaigns import register_campaign
+
+        with open_store(args.db) as store:
+            found = register_campaign(store, args.campaign, manifest, target_votes=args.target_votes)
+        print(f"campaign {args.campaign}: {found.n_pairs} pairs in {args.db}")
+
+
+def app(args: argparse.Namespace) -> int:
+    from feedback_app.app import main as serve
+
+    rater = ["--rater", args.rater] if args.rater else []
+    return serve(["--db", args.db, "--host", args.host, "--port", str(args.port), *rater]) or 0
+
+
+def ratings_export(args: argparse.Namespace) -> None:
+    from db.export import export_snapshot
+    from db.store import open_store
+
+    with open_store(args.db) as store:
+        snapshot = export_snapshot(store, args.campaign, args.out, args.name)
+    print(json.dumps({"folder": str(args.out / args.name), **snapshot}, indent=2, default=str))
+
+
+def ratings_stats(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from db.store import open_store
+
+    with open_store(args.db) as store:
+        print(json.dumps(dataclasses.asdict(store.stats()), indent=2, default=str))
+
+
+def generate(args: argparse.Namespace) -> None:
+    from adapters.library import load_adapter
+    from base_models.pipeline import MusicPipeline, check_prompt
+    from base_models.policy import load_policy
+
+    check_prompt(args.prompt)
+    policy = load_policy(_policy_dir(args))
+    if args.adapter:
+        load_adapter(policy, args.adapter, args.weight)
+    track = MusicPipeline(policy).generate(
+        args.prompt, duration_s=args.duration, seed=args.seed, sample_rate=args.sample_rate, stereo=not args.mono
+    )
+    track.save(args.out)
+    print(f"{args.out}: {track.lufs:.1f} LUFS, true peak {track.true_peak_dbfs:.1f} dBFS, seed {args.seed}")
+
+
+def adapters_list(args: argparse.Namespace) -> None:
+    from adapters.library import list_adapters
+
+    found = list_adapters(args.root)
+    for manifest in found:
+        print(f"{manifest.name:20} {manifest.method:8} base {manifest.base_sha256[:12]}  {manifest.created_at}")
+    print(f"{len(found)} adapters below {args.root}")
+
+
+def adapters_show(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from adapters.library import read_adapter
+
+    print(json.dumps(dataclasses.asdict(read_adapter(args.folder).manifest), indent=2))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from adapters.library import read_adapter
+    from base_models.policy import load_policy
+    from rlhf.evaluate_models import evaluate as run
+    from rlhf.sample_pairs import Settings, read_prompts
+
+    systems = {read_adapter(folder).manifest.name: folder for folder in args.adapter}
+    if len(systems) < len(args.adapter):
+        raise UserError("two adapters of one name", "different names", "rename one of the folders' manifests")
+    settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
+    figures = run(load_policy(_policy_dir(args)), systems, read_prompts(args.prompts), args.out, settings)
+    print(json.dumps(figures, indent=2))
+
+
+def lineage(args: argparse.Namespace) -> None:
+    from rlhf.lineage import trace
+
+    for line in trace(args.folder, args.runs):
+        print(line)
+
+
+def demo(args: argparse.Namespace) -> int:
+    from rlhf.demo import DemoConfig
+    from rlhf.demo import main as run
+
+    return run(DemoConfig(_policy_dir(args), args.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

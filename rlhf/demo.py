@@ -1,0 +1,339 @@
+"""The whole loop on this machine: `encore demo`.
+
+    demo base -> pairs of clips -> the real rating app on SQLite -> votes of 12 simulated raters over HTTP -> frozen snapshot
+    -> reward model, DPO adapter, PPO adapter, and a control trained on shuffled votes
+    -> clips of all of them on held-out prompts -> the hidden taste judges, in its own process -> report.html, report.json, tracks
+
+Each stage leaves a stamp when it is whole: a second call does only what is missing, and an interrupted one goes on. The seconds
+that each stage took are kept, so the report tells the whole time also after an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from base_models.checkpoint import read_json, write_json
+from base_models.corpus.captions import demo_prompts
+from base_models.errors import UserError
+from base_models.pipeline import MusicPipeline
+from base_models.policy import PRETRAINED, load_policy
+from rlhf.evaluate_models import BASE, compare_gold, evaluate
+from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
+
+logger = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[1]
+CAMPAIGN = "demo"
+SYSTEMS = ("dpo", "ppo", "shuffled")
+TRACK_PROMPT = "sad piano, slow"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How big the demo is. `small` is what the tests run."""
+
+    policy: Path = PRETRAINED
+    out: Path = Path("runs/demo")
+    train_prompts: int = 160
+    clips_per_prompt: int = 4
+    duration_s: float = 4.0
+    raters: int = 12
+    target_votes: int = 3
+    heldout_prompts: int = 96
+    heldout_clips: int = 2
+    dpo: tuple[str, ...] = ("--epochs", "3")
+    ppo: tuple[str, ...] = ("--steps", "60")
+    seed: int = 0
+
+    @staticmethod
+    def small(policy: Path, out: Path) -> DemoConfig:
+        """The same stages in about a minute, on a policy of the test's choosing."""
+        return DemoConfig(
+            policy, out, train_prompts=12, clips_per_prompt=2, duration_s=1.0, target_votes=2, heldout_prompts=12,
+            dpo=("--steps", "4"), ppo=("--steps", "2", "--batch-size", "8"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the demo. `weight` is its usual share of the time, for the ETA."""
+
+    name: str
+    what: str
+    weight: float
+    run: Callable[[], dict[str, Any] | None]
+
+
+class Demo:
+    """The demo's folder and its stages."""
+
+    def __init__(self, cfg: DemoConfig) -> None:
+        self.cfg, self.out = cfg, cfg.out
+        self.db = f"sqlite:///{(cfg.out / 'encore.db').resolve()}"
+        self.began = time.monotonic()
+
+    # ---- the loop over stages ----------------------------------------------------------------------------------------
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage("prompts", "writing held-in and held-out prompts", 1, self.prompts),
+            Stage("samples", "sampling pairs of clips from the base", 200, self.samples),
+            Stage("votes", "12 simulated raters vote through the rating app", 60, self.votes),
+            Stage("snapshot", "freezing the votes", 1, self.snapshot),
+            Stage("reward", "training the reward model", 30, self.reward),
+            Stage("dpo", "training the DPO adapter", 100, lambda: self.dpo("dpo")),
+            Stage("shuffled", "training the control on shuffled votes", 100, lambda: self.dpo("shuffled")),
+            Stage("ppo", "training the PPO adapter", 200, self.ppo),
+            Stage("heldout", "playing held-out prompts with all of them", 180, self.heldout),
+            Stage("judge", "the hidden taste compares", 20, self.judge),
+            Stage("tracks", "mastering three tracks", 10, self.tracks),
+            Stage("report", "writing the report", 15, self.report),
+        ]
+
+    def run(self) -> Path:
+        """Do what is missing. Returns the report's path."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._check_config()
+        stages = self.stages()
+        for number, stage in enumerate(stages, start=1):
+            stamp = self.out / "stages" / f"{stage.name}.json"
+            if stamp.is_file():
+                print(f"[{number:2}/{len(stages)}] {stage.what}: done before", flush=True)
+                continue
+            left = sum(s.weight for s in stages[number - 1 :])
+            print(f"[{number:2}/{len(stages)}] {stage.what} ...  (about {_minutes(left * self._pace(stages))} left)", flush=True)
+            start = time.monotonic()
+            result = stage.run() or {}
+            seconds = time.monotonic() - start
+            write_json(stamp, {"seconds": seconds, **result})
+            print(f"        {seconds:.0f} s", flush=True)
+        return self.out / "report.html"
+
+    def _check_config(self) -> None:
+        plan = json.loads(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.cfg).items()}))
+        known = self.out / "demo.json"
+        if known.is_file() and read_json(known) != plan:
+            raise UserError(f"{self.out}, which holds a demo with other settings", "the same settings", f"remove {self.out}")
+        write_json(known, plan)
+
+    def _pace(self, stages: list[Stage]) -> float:
+        """Seconds per unit of weight, from the stages that are done (1 where none is)."""
+        done = [(s.weight, self.stamp(s.name)) for s in stages if (self.out / "stages" / f"{s.name}.json").is_file()]
+        weight = sum(w for w, _ in done)
+        return sum(stamp["seconds"] for _, stamp in done) / weight if weight > 20 else 1.0
+
+    def stamp(self, name: str) -> dict[str, Any]:
+        return read_json(self.out / "stages" / f"{name}.json")
+
+    # ---- stages ------------------------------------------------------------------------------------------------------
+
+    def prompts(self) -> dict[str, Any]:
+        cfg = self.cfg
+        for name, split, n in (("train", "train", cfg.train_prompts), ("heldout", "heldout", cfg.heldout_prompts)):
+            rows = demo_prompts(n, split, seed=cfg.seed)
+            for i, row in enumerate(rows):
+                row["prompt_id"] = f"{name}-{i:04d}"
+            write_prompts(self.out / f"prompts_{name}.jsonl", rows)
+        return {"train": cfg.train_prompts, "heldout": cfg.heldout_prompts}
+
+    def samples(self) -> dict[str, Any]:
+        cfg = self.cfg
+        policy = load_policy(cfg.policy)
+        prompts = read_prompts(self.out / "prompts_train.jsonl")
+        settings = Settings(n=cfg.clips_per_prompt, seed=cfg.seed, duration_s=cfg.duration_s)
+        sample(policy, prompts, self.out / "samples", settings, BASE)
+        return {"clips": len(prompts) * cfg.clips_per_prompt, "policy_sha256": policy.sha256}
+
+    def votes(self) -> dict[str, Any]:
+        """Start the real app, let the raters vote, stop it. Votes that an interrupted call left are kept."""
+        from db.store import open_store
+        from feedback_app.campaigns import register_campaign
+
+        cfg = self.cfg
+        raters = self.out / "raters.json"
+        with open_store(self.db) as store:
+            found = register_campaign(
+                store, CAMPAIGN, self.out / "samples" / "manifest.jsonl", target_votes=cfg.target_votes, min_listen_ms=0
+            )
+            if not raters.is_file():
+                access = []
+                for i in range(cfg.raters):
+                    handle = f"simulated-{i:02d}"
+                    access.append({"handle": handle, "token": self._token(store, handle)})
+                write_json(raters, access)
+                raters.chmod(0o600)
+        app = subprocess.Popen(
+            [sys.executable, "-m", "feedback_app.app", "--db", self.db, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )  # fmt: skip
+        try:
+            assert app.stdout is not None
+            line = app.stdout.readline()
+            if "ready at" not in line:
+                raise UserError(f"a rating app that did not start: {line!r}", "a line with its address", "see its error above")
+            url = line.rsplit(" ", 1)[1].strip()
+            print(f"        the rating app is at {url}", flush=True)
+            command = ["-m", "rlhf.simulation.vote", "--url", url, "--raters", raters, "--campaign", CAMPAIGN, "--seed", cfg.seed]
+            self._python(command)
+        finally:
+            app.terminate()
+            app.wait(timeout=30)
+        return {"pairs": found.n_pairs, "raters": cfg.raters}
+
+    @staticmethod
+    def _token(store: Any, handle: str) -> str:
+        """A fresh access token, whether the rater is new or was left by an interrupted call."""
+        from db.errors import StoreError
+
+        try:
+            return str(store.add_rater(handle))
+        except StoreError:
+            return str(store.renew_token(handle))
+
+    def snapshot(self) -> dict[str, Any]:
+        from db.export import export_snapshot
+        from db.store import open_store
+
+        with open_store(self.db) as store:
+            found = export_snapshot(store, CAMPAIGN, self.out / "snapshots", CAMPAIGN)
+        return {key: found[key] for key in ("sha256", "n_votes", "n_raters", "n_excluded")}
+
+    @property
+    def snapshot_dir(self) -> Path:
+        return self.out / "snapshots" / CAMPAIGN
+
+    def reward(self) -> None:
+        self._script("train_reward", "--snapshot", self.snapshot_dir, "--policy", self.cfg.policy, "--out", self.out / "reward")
+
+    def dpo(self, name: str) -> None:
+        control = ["--shuffle-votes", self.cfg.seed + 1] if name == "shuffled" else []
+        common = ["--snapshot", self.snapshot_dir, "--policy", self.cfg.policy, "--out", self.out / name]
+        self._script("train_dpo", *common, *self.cfg.dpo, *control, *self._resume(self.out / name))
+
+    def ppo(self) -> None:
+        frames = round(self.cfg.duration_s * 25)
+        self._script(
+            "train_ppo", "--policy", self.cfg.policy, "--reward", self.out / "reward", "--prompts", self.out / "prompts_train.jsonl",
+            "--n-frames", frames, "--out", self.out / "ppo", *self.cfg.ppo, *self._resume(self.out / "ppo"),
+        )  # fmt: skip
+
+    @staticmethod
+    def _resume(run: Path) -> list[str]:
+        return ["--resume"] if run.exists() else []
+
+    def heldout(self) -> dict[str, Any]:
+        cfg = self.cfg
+        policy = load_policy(cfg.policy)
+        prompts: list[Prompt] = read_prompts(self.out / "prompts_heldout.jsonl")
+        settings = Settings(n=cfg.heldout_clips, seed=cfg.seed + 1000, duration_s=cfg.duration_s)
+        adapters = {name: self.out / name / "adapter" for name in SYSTEMS}
+        return {"systems": evaluate(policy, adapters, prompts, self.out / "heldout", settings)}
+
+    def judge(self) -> dict[str, Any]:
+        manifests = [self.out / "heldout" / name / "manifest.jsonl" for name in (BASE, *SYSTEMS)]
+        named = [part for path in manifests for part in ("--manifest", path)]
+        self._python(["-m", "rlhf.simulation.judge", *named, "--out", self.out / "gold.json"])
+        return {"comparisons": compare_gold(self.out / "gold.json", SYSTEMS)}
+
+    def tracks(self) -> dict[str, Any]:
+        from adapters.library import load_adapter, unload_adapters
+
+        policy = load_policy(self.cfg.policy)
+        pipeline = MusicPipeline(policy)
+        paths = []
+        for name in (BASE, "dpo", "ppo"):
+            unload_adapters(policy.lm)
+            if name != BASE:
+                load_adapter(policy, self.out / name / "adapter")
+            track = pipeline.generate(TRACK_PROMPT, duration_s=min(6.0, max(1.0, self.cfg.duration_s * 1.5)), seed=7)
+            path = self.out / "tracks" / f"{name}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            track.save(path)
+            paths.append({"system": name, "file": f"tracks/{name}.wav", "lufs": track.lufs, "true_peak_dbfs": track.true_peak_dbfs})
+        return {"prompt": TRACK_PROMPT, "tracks": paths}
+
+    def report(self) -> None:
+        from rlhf.report import write_report
+
+        write_report(self.out, self.figures())
+
+    # ---- what the report says ----------------------------------------------------------------------------------------
+
+    def figures(self) -> dict[str, Any]:
+        """report.json: what this run measured, and the base's figures with the command that measured them."""
+        stages = {p.stem: read_json(p) for p in sorted((self.out / "stages").glob("*.json"))}
+        base = read_json(self.cfg.policy / "figures.json") if (self.cfg.policy / "figures.json").is_file() else {}
+        reward = read_json(self.out / "reward" / "figures.json")
+        snapshot = stages["snapshot"]
+        moved = stages["heldout"]["systems"]
+        systems = {}
+        for name in SYSTEMS:
+            won = stages["judge"]["comparisons"][name]
+            systems[name] = {**won, **{k: moved[name][k] for k in ("kl", "kl_ci", "diversity", "diversity_ratio")}}
+        return {
+            "seconds": sum(stage["seconds"] for stage in stages.values()),
+            "stages": {name: stage["seconds"] for name, stage in stages.items()},
+            "votes": snapshot["n_votes"],
+            "raters": snapshot["n_raters"],
+            "excluded": snapshot["n_excluded"],
+            "snapshot_sha256": snapshot["sha256"],
+            "policy_sha256": stages["samples"]["policy_sha256"],
+            "codec": base.get("codec", {}),
+            "base": base.get("base", {}),
+            "base_diversity": moved[BASE]["diversity"],
+            "reward": {
+                "accuracy": reward["accuracy"],
+                "ci": reward["ci"],
+                "ceiling": reward["ceiling"],
+                "baseline": reward.get("baseline"),
+                "ece": reward.get("ece"),
+            },
+            "systems": systems,
+            "tracks": stages["tracks"],
+            "heldout_prompts": self.cfg.heldout_prompts,
+            "duration_s": self.cfg.duration_s,
+        }
+
+    # ---- processes ---------------------------------------------------------------------------------------------------
+
+    def _script(self, name: str, *arguments: object) -> None:
+        self._python([ROOT / "rlhf" / f"{name}.py", *arguments])
+
+    def _python(self, arguments: list[object]) -> None:
+        """Run a Python program of ours; its progress goes to the terminal, and its failure ends the demo with its words."""
+        command = [sys.executable, *map(str, arguments)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        }
+        code = subprocess.run(command, check=False, env=environment).returncode
+        if code:
+            raise UserError(f"exit code {code} of {' '.join(command[1:4])}", "0", "mend what it says above and call again: it resumes")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def main(cfg: DemoConfig) -> int:
+    """Run the demo and say what came of it."""
+    page = Demo(cfg).run()
+    figures = read_json(cfg.out / "report.json")
+    print(f"\n{figures['votes']} votes by {figures['raters']} raters, {figures['seconds'] / 60:.1f} minutes in all")
+    accuracy, ceiling = figures["reward"]["accuracy"], figures["reward"]["ceiling"]
+    print(f"reward model: {accuracy:.3f} of unseen votes ({figures['reward']['ci']}), the raters' ceiling is {ceiling}")
+    for name, row in figures["systems"].items():
+        low, high = row["ci"]
+        print(
+            f"{name:9} wins {row['gold_win_rate']:.3f} [{low:.3f}, {high:.3f}] of {row['n']} decided against the base, KL {row['kl']:.1f}"
+        )
+    print(f"\nreport:  {page.resolve()}\ntracks:  {(cfg.out / 'tracks').resolve()}")
+    print("rate by hand: `make app` opens the same database at http://127.0.0.1:7860")
+    return 0

@@ -1,0 +1,124 @@
+"""Compare a base with its adapters on prompts that no training run has seen.
+
+    encore evaluate --policy DIR --adapter runs/dpo/adapter --adapter runs/ppo/adapter --prompts heldout.jsonl --out DIR
+
+    prompts -> clips of the base and of every system, with shared random numbers -> per system: KL to the base, diversity
+    -> manifests that a judge or a campaign of listeners compares, prompt by prompt
+
+It measures how far a system has moved and how varied it still is. Which system is better is for ears to say (or, in the demo, for
+the simulated listeners' hidden taste, which runs in a process of its own); the reward model's opinion is never used as proof.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adapters.library import load_adapter, unload_adapters
+from adapters.lora import adapter_disabled
+from base_models.checkpoint import read_json, write_json
+from base_models.errors import UserError
+from base_models.policy import Policy
+from rlhf.metrics import diversity, mean_ci, paired_outcomes, win_rate
+from rlhf.sample_pairs import Prompt, Settings, sample
+
+BASE = "base"
+
+
+def read_manifest(path: Path) -> list[dict[str, Any]]:
+    """Rows of a samples manifest."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def read_codes(manifest: Path, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """Codes [N, K, T] of a manifest's rows."""
+    arrays = [np.load(manifest.parent / row["codes_file"], allow_pickle=False) for row in rows]
+    return torch.from_numpy(np.stack(arrays)).long()
+
+
+@torch.no_grad()
+def kl_to_base(policy: Policy, rows: Sequence[Mapping[str, Any]], codes: torch.Tensor, batch_size: int = 32) -> np.ndarray:
+    """KL of the adapted policy to the base in nats a clip, estimated on its own samples: log pi(codes) - log base(codes), [N]."""
+    kl = []
+    policy.lm.fast_training()
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        cond = policy.conditions([row["prompt"] for row in part], [row["tempo_bpm"] for row in part])
+        own = policy.lm.logps(codes[start : start + batch_size], cond)
+        with adapter_disabled(policy.lm):
+            base = policy.lm.logps(codes[start : start + batch_size], cond)
+        kl.append((own - base).sum(1))
+    return torch.cat(kl).numpy()
+
+
+def clip_features(policy: Policy, codes: torch.Tensor) -> np.ndarray:
+    """Unit embeddings [N, E] in the shared audio-text space."""
+    if policy.contrastive is None:
+        raise UserError(
+            f"{policy.path} without contrastive/", "a policy with the shared audio-text space", "train_contrastive.py"
+        )
+    with torch.no_grad():
+        return torch.cat([policy.contrastive.embed_codes(part) for part in codes.split(64)]).numpy()
+
+
+def evaluate(
+    policy: Policy, systems: Mapping[str, Path], prompts: Sequence[Prompt], out: Path, settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """Sample base and systems and measure KL and diversity.
+
+    Args: systems: name -> adapter folder. settings.n >= 2, since diversity is measured within a prompt.
+    Returns: per system {manifest, kl, kl_ci, diversity, diversity_ratio, adapter_sha256}; written to out/evaluation.json.
+    """
+    if settings.n < 2:
+        raise UserError(f"n = {settings.n} clips a prompt", "at least 2", "pass -n 2")
+    figures: dict[str, dict[str, Any]] = {}
+    unload_adapters(policy.lm)
+    for name in (BASE, *systems):
+        hashes = []
+        if name != BASE:
+            unload_adapters(policy.lm)
+            hashes = [m.adapter_sha256 for m in load_adapter(policy, systems[name])]
+        manifest = sample(policy, prompts, out / name, settings, name, hashes)
+        rows = read_manifest(manifest)
+        codes = read_codes(manifest, rows)
+        ids = [row["prompt_id"] for row in rows]
+        varied = diversity(clip_features(policy, codes), ids)
+        entry: dict[str, Any] = {"manifest": str(manifest), "diversity": varied, "adapter_sha256": hashes[0] if hashes else None}
+        if name != BASE:
+            kl = mean_ci(kl_to_base(policy, rows, codes), ids)
+            entry |= {"kl": kl.value, "kl_ci": list(kl.ci), "diversity_ratio": varied / figures[BASE]["diversity"]}
+        figures[name] = entry
+    unload_adapters(policy.lm)
+    write_json(out / "evaluation.json", figures)
+    return figures
+
+
+def compare_gold(gold_file: Path, systems: Sequence[str], base: str = BASE) -> dict[str, dict[str, Any]]:
+    """Win rates against the base from a judge's scores, clip k of a prompt against clip k of the same prompt.
+
+    Returns: per system {gold_win_rate, ci, n, n_ties, gold_gain}: decided pairs, interval by prompt.
+    """
+    by_system: dict[str, dict[tuple[str, int], tuple[float, str]]] = {}
+    for clip in read_json(gold_file)["clips"]:
+        by_system.setdefault(clip["system"], {})[clip["prompt_id"], clip["seed"]] = (clip["gold"], clip["prompt_id"])
+    results: dict[str, dict[str, Any]] = {}
+    for name in systems:
+        ours, theirs = by_system[name], by_system[base]
+        if ours.keys() != theirs.keys():
+            raise UserError(f"{name} and {base} on different prompts or seeds", "the same of both", "sample both with one call")
+        keys = sorted(ours)
+        mine, other = np.array([ours[k][0] for k in keys]), np.array([theirs[k][0] for k in keys])
+        rate = win_rate(paired_outcomes(mine, other), [ours[k][1] for k in keys])
+        results[name] = {
+            "gold_win_rate": rate.decided.value,
+            "ci": list(rate.decided.ci),
+            "n": rate.decided.n,
+            "n_ties": rate.n_ties,
+            "gold_gain": float((mine - other).mean()),
+        }
+    return results

@@ -1,0 +1,214 @@
+"""Sample clips for a list of prompts: what listeners will compare, and what evaluation judges.
+
+    encore sample --policy DIR [--adapter DIR]... --prompts prompts.jsonl -n 4 --seed 0 --out DIR [--campaign NAME --db URL]
+
+    prompts -> Conditions -> codes [B, K, T] -> wav -> 000000_0.wav + 000000_0.npy, and a row in manifest.jsonl
+
+The seed of clip k of prompt i depends on (seed, i, k) alone: the same call gives the same codes, and two policies that are
+sampled with one seed share their random numbers, which makes the comparison between them sharper. A call that was interrupted
+goes on where it stopped. Rows are written as clips are made; `manifest.jsonl` appears when all of them are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from adapters.library import load_adapter
+from base_models.audio import write_audio
+from base_models.checkpoint import atomic_file, file_sha256, read_json, write_json
+from base_models.errors import UserError
+from base_models.pipeline import check_prompt
+from base_models.policy import Policy, load_policy
+from base_models.sampling import generate
+
+logger = logging.getLogger(__name__)
+LICENCE = "CC0-1.0"
+CONSENT = "generated; no person's recording"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompts file."""
+
+    prompt: str
+    prompt_id: str
+    split: str = "train"
+    tempo_bpm: float | None = None
+    genre: str | None = None
+    mood: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample: everything that decides the codes, beside policy, adapters and prompts."""
+
+    n: int = 2
+    """Clips a prompt."""
+    seed: int = 0
+    duration_s: float = 6.0
+    temperature: float = 1.0
+    top_k: int = 0
+    cfg_coef: float = 1.0
+    batch_size: int = 32
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts from .jsonl (rows with `prompt` and optionally prompt_id, split, tempo_bpm, genre, mood) or .txt (one a line).
+
+    Raises UserError with the line's number for a row without a usable prompt, and for an empty file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}", "a .jsonl or .txt file of prompts", "check the path")
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line}
+            text = check_prompt(str(row["prompt"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: {error!r}", '{"prompt": "..."} on each line', "correct the line") from error
+        identity = str(row.get("prompt_id") or hashlib.sha256(text.encode()).hexdigest()[:12])
+        known = {name: row.get(name) for name in ("tempo_bpm", "genre", "mood")}
+        prompts.append(Prompt(text, identity, str(row.get("split") or "train"), **known))
+    if not prompts:
+        raise UserError(f"{path} without prompts", "at least one", "write one prompt a line")
+    if len({p.prompt_id for p in prompts}) < len(prompts):
+        raise UserError(
+            f"{path} with a prompt twice", "each prompt once", "remove the copies; -n gives several clips of one prompt"
+        )
+    return prompts
+
+
+def write_prompts(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as a prompts file (.jsonl)."""
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def clip_seed(seed: int, prompt_index: int, k: int) -> int:
+    """The seed of clip `k` of prompt `prompt_index`: a hash, so that neighbours have nothing in common."""
+    digest = hashlib.sha256(f"{seed}|{prompt_index}|{k}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def sample(
+    policy: Policy, prompts: Sequence[Prompt], out: str | Path, settings: Settings, system: str, adapters: Sequence[str] = ()
+) -> Path:
+    """Sample into `out` and return the path of its manifest.
+
+    Args: system: the name under which the clips stand in the database. adapters: hashes of the adapters that `policy` carries.
+    Raises UserError when `out` holds samples that were made otherwise.
+    """
+    out = Path(out)
+    plan = {
+        "policy_sha256": policy.sha256,
+        "adapters": list(adapters),
+        "system": system,
+        "prompts": [[p.prompt, p.prompt_id, p.tempo_bpm] for p in prompts],
+        **{k: v for k, v in vars(settings).items() if k != "batch_size"},
+    }
+    manifest, partial = out / "manifest.jsonl", out / "manifest.partial.jsonl"
+    if (out / "sample.json").is_file():
+        if read_json(out / "sample.json") != plan:
+            raise UserError(f"{out}, which holds other samples", "an empty folder, or the same call", "choose another --out")
+        if manifest.is_file():
+            return manifest
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"{out}, which is not empty", "an empty or new folder", "choose another --out")
+        write_json(out / "sample.json", plan)
+
+    done = _read_done(partial, out)
+    jobs = [(i, k) for i in range(len(prompts)) for k in range(settings.n) if f"{i:06d}_{k}.wav" not in done]
+    frames = policy.n_frames(settings.duration_s)
+    how = {"temperature": settings.temperature, "top_k": settings.top_k, "cfg_coef": settings.cfg_coef}
+    bar = tqdm(total=len(prompts) * settings.n, initial=len(done), desc=f"sampling {system}", unit="clip", dynamic_ncols=True)
+    with open(partial, "a", encoding="utf-8") as rows:
+        for start in range(0, len(jobs), settings.batch_size):
+            part = jobs[start : start + settings.batch_size]
+            chosen = [prompts[i] for i, _ in part]
+            cond = policy.conditions([p.prompt for p in chosen], [p.tempo_bpm for p in chosen])
+            seeds = [clip_seed(settings.seed, i, k) for i, k in part]
+            codes = generate(policy.lm, cond, frames, seeds=seeds, **how).codes
+            for (i, k), prompt, seed, clip_codes in zip(part, chosen, seeds, codes):
+                wav = policy.decode(clip_codes[None])[0].float().cpu().numpy()
+                row = _write_clip(out, f"{i:06d}_{k}", wav, clip_codes.cpu().numpy(), policy.codec.sample_rate)
+                row |= {
+                    "prompt": prompt.prompt, "prompt_id": prompt.prompt_id, "split": prompt.split, "tempo_bpm": prompt.tempo_bpm,
+                    "genre": prompt.genre, "mood": prompt.mood, "seed": seed, "system": system, "policy_sha256": policy.sha256,
+                    "adapters": list(adapters), "gen": how, "licence": LICENCE, "consent": CONSENT,
+                }  # fmt: skip
+                rows.write(json.dumps(row, ensure_ascii=False) + "\n")
+                rows.flush()
+                done[row["file"]] = row
+                bar.update()
+    bar.close()
+    ordered = [done[f"{i:06d}_{k}.wav"] for i in range(len(prompts)) for k in range(settings.n)]
+    write_prompts(manifest, ordered)
+    partial.unlink()
+    return manifest
+
+
+def _write_clip(out: Path, name: str, wav: np.ndarray, codes: np.ndarray, sample_rate: int) -> dict[str, Any]:
+    """Codes first, then the sound: a row is written only when both are whole."""
+    with atomic_file(out / f"{name}.npy") as temporary, open(temporary, "wb") as handle:
+        np.save(handle, codes.astype(np.int16), allow_pickle=False)
+    peak = float(np.abs(wav).max(initial=0.0))
+    write_audio(out / f"{name}.wav", wav / max(1.0, peak / 0.99), sample_rate)
+    return {
+        "file": f"{name}.wav",
+        "sha256": file_sha256(out / f"{name}.wav"),
+        "codes_file": f"{name}.npy",
+        "duration_s": wav.shape[-1] / sample_rate,
+        "sample_rate": sample_rate,
+    }
+
+
+def _read_done(partial: Path, out: Path) -> dict[str, dict[str, Any]]:
+    """Rows of an interrupted call whose files are there; a last line that was cut is left out, and so made again."""
+    done: dict[str, dict[str, Any]] = {}
+    if not partial.is_file():
+        return done
+    for line in partial.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            logger.warning("%s ends in half a row; its clip is made again", partial)
+            continue
+        if (out / row["file"]).is_file() and (out / row["codes_file"]).is_file():
+            done[row["file"]] = row
+    write_prompts(partial, list(done.values()))
+    return done
+
+
+def sample_folder(
+    policy_dir: str | Path,
+    adapter_dirs: Sequence[str | Path],
+    prompts_file: str | Path,
+    out: str | Path,
+    settings: Settings,
+    system: str | None = None,
+    weights: Sequence[float] | None = None,
+) -> Path:
+    """The command line's work: load, adapt, sample."""
+    prompts = read_prompts(prompts_file)
+    policy = load_policy(policy_dir)
+    hashes: list[str] = []
+    name = system or "base"
+    if adapter_dirs:
+        manifests = load_adapter(policy, list(adapter_dirs), weights)
+        hashes = [m.adapter_sha256 for m in manifests]
+        name = system or "+".join(m.name for m in manifests)
+    return sample(policy, prompts, out, settings, name, hashes)

@@ -1,0 +1,178 @@
+"""The whole loop with real parts, small: real app, real HTTP, real training, a report."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from base_models.checkpoint import tensors_sha256, write_json
+from base_models.codec import load_codec
+from base_models.errors import UserError
+from base_models.lm import MusicLM, MusicLMConfig
+from base_models.policy import PRETRAINED, load_policy
+from rlhf import cli
+from rlhf.demo import Demo, DemoConfig
+from rlhf.sample_pairs import Settings, clip_seed, read_prompts, sample
+
+
+@pytest.fixture(scope="module")
+def policy_dir(tmp_path_factory) -> Path:
+    """The shipped codec and embedding with a tiny untrained language model."""
+    folder = tmp_path_factory.mktemp("policy")
+    for part in ("codec", "contrastive"):
+        shutil.copytree(PRETRAINED / part, folder / part)
+    torch.manual_seed(0)
+    codec_sha256 = tensors_sha256(load_codec(folder / "codec").state_dict())
+    MusicLM(MusicLMConfig(d_model=32, n_layers=1, n_heads=2, d_ff=64, codec_sha256=codec_sha256)).save(folder / "lm")
+    write_json(folder / "policy.json", {"text_encoder": "minilm"})
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    (tmp_path / "prompts.txt").write_text("sad piano\nfast techno, 130 BPM\n")
+    return tmp_path / "prompts.txt"
+
+
+def test_the_loop_closes(policy_dir, tmp_path):
+    cfg = DemoConfig.small(policy_dir, tmp_path / "demo")
+    page = Demo(cfg).run()
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert {"seconds", "votes", "raters", "snapshot_sha256", "codec", "base", "reward", "systems"} <= report.keys()
+    assert {"accuracy", "ci", "ceiling"} <= report["reward"].keys()
+    for name in ("dpo", "ppo", "shuffled"):
+        assert {"gold_win_rate", "ci", "n", "kl", "diversity"} <= report["systems"][name].keys()
+    assert report["votes"] == cfg.train_prompts * (cfg.clips_per_prompt // 2) * cfg.target_votes
+    assert report["raters"] == 12
+    text = page.read_text()
+    local = re.findall(r"<audio[^>]+src='([^']+)'", text)
+    assert len(local) >= 3 * 12
+    assert all((page.parent / path).is_file() for path in local)
+    assert not re.findall(r"(?:src|href)=['\"]https?:", text)
+    assert len(list((tmp_path / "demo" / "tracks").glob("*.wav"))) == 3
+
+    # A second call does nothing again, and says the same.
+    before = page.read_bytes()
+    Demo(cfg).run()
+    assert page.read_bytes() == before
+    # After the loss of one stage, that stage alone is done again.
+    (tmp_path / "demo" / "stages" / "report.json").unlink()
+    page.unlink()
+    assert Demo(cfg).run().is_file()
+    # The chain from adapter to votes can be walked.
+    from rlhf.lineage import trace
+
+    lines = "\n".join(trace(tmp_path / "demo" / "ppo" / "adapter", tmp_path / "demo"))
+    assert report["snapshot_sha256"] in lines
+    assert "unchanged" in lines
+    assert "not found" not in lines
+
+    # An adapter of this base is refused by another.
+    torch.manual_seed(1)
+    other = tmp_path / "other"
+    shutil.copytree(policy_dir, other)
+    MusicLM(load_policy(policy_dir).lm.config).save(other / "lm")
+    code = cli.main(
+        ["generate", "sad piano", "--policy", str(other), "--adapter", str(tmp_path / "demo/dpo/adapter"), "--out", str(tmp_path / "x.wav")]
+    )
+    assert code == 2
+    assert not (tmp_path / "x.wav").exists()
+
+
+def test_demo_of_other_settings_is_not_overwritten(policy_dir, tmp_path):
+    write_json(tmp_path / "demo.json", {"policy": "another"})
+    with pytest.raises(UserError, match="other settings"):
+        Demo(DemoConfig.small(policy_dir, tmp_path)).run()
+
+
+def test_the_same_call_gives_the_same_codes_and_a_resumed_one_too(policy_dir, prompts, tmp_path):
+    policy = load_policy(policy_dir)
+    settings = Settings(n=2, seed=5, duration_s=1.0, batch_size=2)
+    whole = sample(policy, read_prompts(prompts), tmp_path / "a", settings, "base")
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [row["file"] for row in rows] == ["000000_0.wav", "000000_1.wav", "000001_0.wav", "000001_1.wav"]
+    assert [row["tempo_bpm"] for row in rows] == [None] * 4
+    assert len({row["seed"] for row in rows}) == 4
+
+    # As if it had been killed after two clips, in the middle of writing the third row.
+    cut = tmp_path / "b"
+    cut.mkdir()
+    shutil.copy(tmp_path / "a" / "sample.json", cut)
+    for row in rows[:2]:
+        shutil.copy(tmp_path / "a" / row["file"], cut)
+        shutil.copy(tmp_path / "a" / row["codes_file"], cut)
+    (cut / "manifest.partial.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + '{"file": "0000')
+    resumed = sample(policy, read_prompts(prompts), cut, settings, "base")
+    assert resumed.read_text() == whole.read_text()
+    for row in rows:
+        again = np.load(cut / row["codes_file"], allow_pickle=False)
+        assert np.array_equal(again, np.load(tmp_path / "a" / row["codes_file"], allow_pickle=False))
+        assert again.shape == (4, 25)
+
+
+def test_another_seed_does_not_overwrite_samples(policy_dir, prompts, tmp_path):
+    policy = load_policy(policy_dir)
+    settings = {"n": 1, "duration_s": 1.0}
+    sample(policy, read_prompts(prompts), tmp_path / "a", Settings(seed=1, **settings), "base")
+    with pytest.raises(UserError, match="other samples"):
+        sample(policy, read_prompts(prompts), tmp_path / "a", Settings(seed=2, **settings), "base")
+
+
+def test_clip_seeds_have_no_collisions():
+    seeds = {clip_seed(s, i, k) for s in range(5) for i in range(40) for k in range(4)}
+    assert len(seeds) == 800
+    assert max(seeds) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("p.txt", "", "without prompts"),
+        ("p.txt", "one\none\n", "twice"),
+        ("p.jsonl", '{"text": "x"}\n', "KeyError"),
+        ("p.jsonl", "{\n", "prompt"),
+        ("p.txt", "\U0001f3b5\U0001f3b5\n", "letter"),
+        ("p.txt", "x" * 5000, "5,000"),
+    ],
+)
+def test_unusable_prompts_are_told_with_their_place(tmp_path, name, content, match):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=match):
+        read_prompts(tmp_path / name)
+
+
+def test_generate_writes_a_mastered_track_and_repeats_it(policy_dir, tmp_path, capsys):
+    arguments = ["generate", "sad piano, slow", "--policy", str(policy_dir), "--duration", "2", "--seed", "3", "--out"]
+    assert cli.main([*arguments, str(tmp_path / "a.wav")]) == 0
+    assert cli.main([*arguments, str(tmp_path / "b.wav")]) == 0
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+    assert "LUFS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["generate", "x" * 5000], "5,000 characters"),
+        (["generate", "\U0001f3b5"], "without a letter"),
+        (["generate", ""], "empty prompt"),
+        (["generate", "piano", "--policy", "nowhere"], "policy.json"),
+        (["corpus", "import", "nowhere"], "no folder"),
+        (["ratings", "export", "--campaign", "c", "--name", "n", "--db", "sqlite:///{tmp}/e.db", "--out", "{tmp}"], "campaign"),
+        (["adapters", "show", "{tmp}"], "manifest"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, match, tmp_path, capsys):
+    filled = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    if filled[0] == "generate":
+        filled += ["--out", str(tmp_path / "x.wav")]
+    assert cli.main(filled) == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert "remedy" in error
+    assert not list(tmp_path.glob("*.wav"))
