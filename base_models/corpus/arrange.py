@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .grooves import GROOVES, KICK, Played, Score, Track
+from .grooves import GROOVES, KICK
 from .harmony import EPS, PITCH_NAMES, Chord, Note, harmonise, jazzify, join_repeats
+from .phrases import Played, Score, Track
 from .styles import STEMS, Band, Mood
 
 if TYPE_CHECKING:
@@ -87,9 +88,7 @@ def flip_mode(tune: Tune, valence: str) -> Tune:
     return replace(tune, mode=valence, bars=bars, chords=None, parts=None)
 
 
-def arrange(
-    tune: Tune, band: Band, mood: Mood, rng: np.random.Generator, *, tempo_bpm: float, key: int, duration_s: float
-) -> Arrangement:
+def arrange(tune: Tune, band: Band, mood: Mood, rng: np.random.Generator, *, tempo_bpm: float, key: int, duration_s: float) -> Arrangement:
     """Play `duration_s` seconds of `tune` as `band` in `mood`; `key` is the pitch class of the tonic.
 
     A beat of `tempo_bpm` is a quarter note, or a dotted quarter in 6/8.
@@ -106,10 +105,7 @@ def arrange(
 
     real_harmony = tune.chords is not None and genre not in OWN_HARMONY
     step = _chord_step(genre, bar_beats)
-    if real_harmony:
-        bar_chords = _own_chords(tune, indices, shift, step, genre)
-    else:
-        bar_chords = harmonise(bars, key, tune.mode, bar_beats, step)
+    bar_chords = _own_chords(tune, indices, shift, step, genre) if real_harmony else harmonise(bars, key, tune.mode, bar_beats, step)
     chords = join_repeats(
         [
             Chord((i * bar_beats + chord.onset) * stretch, chord.length * stretch, chord.root, chord.quality)
@@ -170,9 +166,7 @@ def _chord_step(genre: str, bar_beats: float) -> float:
 def _own_chords(tune: Tune, indices: Sequence[int], shift: int, step: float, genre: str) -> list[list[Chord]]:
     """The piece's beat-by-beat chords; outside the classical genres only those on every `step`-th beat, held."""
     assert tune.chords is not None
-    every_beat = [
-        [Chord(float(beat), 1.0, (root + shift) % 12, quality) for beat, root, quality in tune.chords[i]] for i in indices
-    ]
+    every_beat = [[Chord(float(beat), 1.0, (root + shift) % 12, quality) for beat, root, quality in tune.chords[i]] for i in indices]
     if genre in ("chamber", "choral") or step < 2:
         return every_beat
     bar_beats = tune.bar_beats

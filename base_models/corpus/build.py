@@ -17,9 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +30,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from base_models.atomic import atomic_folder
 from base_models.errors import UserError
 
 from .arrange import arrange, fits, flip_mode, instruments_of, key_name, valence_of
@@ -81,9 +79,7 @@ def build_corpus(
     if n_clips < 1 or workers < 1:
         raise UserError(f"n_clips={n_clips}, workers={workers}", "both at least 1", "raise them")
     if not 1.0 <= duration_s <= 60.0 or not 8000 <= sample_rate <= 48000:
-        raise UserError(
-            f"duration_s={duration_s}, sample_rate={sample_rate}", "1 to 60 s, 8000 to 48000 Hz", "choose within these"
-        )
+        raise UserError(f"duration_s={duration_s}, sample_rate={sample_rate}", "1 to 60 s, 8000 to 48000 Hz", "choose within these")
     out = Path(out_dir)
     parameters = BuildParameters(n_clips, float(duration_s), sample_rate, seed, stems)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -92,43 +88,32 @@ def build_corpus(
             raise UserError(f"{out}, which is no demo corpus", "a new or empty folder", "choose another out_dir")
         if found["parameters"] == asdict(parameters) and found["content_sha256"] == _metadata_sha256(out):
             return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    load_tunes()  # once, before the workers read its cache
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    tunes = load_tunes()  # here first, so that the workers find its cache
     started = time.monotonic()
-    try:
+    with atomic_folder(out) as folder:
         for split, _ in SPLIT_SHARES:
             (folder / split).mkdir()
-        rows = sorted(_all_rows(folder, parameters, workers), key=lambda row: row["file_name"][-11:])
+        rows = sorted(_all_rows(folder, parameters, tunes, workers), key=lambda row: row["file_name"].rpartition("/")[2])
         with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         build = {
             "parameters": asdict(parameters),
             "content_sha256": _metadata_sha256(folder),
             "clips": dict(Counter(row["split"] for row in rows)),
         }
         (folder / "build.json").write_text(json.dumps(build, indent=2) + "\n", encoding="utf-8")
-        folder.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            os.replace(out, old / out.name)
-            os.replace(folder, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     logger.info("built %d clips in %.1f s", n_clips, time.monotonic() - started)
     return out
 
 
 def _read_build(folder: Path) -> dict[str, Any] | None:
-    path = folder / "build.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What `build_corpus` wrote of itself; None if the folder is not its work, and so not its to replace."""
+    try:
+        build = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(build, dict) and {"parameters", "content_sha256", "clips"} <= build.keys()
+    return build if ours else None
 
 
 def _metadata_sha256(folder: Path) -> str:
@@ -137,12 +122,12 @@ def _metadata_sha256(folder: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def _all_rows(folder: Path, parameters: BuildParameters, workers: int) -> Iterator[dict[str, Any]]:
+def _all_rows(folder: Path, parameters: BuildParameters, tunes: list[Tune], workers: int) -> Iterator[dict[str, Any]]:
     """Write every clip and yield its row, in any order, under a progress bar."""
     batches = [range(start, min(start + BATCH, parameters.n_clips)) for start in range(0, parameters.n_clips, BATCH)]
     with tqdm(total=parameters.n_clips, desc="demo corpus", unit="clip", mininterval=1.0) as progress:
         if workers == 1:
-            builder = ClipBuilder(folder, parameters, load_tunes())
+            builder = ClipBuilder(folder, parameters, tunes)
             for batch in batches:
                 for index in batch:
                     yield builder.build(index)

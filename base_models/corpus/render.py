@@ -20,7 +20,7 @@ from scipy.signal import butter, sosfilt
 from base_models.errors import UserError
 
 from .arrange import Arrangement
-from .grooves import Track
+from .phrases import Track
 from .styles import STEMS, Band, Mood
 
 TARGET_LUFS = -16.0
@@ -146,9 +146,7 @@ class RenderedClip:
     sample_rate: int
 
 
-def _stem(
-    tracks: list[Track], stem: str, arrangement: Arrangement, band: Band, mood: Mood, synth: Synth, n_samples: int
-) -> np.ndarray:
+def _stem(tracks: list[Track], stem: str, arrangement: Arrangement, band: Band, mood: Mood, synth: Synth, n_samples: int) -> np.ndarray:
     """One stem, dry notes to balanced level: filter, pump, room, then RMS of its sounding part set by the balance."""
     sample_rate = synth.sample_rate
     audio = synth.render(tracks, n_samples / sample_rate)
