@@ -174,10 +174,7 @@ def load_data(corpus: TokenisedCorpus, encoder: TextEncoder, cache: Path) -> dic
 def nll(model: nn.Module, codes: Tensor, cond: Conditions) -> Tensor:
     """Cross-entropy of each codebook, [K], nats a code."""
     logits = model(codes, cond)
-    losses = [
-        F.cross_entropy(logits[:, k].reshape(-1, logits.shape[-1]).float(), codes[:, k].reshape(-1))
-        for k in range(codes.shape[1])
-    ]
+    losses = [F.cross_entropy(logits[:, k].reshape(-1, logits.shape[-1]).float(), codes[:, k].reshape(-1)) for k in range(codes.shape[1])]
     return torch.stack(losses)
 
 
@@ -244,6 +241,7 @@ def main(cfg: Config) -> dict[str, float]:
 
     # 3. Train.
     metrics: dict[str, float] = {}
+    reported = -1
     bar = tqdm(total=cfg.steps, initial=step, disable=not accelerator.is_main_process, unit="step", dynamic_ncols=True)
     began, recent = time.monotonic() - elapsed, None
     while step < cfg.steps:
@@ -260,9 +258,7 @@ def main(cfg: Config) -> dict[str, float]:
         torch.manual_seed(hash((cfg.seed, step, accelerator.process_index)) % 2**63)  # dropout
         model.train()
         for micro in range(cfg.grad_accumulation):
-            source = torch.Generator().manual_seed(
-                ((cfg.seed * 1_000_003 + step) * 64 + micro) * 1024 + accelerator.process_index
-            )
+            source = torch.Generator().manual_seed(((cfg.seed * 1_000_003 + step) * 64 + micro) * 1024 + accelerator.process_index)
             rows = torch.randint(len(data["train"].codes), (cfg.batch_size,), generator=source)
             codes, cond = data["train"].batch(rows, source, cfg)
             with accelerator.accumulate(model), accelerator.autocast():
@@ -285,7 +281,7 @@ def main(cfg: Config) -> dict[str, float]:
         # 4. Tell, and keep.
         last = step == cfg.steps
         if step % cfg.eval_every == 0 or last:
-            metrics = _report(accelerator, cfg, averaged, data["val"], board, step, recent, elapsed)
+            metrics, reported = _report(accelerator, cfg, averaged, data["val"], board, step, recent, elapsed), step
         if accelerator.is_main_process and (step % cfg.save_every == 0 or last):
             groups_of = {"lm": lm.state_dict(), "averaged": averaged.state_dict()}
             states = {"optimizer": optimizer.state_dict()}
@@ -296,7 +292,8 @@ def main(cfg: Config) -> dict[str, float]:
     bar.close()
 
     # 5. The averaged weights are the model.
-    metrics = _report(accelerator, cfg, averaged, data["val"], board, step, recent or 0.0, time.monotonic() - began)
+    if reported != step:
+        metrics = _report(accelerator, cfg, averaged, data["val"], board, step, recent or 0.0, time.monotonic() - began)
     if accelerator.is_main_process:
         averaged.save(cfg.out / "lm")
         if board is not None:
@@ -306,9 +303,7 @@ def main(cfg: Config) -> dict[str, float]:
     return metrics
 
 
-def _report(
-    accelerator, cfg: Config, lm: MusicLM, data: Data, board, step: int, recent: float, elapsed: float
-) -> dict[str, float]:
+def _report(accelerator, cfg: Config, lm: MusicLM, data: Data, board, step: int, recent: float, elapsed: float) -> dict[str, float]:
     if not accelerator.is_main_process:
         return {}
     with accelerator.autocast():

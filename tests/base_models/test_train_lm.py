@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from base_models.caption_bank import build_caption_bank
+from base_models.checkpoint import load_tensors
+from base_models.corpus.tokens import synthetic_tokens
+from base_models.distil_guidance import Config as DistilConfig
+from base_models.distil_guidance import distillation_loss, guided_target
+from base_models.errors import UserError
+from base_models.evaluate_base import nearest_training_clip, ngram_bits
+from base_models.lm import load_lm
+from base_models.train_lm import PRESETS, Config, learning_rate, load_data, main
+
+SCRIPT = Path(__file__).resolve().parents[2] / "base_models" / "train_lm.py"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("captions")
+
+
+def smoke(out: Path, cache: Path, **changes) -> Config:
+    return Config(**{**PRESETS["smoke"], "out": out, "cache": cache, "tensorboard": False, **changes})
+
+
+def command(out: Path, cache: Path, *more: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--preset", "smoke", "--out", str(out), "--cache", str(cache), "--no-tensorboard", *more]
+
+
+def test_smoke_preset_learns_and_is_launched_as_a_file_from_another_folder(tmp_path, cache):
+    subprocess.run(command(tmp_path / "run", cache), cwd=tmp_path, check=True, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 30
+    assert rows[-1]["val_bits"] < 4.3  # five bits is uniform over 32 codes
+    assert len({row["step"] for row in rows}) == len(rows)
+    assert load_lm(tmp_path / "run" / "lm").config.card == 32
+
+
+def test_resumed_run_has_the_same_weights_as_an_unbroken_one(tmp_path, cache):
+    main(smoke(tmp_path / "whole", cache, steps=8, save_every=4))
+    main(smoke(tmp_path / "broken", cache, steps=8, save_every=4))
+    last = tmp_path / "broken" / "checkpoints" / "step_00000008"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()  # as if it had been killed after step 4
+    main(smoke(tmp_path / "broken", cache, steps=8, save_every=4, resume=True))
+    whole, broken = (load_tensors(tmp_path / name / "lm" / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_a_run_is_not_overwritten_without_being_told_to_resume(tmp_path, cache):
+    main(smoke(tmp_path / "run", cache, steps=2, save_every=1))
+    with pytest.raises(UserError, match="--resume"):
+        main(smoke(tmp_path / "run", cache, steps=2))
+
+
+def test_killed_run_goes_on_from_a_valid_checkpoint(tmp_path, cache):
+    arguments = command(tmp_path / "run", cache, "--steps", "4000", "--save-every", "2", "--eval-every", "5000")
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoints/step_*/state.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_at = max(int(p.parent.name[5:]) for p in (tmp_path / "run").glob("checkpoints/step_*/state.json"))
+    finished = subprocess.run(
+        command(tmp_path / "run", cache, "--steps", str(killed_at + 3), "--resume"), check=True, capture_output=True, text=True
+    )
+    assert f"step {killed_at + 3}" in finished.stdout
+
+
+def test_two_processes_share_the_work(tmp_path, cache):
+    """Two gloo processes: the world has two members, and both draw different rows."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    subprocess.run(
+        [*launch, *command(tmp_path / "run", cache, "--steps", "6")[1:]], check=True, capture_output=True, env=environment, cwd=tmp_path
+    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
+    assert (tmp_path / "run" / "lm" / "model.safetensors").is_file()
+
+
+def test_batches_tell_the_tempo_that_the_caption_states(cache):
+    from base_models.text_encoder import load_text_encoder
+
+    data = load_data(synthetic_tokens(), load_text_encoder(), cache)["train"]
+    generator = torch.Generator().manual_seed(0)
+    _, cond = data.batch(torch.arange(30), generator, None)
+    told = torch.isfinite(cond.tempo_bpm)
+    assert 0 < told.sum() < 30
+    assert torch.equal(cond.tempo_bpm[told], data.tempo_bpm[:30][told])
+    _, dropped = data.batch(torch.arange(30), generator, Config(drop_conditions=1.0))
+    assert not dropped.mask.any()
+    assert torch.isnan(dropped.tempo_bpm).all()
+
+
+def test_caption_bank_is_read_back_from_its_cache(cache):
+    from base_models.text_encoder import load_text_encoder
+
+    encoder = load_text_encoder()
+    bank = build_caption_bank(["sad piano", "a fast techno piece"], encoder, cache)
+    again = build_caption_bank(["sad piano", "a fast techno piece"], encoder, cache)
+    assert torch.equal(bank.states, again.states)
+    states, mask = bank.batch([1, 0])
+    expected, expected_mask = encoder.encode(["a fast techno piece", "sad piano"])
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(states, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_learning_rate_warms_up_and_falls_to_a_fiftieth():
+    cfg = Config(lr=1.0, warmup=10)
+    assert learning_rate(cfg, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate(cfg, 9, 0.0) == pytest.approx(1.0)
+    assert learning_rate(cfg, 100, 1.0) == pytest.approx(0.02)
+    assert learning_rate(cfg, 100, 7.0) == pytest.approx(0.02)
+
+
+def test_distillation_loss_is_zero_exactly_at_the_target(tiny_lm, tiny_conditions):
+    codes = torch.randint(0, 32, (3, 4, 6))
+    target = guided_target(tiny_lm, codes, tiny_conditions, DistilConfig(cfg_coef=2.0, temperature=0.9, top_k=5))
+    assert (target.exp() > 0).sum(-1).max() == 5
+    logits = target.masked_fill(torch.isinf(target), -1e4)
+    assert distillation_loss(logits, target).abs() < 1e-6
+    assert distillation_loss(tiny_lm(codes, tiny_conditions), target) > 0.5
+
+
+def test_guided_target_of_guidance_one_is_the_model_itself(tiny_lm, tiny_conditions):
+    codes = torch.randint(0, 32, (3, 4, 6))
+    target = guided_target(tiny_lm, codes, tiny_conditions, DistilConfig(cfg_coef=1.0, temperature=1.0, top_k=0))
+    torch.testing.assert_close(target, tiny_lm(codes, tiny_conditions).log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_ngram_bits_of_known_sources():
+    coin = torch.randint(0, 2, (200, 1, 100), generator=torch.Generator().manual_seed(0))
+    unigram, bigram = ngram_bits(coin[:150], coin[150:], 2)
+    assert unigram == pytest.approx(1.0, abs=0.01)
+    assert bigram == pytest.approx(1.0, abs=0.01)
+    alternating = (torch.arange(100)[None, None] + torch.arange(200)[:, None, None]) % 2
+    unigram, bigram = ngram_bits(alternating[:150], alternating[150:], 2)
+    assert unigram == pytest.approx(1.0, abs=0.01)
+    assert bigram < 0.45  # half of it is the unigram: -log2(.75)
+
+
+def test_a_copied_clip_is_found_also_when_it_is_shifted():
+    train = torch.randint(0, 1024, (30, 4, 60), generator=torch.Generator().manual_seed(0))
+    shifted = torch.randint(0, 1024, (1, 4, 60))
+    shifted[:, :, 5:] = train[7, :, :-5]
+    fresh = torch.randint(0, 1024, (1, 4, 60), generator=torch.Generator().manual_seed(9))
+    near = nearest_training_clip(torch.cat([train[:1], shifted, fresh]), train)
+    assert near[0] == 1
+    assert near[1] == 1
+    assert near[2] < 0.2
