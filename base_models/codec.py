@@ -32,13 +32,20 @@ from base_models.errors import UserError
 class Codec(Protocol):
     """What the rest of the house may ask of any codec, ours or another's."""
 
-    sample_rate: int
-    frame_rate: float
-    hop_length: int
-    n_q: int
-    card: int
-    latent_dim: int
-
+    @property
+    def sample_rate(self) -> int: ...
+    @property
+    def frame_rate(self) -> float: ...
+    @property
+    def hop_length(self) -> int: ...
+    @property
+    def n_q(self) -> int: ...
+    @property
+    def card(self) -> int: ...
+    @property
+    def latent_dim(self) -> int: ...
+    @property
+    def codebooks(self) -> Tensor: ...
     def encode(self, wav: Tensor, sample_rate: int | None = None) -> Tensor: ...
     def decode(self, codes: Tensor) -> Tensor: ...
     def latents(self, codes: Tensor) -> Tensor: ...
@@ -108,9 +115,7 @@ class MagnitudeCodec(nn.Module):
         self.config = config = config or CodecConfig()
         stacked = config.n_bins * config.stack
         self.analysis = nn.Linear(stacked, config.width)
-        self.encoder = nn.Sequential(
-            *[ConvNeXtBlock(config.width, config.expansion, config.kernel) for _ in range(config.encoder_blocks)]
-        )
+        self.encoder = nn.Sequential(*[ConvNeXtBlock(config.width, config.expansion, config.kernel) for _ in range(config.encoder_blocks)])
         self.to_latent = nn.Linear(config.width, config.latent_dim)
         self.rvq = ResidualVQ(
             dim=config.latent_dim,
@@ -123,21 +128,36 @@ class MagnitudeCodec(nn.Module):
             quantize_dropout=config.quantize_dropout,
         )
         self.from_latent = nn.Linear(config.latent_dim, config.width)
-        self.decoder = nn.Sequential(
-            *[ConvNeXtBlock(config.width, config.expansion, config.kernel) for _ in range(config.decoder_blocks)]
-        )
+        self.decoder = nn.Sequential(*[ConvNeXtBlock(config.width, config.expansion, config.kernel) for _ in range(config.decoder_blocks)])
         self.synthesis = nn.Linear(config.width, stacked)
         self.mean: Tensor
         self.window: Tensor
         self.register_buffer("mean", torch.zeros(stacked))
         self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
 
-    sample_rate = property(lambda self: self.config.sample_rate)
-    frame_rate = property(lambda self: self.config.frame_rate)
-    hop_length = property(lambda self: self.config.hop_length)
-    n_q = property(lambda self: self.config.n_q)
-    card = property(lambda self: self.config.card)
-    latent_dim = property(lambda self: self.config.latent_dim)
+    @property
+    def sample_rate(self) -> int:
+        return self.config.sample_rate
+
+    @property
+    def frame_rate(self) -> float:
+        return self.config.frame_rate
+
+    @property
+    def hop_length(self) -> int:
+        return self.config.hop_length
+
+    @property
+    def n_q(self) -> int:
+        return self.config.n_q
+
+    @property
+    def card(self) -> int:
+        return self.config.card
+
+    @property
+    def latent_dim(self) -> int:
+        return self.config.latent_dim
 
     # -- the public route ------------------------------------------------------------------------------------------
 
@@ -148,10 +168,11 @@ class MagnitudeCodec(nn.Module):
         Raises: UserError for another shape or dtype, samples that are not finite, or a stated `sample_rate` other than ours.
         """
         check_wav(wav, sample_rate, self.sample_rate, channels=1)
-        training = self.training
-        self.eval()
+        if training := self.training:
+            self.eval()
         rows = [self.quantize(self.to_latents(self.compress(self.magnitude(row))))[1] for row in wav.split(1)]
-        self.train(training)
+        if training:
+            self.train()
         return torch.cat(rows).transpose(1, 2)
 
     @torch.no_grad()
@@ -288,7 +309,9 @@ class MagnitudeCodec(nn.Module):
 class TransformersCodec(nn.Module):
     """An EnCodec, DAC or Mimi model of transformers behind the interface of `MagnitudeCodec`."""
 
-    def __init__(self, model: nn.Module, n_q: int | None = None) -> None:
+    model: Any
+
+    def __init__(self, model: Any, n_q: int | None = None) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         config: Any = model.config
@@ -320,9 +343,7 @@ class TransformersCodec(nn.Module):
     def _encode_row(self, wav: Tensor) -> Tensor:
         if self.kind == "encodec":
             embedded = self.model.encoder(wav)
-            return self.model.quantizer.encode(embedded, self.model.config.target_bandwidths[-1]).transpose(0, 1)[
-                :, : self.n_q
-            ]
+            return self.model.quantizer.encode(embedded, self.model.config.target_bandwidths[-1]).transpose(0, 1)[:, : self.n_q]
         if self.kind == "dac":
             return self.model.encode(wav, n_quantizers=self.n_q).audio_codes
         return self.model.encode(wav, num_quantizers=self.n_q).audio_codes
@@ -354,6 +375,18 @@ class TransformersCodec(nn.Module):
             return self.model.quantizer.from_codes(codes)[0]
         return self.model.quantizer.decode(codes)
 
+    @property
+    def codebooks(self) -> Tensor:
+        """[K, V, D]: what each code adds to `latents`, whatever projections the model puts behind its codebooks."""
+        rest = self.latents(torch.zeros(1, self.n_q, 1, dtype=torch.long))[..., 0]
+        books = []
+        for k in range(self.n_q):
+            codes = torch.zeros(self.card, self.n_q, 1, dtype=torch.long)
+            codes[:, k, 0] = torch.arange(self.card)
+            # latents(codes) = sum over k of f_k(code), and all but one code here are 0.
+            books.append(self.latents(codes)[..., 0] - rest * (self.n_q - 1) / self.n_q)
+        return torch.stack(books)
+
     def sha256(self) -> str:
         """A hash over the whole state."""
         return tensors_sha256(self.state_dict())
@@ -383,7 +416,7 @@ def load_codec(folder: str | Path, n_q: int | None = None) -> MagnitudeCodec | T
     if kind in ("encodec", "dac", "mimi"):
         from transformers import DacModel, EncodecModel, MimiModel
 
-        classes = {"encodec": EncodecModel, "dac": DacModel, "mimi": MimiModel}
+        classes: dict[str, Any] = {"encodec": EncodecModel, "dac": DacModel, "mimi": MimiModel}
         return TransformersCodec(classes[kind].from_pretrained(str(folder)), n_q).eval()
     raise UserError(
         f"model_type {json.dumps(kind)} in {folder / 'config.json'}",
@@ -411,13 +444,9 @@ def _load_checked(codec: MagnitudeCodec, tensors: dict[str, Tensor], folder: Pat
 def check_wav(wav: Tensor, sample_rate: int | None, expected_rate: int, channels: int) -> None:
     """Raises UserError unless wav is finite float32 [B, channels, L > 0] at the codec's rate."""
     if sample_rate is not None and sample_rate != expected_rate:
-        raise UserError(
-            f"audio at {sample_rate} Hz", f"{expected_rate} Hz", "resample it with base_models.audio.resample"
-        )
+        raise UserError(f"audio at {sample_rate} Hz", f"{expected_rate} Hz", "resample it with base_models.audio.resample")
     if wav.ndim != 3 or wav.shape[1] != channels or 0 in wav.shape:
-        raise UserError(
-            f"wav of shape {list(wav.shape)}", f"[B, {channels}, L] with L > 0", "mix down or add the missing dimensions"
-        )
+        raise UserError(f"wav of shape {list(wav.shape)}", f"[B, {channels}, L] with L > 0", "mix down or add the missing dimensions")
     if wav.dtype != torch.float32:
         raise UserError(f"wav of {wav.dtype}", "float32 in [-1, 1]", "convert it; int16 is divided by 32768")
     if not bool(torch.isfinite(wav).all()):

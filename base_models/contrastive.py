@@ -61,9 +61,7 @@ class AudioTextModel(nn.Module):
         self.late = nn.Sequential(*[ConvNeXtBlock(width, 3, 7) for _ in range(config.blocks - half)])
         self.norm = nn.LayerNorm(width)
         self.audio_projection = nn.Linear(2 * width, config.embed_dim)
-        self.text_projection = nn.Sequential(
-            nn.Linear(config.text_dim, 256), nn.GELU(), nn.Linear(256, config.embed_dim)
-        )
+        self.text_projection = nn.Sequential(nn.Linear(config.text_dim, 256), nn.GELU(), nn.Linear(256, config.embed_dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @property
@@ -128,9 +126,7 @@ def load_contrastive(folder: str | Path) -> AudioTextModel:
     config = read_json(folder / "config.json")
     kind = config.pop("model_type", None)
     if kind != "encore_audio_text":
-        raise UserError(
-            f"model_type {kind!r} in {folder}", "encore_audio_text", "train one with base_models/train_contrastive.py"
-        )
+        raise UserError(f"model_type {kind!r} in {folder}", "encore_audio_text", "train one with base_models/train_contrastive.py")
     model = AudioTextModel(ContrastiveConfig(**config))
     tensors = {name: tensor.float() for name, tensor in load_tensors(folder / "model.safetensors").items()}
     try:

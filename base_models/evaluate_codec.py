@@ -1,8 +1,8 @@
 """Measures a codec on held-out clips beside its rival, Opus at 12 kbit/s.
 
-    python base_models/evaluate_codec.py --codec runs/codec/codec --corpus DIR --out figures.json
+python base_models/evaluate_codec.py --codec runs/codec/codec --corpus DIR --out figures.json
 
-    clips -> codes -> clips;  log-mel L1 to the original, and the same for Opus;  use of each codebook;  bits;  speed on one core
+clips -> codes -> clips;  log-mel L1 to the original, and the same for Opus;  use of each codebook;  bits;  speed on one core
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def evaluate_codec(codec: Codec, wavs: Sequence[np.ndarray], n_decoded: int = 48
 
     Args: wavs: mono clips [L] float32 at the codec's rate. n_decoded: how many of them are decoded and compared.
     Returns: log_mel_l1 and opus12k_log_mel_l1 (natural log, 80 bands, means over clips), codebook_use [K] (share of the entries
-    that occur), codebook_perplexity [K], bits (kbit/s), decode_realtime_factor (seconds of audio a second on one thread).
+    that occur), codebook_perplexity [K], bits (kbit/s), decode_realtime_factor (seconds of audio a second of one core's time).
     """
     counts = np.zeros((codec.n_q, codec.card))
     ours, opus, seconds, spent = [], [], 0.0, 0.0
@@ -66,13 +66,12 @@ def evaluate_codec(codec: Codec, wavs: Sequence[np.ndarray], n_decoded: int = 48
                 counts[k] += np.bincount(codes[0, k].numpy(), minlength=codec.card)
             if i >= n_decoded:
                 continue
-            began = time.perf_counter()
+            began = time.process_time()
             decoded = codec.decode(codes)[0].numpy()
-            spent += time.perf_counter() - began
+            spent += time.process_time() - began
             seconds += decoded.shape[-1] / codec.sample_rate
-            ours.append(log_mel_l1(wav[None], decoded[:, : len(wav)], codec.sample_rate))
-            rival = opus_roundtrip(wav[None], codec.sample_rate, 12)
-            opus.append(log_mel_l1(wav[None], rival[:, : len(wav)], codec.sample_rate))
+            ours.append(log_mel_l1(wav, decoded[0, : len(wav)], codec.sample_rate))
+            opus.append(log_mel_l1(wav, opus_roundtrip(wav, codec.sample_rate, 12), codec.sample_rate))
     finally:
         torch.set_num_threads(threads)
     shares = counts / counts.sum(1, keepdims=True)

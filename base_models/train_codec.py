@@ -164,7 +164,8 @@ def main(cfg: Config) -> Path:
     accelerator = Accelerator(mixed_precision=cfg.mixed_precision)
     set_seed(cfg.seed)
     codec = MagnitudeCodec(CodecConfig(n_q=cfg.n_q, card=cfg.card, width=cfg.width, latent_dim=cfg.latent_dim))
-    waves = load_data(cfg, codec.sample_rate)
+    with accelerator.main_process_first():
+        waves = load_data(cfg, codec.sample_rate)
     length = round(cfg.crop_s * codec.sample_rate)
     if accelerator.is_main_process:
         cfg.out.mkdir(parents=True, exist_ok=True)
@@ -177,7 +178,12 @@ def main(cfg: Config) -> Path:
     checkpoint = latest_training_state(cfg.out)
     if checkpoint is not None:
         step, tensors, states, extra = load_training_state(checkpoint)
-        codec.load_state_dict(tensors["codec"])
+        try:
+            codec.load_state_dict(tensors["codec"])
+        except RuntimeError as error:
+            raise UserError(
+                f"a run of another shape in {cfg.out}", "its own settings", "choose another --out, or remove the folder"
+            ) from error
         optimizer.load_state_dict(states["optimizer"])
         elapsed_s = extra["elapsed_s"]
     else:
@@ -199,7 +205,8 @@ def main(cfg: Config) -> Path:
             group["lr"] = learning_rate(cfg, step, elapsed_s)
         rng = np.random.default_rng([cfg.seed, 2, step, accelerator.process_index])
         wav = torch.from_numpy(waves.crops(cfg.batch_size, length, rng, cfg.gain_db)).to(accelerator.device)
-        codec.rvq.quantize_dropout = bool(rng.random() < cfg.quantizer_dropout)
+        # All processes drop together: the quantizer then agrees on how much over the network.
+        codec.rvq.quantize_dropout = np.random.default_rng([cfg.seed, 3, step]).random() < cfg.quantizer_dropout
         with accelerator.autocast():
             predicted, target, codes, commitment = model(wav)
         loss, parts = codec_loss(predicted.float(), target.float(), codec.expand, mel)

@@ -121,19 +121,16 @@ def load_split(corpus: TokenisedCorpus, name: str, encoder) -> Split:
     rows = corpus.split(name)
     if not len(rows):
         raise UserError(f"tokens without a {name} split", "at least one row of it", "name another split")
-    texts = sorted({caption for i in rows for caption in corpus.rows[i]["captions"]})
+    texts = sorted({caption for i in rows for caption in corpus.rows[i]["captions"]}, key=lambda text: (len(text), text))
     index = {text: i for i, text in enumerate(texts)}
     captions = [sorted({index[caption] for caption in corpus.rows[i]["captions"]}) for i in rows]
-    parts = [
-        encoder.pooled(texts[i : i + 256])
-        for i in tqdm(range(0, len(texts), 256), desc=f"captions {name}", unit="batch")
-    ]
+    parts = [encoder.pooled(texts[i : i + 256]) for i in tqdm(range(0, len(texts), 256), desc=f"captions {name}", unit="batch")]
     return Split(torch.from_numpy(corpus.codes[rows]), captions, texts, torch.cat(parts).cpu())
 
 
 def draw(split: Split, cfg: Config, card: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """A training batch: codes [B, K, T'] of random excerpts, pooled captions [B, D], same [B, B] (see contrastive_loss)."""
-    N, K, T = split.codes.shape
+    N, _, T = split.codes.shape
     rows = rng.choice(N, min(cfg.batch_size, N), replace=False)
     length = min(T, max(4, round(T * rng.uniform(*cfg.excerpt))))
     starts = rng.integers(T - length + 1, size=len(rows))
@@ -177,9 +174,7 @@ def main(cfg: Config) -> dict[str, float]:
             raise UserError("--tokens without --codec", "the codec that made the tokens", "add --codec DIR")
         codec = load_codec(cfg.codec)
         if codec.sha256() != corpus.codec_sha256:
-            raise UserError(
-                f"codec {codec.sha256()[:12]}", f"codec {corpus.codec_sha256[:12]}, which made the tokens", "name that one"
-            )
+            raise UserError(f"codec {codec.sha256()[:12]}", f"codec {corpus.codec_sha256[:12]}, which made the tokens", "name that one")
         codebooks = codec.codebooks
     encoder = load_text_encoder(cfg.text_encoder).to(accelerator.device)
     train, heldout = load_split(corpus, "train", encoder), load_split(corpus, cfg.heldout_split, encoder)
@@ -206,7 +201,12 @@ def main(cfg: Config) -> dict[str, float]:
     checkpoint = latest_training_state(cfg.out)
     if checkpoint is not None:
         step, tensors, states, extra = load_training_state(checkpoint)
-        tower.load_state_dict(tensors["model"])
+        try:
+            tower.load_state_dict(tensors["model"])
+        except RuntimeError as error:
+            raise UserError(
+                f"a run of another shape in {cfg.out}", "its own settings", "choose another --out, or remove the folder"
+            ) from error
         optimizer.load_state_dict(states["optimizer"])
         elapsed_s = extra["elapsed_s"]
     model, optimizer = accelerator.prepare(tower, optimizer)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from base_models.checkpoint import atomic_folder, read_json, tensors_sha256, write_json
+from base_models.checkpoint import atomic_folder, read_json, write_json
 from base_models.codec import Codec
 from base_models.corpus.waves import load_waves, read_rows
 from base_models.errors import UserError
@@ -58,7 +58,7 @@ def tokenise(corpus_dir: str | Path, codec: Codec, out_dir: str | Path, segment_
     corpus_dir = Path(corpus_dir)
     T = round(segment_s * codec.frame_rate)
     L = T * codec.hop_length
-    codec_sha256 = tensors_sha256(codec.state_dict())  # type: ignore[attr-defined]
+    codec_sha256 = codec.sha256()
     corpus_sha256 = hashlib.sha256((corpus_dir / "metadata.jsonl").read_bytes()).hexdigest()
     key = hashlib.sha256(f"{codec_sha256} {corpus_sha256} {T}".encode()).hexdigest()
     folder = Path(out_dir) / key[:16]
