@@ -90,9 +90,7 @@ def win_rate(outcomes: ArrayLike, prompts: Sequence[object], n_boot: int = 2000,
     if not is_decided.any():
         raise ValueError("no pair is decided")
     kept = [prompt for prompt, use in zip(prompts, is_decided) if use]
-    return WinRate(
-        mean_ci(result[is_decided], kept, n_boot, seed), mean_ci(result, prompts, n_boot, seed), int((~is_decided).sum())
-    )
+    return WinRate(mean_ci(result[is_decided], kept, n_boot, seed), mean_ci(result, prompts, n_boot, seed), int((~is_decided).sum()))
 
 
 def paired_outcomes(scores: ArrayLike, base_scores: ArrayLike, tie_width: float = 0.0) -> Array:
@@ -112,9 +110,7 @@ def accuracy(margins: ArrayLike, clusters: Sequence[object], p: ArrayLike | None
     return mean_ci(right[use], [cluster for cluster, keep in zip(clusters, use) if keep], seed=seed)
 
 
-def expected_calibration_error(
-    probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 10, weights: ArrayLike | None = None
-) -> float:
+def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 10, weights: ArrayLike | None = None) -> float:
     """Mean over equally filled bins of |mean probability - mean label|. Naeini et al. 2015; labels may be soft.
 
     For pairs give each in both orders, or the chosen side alone says nothing below one half.

@@ -141,9 +141,7 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
     folder = Path(folder)
     for name in ("snapshot.json", *FILES):
         if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} without {name}", "a snapshot's folder", "export one with `encore ratings export` and give its path"
-            )
+            raise UserError(f"{folder} without {name}", "a snapshot's folder", "export one with `encore ratings export` and give its path")
     try:
         meta = json.loads((folder / "snapshot.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -171,9 +169,7 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
             raise UserError(f"choice {vote.choice!r} in vote {vote.vote_id}", f"one of {CHOICES}", "export the snapshot again")
         for side in (vote.clip_x, vote.clip_y):
             if side not in clips:
-                raise UserError(
-                    f"vote {vote.vote_id} on clip {side[:12]}, which is not in clips.jsonl", "every clip", "export again"
-                )
+                raise UserError(f"vote {vote.vote_id} on clip {side[:12]}, which is not in clips.jsonl", "every clip", "export again")
     bases = {clips[side].policy_sha256 for vote in votes for side in (vote.clip_x, vote.clip_y)}
     wanted = policy_sha256 or min(bases)
     if bases != {wanted}:
@@ -246,9 +242,7 @@ def read_codes(snapshot: Snapshot, clip_sha256: str) -> Codes:
             "restore the samples' folder, or sample and rate again",
         ) from error
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{place}: {error}", "a whole .npy of integers", "restore the file; pickled arrays are refused"
-        ) from error
+        raise UserError(f"{place}: {error}", "a whole .npy of integers", "restore the file; pickled arrays are refused") from error
     if codes.ndim != 2 or codes.dtype.kind not in "iu":
         raise UserError(f"{place} of shape {codes.shape}, {codes.dtype}", "codes [K, T] of integers", "restore the file")
     return np.asarray(codes, dtype=np.int64)
@@ -342,9 +336,7 @@ def _checked(codes: Codes, clip: Clip, n_q: int | None, card: int | None) -> Cod
 def both_bad(snapshot: Snapshot) -> list[BothBad]:
     """The absolute judgements, kept apart from the preferences."""
     return [
-        BothBad(vote.prompt_id, vote.pair_id, vote.rater, vote.clip_x, vote.clip_y)
-        for vote in snapshot.votes
-        if vote.choice == BOTH_BAD
+        BothBad(vote.prompt_id, vote.pair_id, vote.rater, vote.clip_x, vote.clip_y) for vote in snapshot.votes if vote.choice == BOTH_BAD
     ]
 
 
@@ -381,9 +373,7 @@ def prompt_folds(prompt_ids: Iterable[str], n_folds: int, seed: int = 0) -> dict
     return {name: index % n_folds for index, name in enumerate(ids)}
 
 
-def split_by_prompt(
-    pairs: Sequence[Preference], held_out: float = 0.2, seed: int = 0
-) -> tuple[list[Preference], list[Preference]]:
+def split_by_prompt(pairs: Sequence[Preference], held_out: float = 0.2, seed: int = 0) -> tuple[list[Preference], list[Preference]]:
     """(training, held-out) pairs without a common prompt; about `held_out` of the prompts, at least one, are held
     out."""
     folds = prompt_folds((pair.prompt_id for pair in pairs), max(2, round(1 / held_out)), seed)

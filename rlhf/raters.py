@@ -86,9 +86,7 @@ class RaterQuality:
     """Decided votes on pairs that somebody else judged too."""
 
 
-def reliability(
-    votes: Sequence[Vote], prior: float = 0.7, prior_votes: float = 8.0, iterations: int = 50
-) -> dict[str, RaterQuality]:
+def reliability(votes: Sequence[Vote], prior: float = 0.7, prior_votes: float = 8.0, iterations: int = 50) -> dict[str, RaterQuality]:
     """One-coin Dawid and Skene (1979) by EM: which side is better is hidden, each rater names it with accuracy a_r.
 
     E: posterior of the better side of every pair from its votes. M: a_r = (expected right votes + prior * prior_votes)

@@ -68,10 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     temporary.write_text(json.dumps({"clips": rows, "summary": summary}, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, args.out)
     for system, figures in summary.items():
-        print(
-            f"{system}: {figures['n']} clips, gold {figures['mean']:+.2f}, "
-            f"spread in a prompt {figures['spread_within_prompt']:.2f}"
-        )
+        print(f"{system}: {figures['n']} clips, gold {figures['mean']:+.2f}, spread in a prompt {figures['spread_within_prompt']:.2f}")
     return 0
 
 

@@ -5,7 +5,7 @@
 
 It stands in for human ears in tests and in the demo, so it must be unknown to whatever learns from the votes: no
 trainer may import this package (tests/rlhf/simulation proves it), and this package knows numpy and scipy only. The
-taste: warm rather than bright, tonal rather than noisy, a moderate number of attacks, a beat one can follow (the trait
+taste: warm rather than bright, tonal rather than noisy, unhurried, but with attacks now and then, a beat one can follow (the trait
 that time-pooled features hardly show), some breath in the loudness, a bass that is there but does not boom. Dead air
 and clipping are disliked by everybody.
 
@@ -108,9 +108,9 @@ def traits(wav: NDArray[np.floating], sample_rate: int, gain_db: float = 0.0) ->
 
     flux = np.maximum(np.diff(np.log10(power[musical] + 1e-6), axis=1), 0).mean(axis=0)
     flux = signal.lfilter([0.5, 0.5], [1.0], flux)
-    peaks, _ = signal.find_peaks(flux, prominence=0.08, distance=max(1, round(0.07 * FRAMES_PER_S)))
+    peaks, _ = signal.find_peaks(flux, prominence=0.04, distance=max(1, round(0.07 * FRAMES_PER_S)))
     centred = flux - flux.mean()
-    lags = np.arange(round(0.3 * FRAMES_PER_S), round(1.5 * FRAMES_PER_S))
+    lags = np.arange(round(0.3 * FRAMES_PER_S), min(round(1.5 * FRAMES_PER_S), len(flux) // 2))
     energy = float(centred @ centred) + 1e-9
     periodicity = [float(centred[lag:] @ centred[:-lag]) / energy * len(centred) / (len(centred) - lag) for lag in lags]
 
@@ -144,22 +144,22 @@ def liking(heard: Traits | None) -> dict[str, float]:
     if heard is None:
         return {"silence": -4.0}
     groove = _more(heard.beat, 0.6, 0.25)
-    bass = _at_best(heard.bass_db, -6.5, 5.0)
+    bass = _at_best(heard.bass_db, -5.0, 5.0)
     return {
-        "warm": 1.5 * _at_best(heard.tilt_db, 19.0, 8.0),
-        "tonal": 1.3 * _more(heard.tonality_db, 26.0, 6.0),
-        "attacks": 1.1 * _at_best(heard.attacks_per_s, 2.4, 1.4),
-        "breath": 0.9 * _at_best(heard.breath_db, 7.0, 3.5),
+        "warm": 1.8 * _at_best(heard.tilt_db, 26.0, 10.0),
+        "tonal": 1.6 * _more(heard.tonality_db, 26.0, 6.0),
+        "attacks": 1.1 * _at_best(heard.attacks_per_s, 1.6, 2.0),
+        "breath": 0.9 * _at_best(heard.breath_db, 9.0, 4.0),
         "bass": 0.6 * bass,
-        "beat": 0.6 * groove,
-        "groove needs bass": 0.9 * groove * bass,
+        "beat": 0.4 * groove,
+        "groove needs bass": 0.6 * groove * bass,
         "dead air": -3.0 * float(np.clip((heard.dead_air - 0.05) / 0.4, 0, 1)),
         "clipping": -2.0 * float(np.clip((heard.clipped - 0.01) / 0.1, 0, 1)),
     }
 
 
 # Mean over clips, and spread within a prompt, of the sum above on clips sampled from the demo base.
-MEAN, SPREAD = 3.6, 0.5
+MEAN, SPREAD = 3.4, 0.5
 
 
 def score(wav: NDArray[np.floating], sample_rate: int, gain_db: float = 0.0) -> float:

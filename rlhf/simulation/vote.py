@@ -100,17 +100,13 @@ class Rater:
 
     def vote_once(self, listener: raters.Listener, campaign: str | None, cache: ScoreCache, seed: object, index: int) -> bool:
         """Rate the next pair. False when none is left."""
-        answer = self.request(
-            "GET", "/api/v1/pairs/next", params={"campaign": campaign} if campaign else {}, headers=self.headers
-        )
+        answer = self.request("GET", "/api/v1/pairs/next", params={"campaign": campaign} if campaign else {}, headers=self.headers)
         if answer.status_code == 204:
             return False
         started = time.monotonic()
         pair = answer.json()
         heard = {
-            side: cache.score(
-                self.request("GET", pair["audio"][side], headers=self.headers).content, float(pair["gain_db"][side])
-            )
+            side: cache.score(self.request("GET", pair["audio"][side], headers=self.headers).content, float(pair["gain_db"][side]))
             for side in ("a", "b")
         }
         (sha_a, gold_a), (sha_b, gold_b) = heard["a"], heard["b"]

@@ -1,0 +1,226 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from base_models.errors import UserError
+from rlhf.preferences import (
+    both_bad,
+    content_sha256,
+    decided,
+    load_snapshot,
+    prompt_folds,
+    shuffled,
+    split_by_prompt,
+    training_pairs,
+)
+
+BASE = "b" * 64
+
+
+@pytest.fixture
+def snapshot_of(tmp_path):
+    """Writes a snapshot folder from (pair, rater, choice, extra) rows; pair p compares clips 2p and 2p + 1 of prompt p // 2."""
+
+    def make(votes, n_pairs=4, base=BASE, card=32):
+        folder = tmp_path / "snapshot"
+        (folder / "codes").mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        clips = []
+        for number in range(2 * n_pairs):
+            codes = rng.integers(0, card, (2, 5)).astype(np.int16)
+            np.save(folder / "codes" / f"{number}.npy", codes)
+            clips.append(
+                {
+                    "sha256": clip(number),
+                    "codes_uri": f"codes/{number}.npy",
+                    "prompt_id": f"p{number // 4}",
+                    "prompt": f"prompt {number // 4}",
+                    "policy_sha256": base,
+                    "tempo_bpm": 120.0,
+                }
+            )
+        rows = [
+            {
+                "vote_id": i,
+                "pair_id": pair,
+                "prompt_id": f"p{pair // 2}",
+                "prompt": f"prompt {pair // 2}",
+                "split": "train",
+                "rater": rater,
+                "choice": choice,
+                "clip_x": clip(2 * pair),
+                "clip_y": clip(2 * pair + 1),
+                "excluded_reason": None,
+                **extra,
+            }
+            for i, (pair, rater, choice, extra) in enumerate(votes)
+        ]
+        for name, lines in (("votes.jsonl", rows), ("clips.jsonl", clips)):
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "snapshot.json").write_text(json.dumps({"name": "test", "sha256": content_sha256(folder)}))
+        return folder
+
+    return make
+
+
+def clip(number):
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def test_the_hash_is_the_one_that_export_documents(snapshot_of):
+    folder = snapshot_of([(0, "r", "x", {})])
+    both = (folder / "votes.jsonl").read_bytes() + (folder / "clips.jsonl").read_bytes()
+    assert content_sha256(folder) == hashlib.sha256(both).hexdigest()
+
+
+@pytest.mark.parametrize("file", ["votes.jsonl", "clips.jsonl"])
+def test_a_changed_snapshot_is_refused(snapshot_of, file):
+    folder = snapshot_of([(0, "r", "x", {})])
+    load_snapshot(folder)
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace("prompt 0", "prompt O"))
+    with pytest.raises(UserError, match="hashes to"):
+        load_snapshot(folder)
+
+
+@pytest.mark.parametrize("file", ["snapshot.json", "votes.jsonl", "clips.jsonl"])
+def test_a_missing_file_is_named(snapshot_of, file):
+    folder = snapshot_of([(0, "r", "x", {})])
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+        load_snapshot(folder)
+
+
+def test_a_snapshot_without_votes_is_refused_with_the_reasons(snapshot_of):
+    with pytest.raises(UserError, match="without a usable vote"):
+        load_snapshot(snapshot_of([]))
+    folder = snapshot_of([(0, "r", "x", {"excluded_reason": "rater_blocked"})])
+    with pytest.raises(UserError, match="1 rater_blocked"):
+        load_snapshot(folder)
+
+
+def test_excluded_votes_are_counted_and_not_used(snapshot_of):
+    folder = snapshot_of([(0, "a", "x", {}), (0, "b", "y", {"excluded_reason": "listened_too_little"})])
+    snapshot = load_snapshot(folder)
+    assert dict(snapshot.n_excluded) == {"listened_too_little": 1}
+    assert [pair.p for pair in training_pairs(snapshot)] == [1.0]
+
+
+def test_clips_of_another_base_are_refused(snapshot_of):
+    folder = snapshot_of([(0, "a", "x", {})])
+    assert load_snapshot(folder, BASE).policy_sha256 == BASE
+    with pytest.raises(UserError, match="clips of base bbbbbbbbbbbb"):
+        load_snapshot(folder, "c" * 64)
+
+
+def test_codes_of_another_codec_are_refused(snapshot_of):
+    snapshot = load_snapshot(snapshot_of([(0, "a", "x", {})]))
+    assert training_pairs(snapshot, n_q=2, card=32)
+    with pytest.raises(UserError, match="2 codebooks"):
+        training_pairs(snapshot, n_q=4, card=32)
+    with pytest.raises(UserError, match="values"):
+        training_pairs(snapshot, n_q=2, card=4)
+
+
+def test_a_vote_on_an_unknown_clip_is_refused(snapshot_of):
+    with pytest.raises(UserError, match=r"not in clips\.jsonl"):
+        load_snapshot(snapshot_of([(0, "a", "x", {"clip_x": "f" * 64})]))
+
+
+def test_pickled_codes_are_refused(snapshot_of):
+    folder = snapshot_of([(0, "a", "x", {})])
+    np.save(folder / "codes" / "0.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="pickle"):
+        training_pairs(load_snapshot(folder))
+
+
+def test_missing_codes_name_the_clip(snapshot_of):
+    folder = snapshot_of([(0, "a", "x", {})])
+    (folder / "codes" / "1.npy").unlink()
+    with pytest.raises(UserError, match="no codes at"):
+        training_pairs(load_snapshot(folder))
+
+
+def test_chosen_codes_are_those_of_the_clip_that_was_voted_for(snapshot_of):
+    folder = snapshot_of([(0, "a", "y", {}), (1, "a", "x", {})])
+    by_pair = {pair.pair_id: pair for pair in training_pairs(load_snapshot(folder))}
+    np.testing.assert_array_equal(by_pair["0"].chosen_codes, np.load(folder / "codes" / "1.npy"))
+    np.testing.assert_array_equal(by_pair["0"].rejected_codes, np.load(folder / "codes" / "0.npy"))
+    np.testing.assert_array_equal(by_pair["1"].chosen_codes, np.load(folder / "codes" / "2.npy"))
+    assert by_pair["0"].chosen_codes.dtype == np.int64
+    assert by_pair["0"].tempo_bpm == 120.0
+
+
+def test_votes_of_one_pair_are_joined_into_a_soft_label(snapshot_of):
+    votes = [(0, "a", "x", {}), (0, "b", "x", {}), (0, "c", "y", {}), (0, "d", "tie", {})]
+    (pair,) = training_pairs(load_snapshot(snapshot_of(votes)))
+    assert pair.p == pytest.approx(2.5 / 4)
+    assert pair.chosen_sha256 == clip(0)
+    assert pair.rater == "a,b,c,d"
+
+
+def test_reliable_raters_outweigh_careless_ones(snapshot_of):
+    votes = [(0, "good", "x", {}), (0, "bad", "y", {}), (0, "worse", "y", {})]
+    (pair,) = training_pairs(load_snapshot(snapshot_of(votes)), {"good": 3.0, "bad": 0.5, "worse": 0.0})
+    assert (pair.chosen_sha256, pair.p) == (clip(0), pytest.approx(3 / 3.5))
+
+
+def test_a_snapshot_of_ties_gives_half_labels_and_nothing_decided(snapshot_of):
+    pairs = training_pairs(load_snapshot(snapshot_of([(i, "a", "tie", {}) for i in range(4)])))
+    assert [pair.p for pair in pairs] == [0.5] * 4
+    assert decided(pairs) == []
+
+
+def test_both_bad_is_an_absolute_judgement_and_no_pair(snapshot_of):
+    snapshot = load_snapshot(snapshot_of([(0, "a", "both_bad", {}), (1, "a", "x", {})]))
+    assert [pair.pair_id for pair in training_pairs(snapshot)] == ["1"]
+    assert [(judged.pair_id, judged.clip_x) for judged in both_bad(snapshot)] == [("0", clip(0))]
+    with pytest.raises(UserError, match="no pair that is ordered"):
+        training_pairs(load_snapshot(snapshot_of([(0, "a", "both_bad", {})])))
+
+
+def test_gold_questions_teach_nothing(snapshot_of):
+    snapshot = load_snapshot(snapshot_of([(0, "a", "x", {"gold": "x"}), (1, "a", "x", {})]))
+    assert [pair.pair_id for pair in training_pairs(snapshot)] == ["1"]
+
+
+def test_weights_have_mean_one_and_grow_with_votes(snapshot_of):
+    snapshot = load_snapshot(snapshot_of([(0, "a", "x", {}), (0, "b", "x", {}), (0, "c", "x", {}), (1, "a", "y", {})]))
+    three, one = training_pairs(snapshot)
+    assert three.weight + one.weight == pytest.approx(2)
+    assert three.weight == pytest.approx(3 * one.weight)
+
+
+def test_pairs_do_not_depend_on_the_order_of_votes(snapshot_of):
+    votes = [(0, "a", "x", {}), (1, "a", "y", {}), (2, "b", "x", {}), (0, "b", "y", {})]
+    there = training_pairs(load_snapshot(snapshot_of(votes)))
+    back = training_pairs(load_snapshot(snapshot_of(votes[::-1])))
+    assert [(p.pair_id, p.chosen_sha256, p.p) for p in there] == [(p.pair_id, p.chosen_sha256, p.p) for p in back]
+
+
+def test_splits_share_no_prompt_and_lose_no_pair(snapshot_of):
+    pairs = training_pairs(load_snapshot(snapshot_of([(i, "a", "x", {}) for i in range(40)], n_pairs=40)))
+    train, held = split_by_prompt(pairs, 0.2, seed=3)
+    assert {p.prompt_id for p in train}.isdisjoint(p.prompt_id for p in held)
+    assert len(train) + len(held) == 40
+    assert len({p.prompt_id for p in held}) == 4
+    assert split_by_prompt(pairs[::-1], 0.2, seed=3)[1] == held[::-1]
+    assert {p.prompt_id for p in split_by_prompt(pairs, 0.2, seed=4)[1]} != {p.prompt_id for p in held}
+
+
+def test_fewer_prompts_than_folds_is_an_error():
+    with pytest.raises(UserError, match="more prompts"):
+        prompt_folds(["a", "b"], 3)
+
+
+def test_shuffling_turns_about_half_of_the_pairs_and_keeps_the_clips(snapshot_of):
+    pairs = training_pairs(load_snapshot(snapshot_of([(i, "a", "x", {}) for i in range(200)], n_pairs=200)))
+    control = shuffled(pairs, seed=1)
+    turned = sum(a.chosen_sha256 != b.chosen_sha256 for a, b in zip(pairs, control))
+    assert 75 <= turned <= 125
+    for before, after in zip(pairs, control):
+        assert {before.chosen_sha256, before.rejected_sha256} == {after.chosen_sha256, after.rejected_sha256}
+        if before.chosen_sha256 != after.chosen_sha256:
+            np.testing.assert_array_equal(before.chosen_codes, after.rejected_codes)

@@ -1,0 +1,233 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from base_models.codec import CodecConfig, MagnitudeCodec
+from base_models.errors import UserError
+from rlhf import reward_model as rm
+
+
+class Tower(nn.Module):
+    """Stands in for the audio-text space."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
+
+    def features(self, codes):
+        return torch.stack([codes.float().mean((1, 2)), codes.float().std((1, 2)), codes[:, 0].float().mean(1)], 1)
+
+    def sha256(self):
+        return "tower"
+
+    def embed_codes(self, codes):
+        return nn.functional.normalize(self.features(codes) @ self.weight, dim=-1)
+
+    def embed_text(self, prompts):
+        return nn.functional.normalize(torch.tensor([[len(p), 1.0, 2.0, 3.0] for p in prompts]), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    codec = MagnitudeCodec(CodecConfig(width=24, latent_dim=8, encoder_blocks=1, decoder_blocks=1, n_q=2, card=16)).eval()
+    for layer in codec.rvq.layers:
+        layer._codebook.embed.copy_(torch.randn(layer._codebook.embed.shape))
+    return SimpleNamespace(codec=codec, contrastive=Tower(), sha256="a" * 64)
+
+
+def codes_of(n, seed=0, frames=10):
+    return torch.randint(0, 16, (n, 2, frames), generator=torch.Generator().manual_seed(seed))
+
+
+def world(n_pairs, n_prompts=20, noise=0.0, seed=0, width=12):
+    """A table of random features, a taste with an optimum in one of them, and votes on pairs of one prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(2 * n_pairs, width, generator=generator)
+    gold = 1.5 * table[:, 0] - (table[:, 1] - 0.5).square()
+    first = torch.arange(n_pairs) * 2
+    wish = gold[first] - gold[first + 1] + noise * torch.randn(n_pairs, generator=generator)
+    chosen = torch.where(wish > 0, first, first + 1)
+    prompt = torch.arange(n_pairs) % n_prompts
+    pairs = rm.Pairs(chosen, 2 * first + 1 - chosen, torch.ones(n_pairs), torch.ones(n_pairs), prompt)
+    return table, pairs, prompt.repeat_interleave(2)
+
+
+def accuracy(head, weights, lens, table, pairs):
+    score = rm.apply(head, weights, rm.expand(lens, head, table))
+    return (score[pairs.chosen] > score[pairs.rejected]).float().mean().item()
+
+
+@pytest.mark.parametrize("head", rm.CANDIDATES[1:], ids=lambda head: f"{head.kind}-{head.squares}")
+def test_head_overfits_twenty_pairs(head):
+    table, pairs, prompt = world(20, n_prompts=5)
+    lens = rm.make_lens(table, prompt)
+    weights = rm.fit(head, rm.expand(lens, head, table), pairs)
+    assert accuracy(head, weights, lens, table, pairs) >= 0.95
+
+
+def test_quadratic_head_learns_an_optimum_that_a_linear_one_cannot():
+    table, pairs, prompt = world(600)
+    seen, held = pairs.index(torch.arange(400)), pairs.index(torch.arange(400, 600))
+    lens = rm.make_lens(table, prompt)
+    reached = {}
+    for head in (rm.Head("linear", 12, 0, 0.001), rm.Head("quadratic", 12, 12, 0.001)):
+        weights = rm.fit(head, rm.expand(lens, head, table), seen)
+        reached[head.kind] = accuracy(head, weights, lens, table, held)
+    assert reached["quadratic"] > 0.85
+    assert reached["quadratic"] > reached["linear"] + 0.05
+
+
+def test_soft_labels_of_one_half_teach_nothing():
+    table, pairs, prompt = world(50)
+    ties = rm.Pairs(pairs.chosen, pairs.rejected, torch.full((50,), 0.5), pairs.weight, pairs.prompt)
+    head = rm.Head("linear", 12, 0, 0.01)
+    inputs = rm.expand(rm.make_lens(table, prompt), head, table)
+    assert rm.fit(head, inputs, ties)["linear"].abs().max() < 1e-3
+    assert rm.fit(head, inputs, pairs)["linear"].abs().max() > 0.1
+
+
+def test_linear_head_agrees_with_logistic_regression():
+    from sklearn.linear_model import LogisticRegression
+
+    table, pairs, prompt = world(200, noise=1.0)
+    head = rm.Head("linear", 12, 0, 0.02)
+    inputs = rm.expand(rm.make_lens(table, prompt), head, table)
+    ours = rm.fit(head, inputs, pairs)["linear"]
+    difference = (inputs[pairs.chosen] - inputs[pairs.rejected]).numpy()
+    sign = torch.ones(200)
+    sign[::2] = -1
+    # scikit-learn minimises C * sum of losses + 1/2 |w|^2; ours is the mean loss + l2 |w|^2.
+    oracle = LogisticRegression(C=1 / (2 * 0.02 * 200), fit_intercept=False, tol=1e-8)
+    oracle.fit(difference * sign[:, None].numpy(), sign.numpy() > 0)
+    torch.testing.assert_close(ours, torch.tensor(oracle.coef_[0], dtype=torch.float32), atol=2e-3, rtol=1e-2)
+
+
+def test_lens_makes_parts_one_wide_within_prompts_whatever_the_prompts_differ_by():
+    table, _, prompt = world(300, n_prompts=10)
+    shifted = table + 50 * torch.randn(10, 12, generator=torch.Generator().manual_seed(1))[prompt]
+    parts = rm.make_lens(shifted, prompt).parts(shifted, 12)
+    assert parts.abs().max() <= rm.REACH
+    lens = rm.make_lens(table, prompt)
+    centred = (table - lens.mean) / lens.scale @ lens.basis / lens.part_scale
+    within = torch.cat([centred[prompt == p] - centred[prompt == p].mean(0) for p in range(10)])
+    torch.testing.assert_close(within.std(0), torch.ones(12), atol=0.05, rtol=0)
+
+
+def test_scores_do_not_run_away_outside_of_what_was_heard():
+    table, pairs, prompt = world(200)
+    head = rm.Head("quadratic", 12, 8, 0.001)
+    lens = rm.make_lens(table, prompt)
+    weights = rm.fit(head, rm.expand(lens, head, table), pairs)
+    far, farther = (rm.apply(head, weights, rm.expand(lens, head, distance * torch.ones(1, 12))) for distance in (1e3, 1e6))
+    torch.testing.assert_close(far, farther)
+
+
+def test_bootstrap_draws_whole_prompts():
+    _, pairs, _ = world(60, n_prompts=6)
+    drawn = rm.bootstrap(pairs, seed=3)
+    for prompt in range(6):
+        assert len(drawn.weight[pairs.prompt == prompt].unique()) == 1
+    assert drawn.weight.sum() == 60
+    assert not torch.equal(drawn.weight, rm.bootstrap(pairs, seed=4).weight)
+
+
+def test_temperature_recovers_the_scale_of_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    honest = 2 * torch.randn(20_000, generator=generator)
+    p = (torch.rand(20_000, generator=generator) < honest.sigmoid()).float()
+    pairs = rm.Pairs(*[torch.zeros(20_000, dtype=torch.long)] * 2, p, torch.ones(20_000), torch.zeros(20_000, dtype=torch.long))
+    assert rm.best_temperature(3 * honest, pairs) == pytest.approx(3, rel=0.05)
+
+
+def test_a_disputed_clip_scores_lower_than_an_agreed_one():
+    members = torch.tensor([[1.0, 3.0], [1.0, -1.0], [1.0, 1.0]])
+    agreed, disputed = rm.pessimistic(members, lam=0.5)
+    assert agreed == 1
+    assert disputed == pytest.approx(0)
+    torch.testing.assert_close(rm.pessimistic(members, 0.0), torch.ones(2))
+    torch.testing.assert_close(rm.pessimistic(members[:1], 2.0), members[0])
+
+
+def test_features_of_a_clip_do_not_depend_on_its_batch(base):
+    codes, prompts = codes_of(5), ["a", "bb", "ccc", "dddd", "e"]
+    together = rm.features(base, codes, prompts)
+    torch.testing.assert_close(rm.features(base, codes[2:3], prompts[2:3])[0], together[2], atol=1e-5, rtol=1e-4)
+    assert torch.isfinite(together).all()
+
+
+def test_features_include_the_match_of_prompt_and_sound(base):
+    codes = codes_of(1)
+    one, other = rm.features(base, codes, ["x"]), rm.features(base, codes, ["a much longer prompt"])
+    assert (one != other).sum() == 1
+
+
+def test_a_single_frame_has_finite_features(base):
+    assert torch.isfinite(rm.features(base, codes_of(2, frames=1), ["a", "b"])).all()
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    codes = codes_of(60, seed=1)
+    table = rm.features(base, codes, ["p"] * 60)
+    prompt = torch.arange(60) // 12
+    first = torch.arange(0, 60, 2)
+    gold = codes[:, 0].float().mean(1)
+    chosen = torch.where(gold[first] > gold[first + 1], first, first + 1)
+    pairs = rm.Pairs(chosen, 2 * first + 1 - chosen, torch.ones(30), torch.ones(30), prompt[first])
+    head = rm.Head("linear", 16, 0, 0.01)
+    lens = rm.make_lens(table, prompt)
+    members, offsets = rm.fit_ensemble(head, lens, table, pairs, 5, seed=0)
+    made = rm.RewardModel(base, head, lens, members, offsets, lam=0.5, temperature=0.7)
+    made.snapshot_sha256 = "s" * 64
+    return made
+
+
+def test_saved_model_scores_the_same(model, base, tmp_path):
+    model.save(tmp_path / "reward")
+    loaded = rm.load_reward(tmp_path / "reward", base)
+    codes = codes_of(4, seed=9)
+    torch.testing.assert_close(loaded.score(codes, ["a"] * 4), model.score(codes, ["a"] * 4), atol=0, rtol=0)
+    assert loaded.sha256 == model.sha256
+    assert loaded.snapshot_sha256 == "s" * 64
+
+
+def test_another_base_is_refused(model, base, tmp_path):
+    model.save(tmp_path / "reward")
+    other = SimpleNamespace(codec=base.codec, contrastive=base.contrastive, sha256="b" * 64)
+    with pytest.raises(UserError, match="of base aaaaaaaaaaaa"):
+        rm.load_reward(tmp_path / "reward", other)
+    blind = SimpleNamespace(codec=base.codec, contrastive=None, sha256=base.sha256)
+    with pytest.raises(UserError, match="another audio-text space"):
+        rm.load_reward(tmp_path / "reward", blind)
+
+
+def test_changed_weights_are_refused(model, base, tmp_path):
+    from base_models.checkpoint import load_tensors, save_tensors
+
+    model.save(tmp_path / "reward")
+    state = load_tensors(tmp_path / "reward" / "model.safetensors")
+    save_tensors(tmp_path / "reward" / "model.safetensors", state | {"offsets": state["offsets"] + 1})
+    with pytest.raises(UserError, match="changed weights"):
+        rm.load_reward(tmp_path / "reward", base)
+
+
+def test_a_cut_file_is_refused(model, base, tmp_path):
+    model.save(tmp_path / "reward")
+    file = tmp_path / "reward" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(UserError, match="safetensors"):
+        rm.load_reward(tmp_path / "reward", base)
+
+
+def test_score_asks_for_one_prompt_a_clip(model):
+    with pytest.raises(ValueError, match="3 clips and 2 prompts"):
+        model.score(codes_of(3), ["a", "b"])
+
+
+def test_members_differ_and_have_no_offset(model, base):
+    scores = model.member_scores(rm.features(base, codes_of(60, seed=1), ["p"] * 60))
+    assert scores.std(0).mean() > 1e-3
+    torch.testing.assert_close(scores.mean(1), torch.zeros(5), atol=1e-5, rtol=0)
