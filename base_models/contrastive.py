@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_models.checkpoint import load_tensors, read_json, save_tensors, tensors_sha256, write_json
-from base_models.codec import ConvNeXtBlock, check_codes
+from base_models.codec import ConvNeXtBlock, MagnitudeCodec, check_codes, load_codec
 from base_models.errors import UserError
 from base_models.text_encoder import TextEncoder, load_text_encoder
 
@@ -112,11 +112,15 @@ class AudioTextModel(nn.Module):
         """A hash over all tensors."""
         return tensors_sha256(self.state_dict())
 
-    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes config.json and model.safetensors; float16 halves the file, and loading returns float32."""
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32, codebooks: bool = True) -> None:
+        """Writes config.json and model.safetensors; float16 halves the file, and loading returns float32.
+
+        Without `codebooks` the file is a third smaller, and loading takes them from the codec in the folder `codec` beside it.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / "model.safetensors", {name: t.to(dtype) for name, t in self.state_dict().items()})
+        kept = {name: t.to(dtype) for name, t in self.state_dict().items() if codebooks or name != "codebooks"}
+        save_tensors(folder / "model.safetensors", kept)
         write_json(folder / "config.json", {"model_type": "encore_audio_text", **dataclasses.asdict(self.config)})
 
 
@@ -129,6 +133,8 @@ def load_contrastive(folder: str | Path) -> AudioTextModel:
         raise UserError(f"model_type {kind!r} in {folder}", "encore_audio_text", "train one with base_models/train_contrastive.py")
     model = AudioTextModel(ContrastiveConfig(**config))
     tensors = {name: tensor.float() for name, tensor in load_tensors(folder / "model.safetensors").items()}
+    if "codebooks" not in tensors:
+        tensors["codebooks"] = _codebooks_beside(folder, model.config.codec_sha256)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -138,6 +144,15 @@ def load_contrastive(folder: str | Path) -> AudioTextModel:
             "train it again",
         ) from error
     return model.eval()
+
+
+def _codebooks_beside(folder: Path, codec_sha256: str) -> Tensor:
+    """Codebooks of the codec that stands beside a model which was saved without them; another codec is refused."""
+    codec = load_codec(folder.parent / "codec")
+    found = codec.sha256()
+    if found != codec_sha256 or not isinstance(codec, MagnitudeCodec):
+        raise UserError(f"codec {found[:12]} beside {folder}", f"codec {codec_sha256[:12]}", "restore the codec it was trained with")
+    return codec.codebooks
 
 
 def contrastive_loss(audio: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from base_models.conditions import Conditions
 from base_models.corpus.tokens import load_tokens
 from base_models.lm import MusicLM, disable_functional_dropout, load_lm
 from base_models.sampling import filtered_log_probs, generate
-from base_models.settings import parse, to_mapping
+from base_models.settings import run, to_mapping
 from base_models.text_encoder import load_text_encoder
 from base_models.train_lm import Data, load_data
 
@@ -193,4 +193,4 @@ def main(cfg: Config) -> float:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    main(parse(Config))
+    run(main, Config)

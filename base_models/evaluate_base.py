@@ -40,7 +40,7 @@ from base_models.lm import MusicLM
 from base_models.measures import GenreProbe, estimate_tempo, tempo_matches
 from base_models.policy import PRETRAINED, Policy, load_policy
 from base_models.sampling import generate
-from base_models.settings import parse
+from base_models.settings import run
 from base_models.train_lm import evaluate as bits_per_code
 from base_models.train_lm import load_data
 
@@ -61,6 +61,8 @@ class Config:
     """Held-out prompts, evenly over the genres."""
     probe_clips: int = 1500
     """Real training clips that the probe learns from."""
+    held_clips: int = 300
+    """Real held-out clips that check the probe, before and after the codec."""
     cfg_coef: float = 1.0
     """Guidance while sampling; 1 is what users hear."""
     temperature: float = 1.0
@@ -157,7 +159,7 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # 1. A probe that has heard real music only.
     train_rows = [row for row in rows if row["split"] == "train"][: cfg.probe_clips]
-    held_rows = [row for row in rows if row["split"] == "test_piece"]
+    held_rows = [row for row in rows if row["split"] == "test_piece"][: cfg.held_clips]
     probe = GenreProbe.fit(real_clips(cfg.corpus, train_rows), sample_rate, [row["genre"] for row in train_rows])
     held = real_clips(cfg.corpus, held_rows)
     genres = [row["genre"] for row in held_rows]
@@ -199,6 +201,7 @@ def main(cfg: Config) -> dict[str, Any]:
         "memorised": float((near > 0.5).float().mean()),
         "nearest_median": near.median().item(),
         "nearest_max": near.max().item(),
+        "memorised_real_heldout": float((near_real > 0.5).float().mean()),
         "nearest_median_real_heldout": near_real.median().item(),
         "sampling_x_real_time": speed,
         "prompts": len(prompts),
@@ -219,4 +222,4 @@ def main(cfg: Config) -> dict[str, Any]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    main(parse(Config))
+    run(main, Config)

@@ -13,9 +13,9 @@ import dataclasses
 import json
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -51,6 +51,16 @@ def parse(
     note = f"Presets: {', '.join(sorted(presets))} (--preset NAME).  " if presets else ""
     description = f"{note}--config FILE.toml|FILE.json gives any of the values below; flags win."
     return tyro.cli(config_class, args=rest, default=default, description=description)
+
+
+def run(main: Callable[[Config], Any], config_class: type[Config], presets: Mapping[str, Mapping[str, Any]] | None = None) -> NoReturn:
+    """A script's last line: parse, run, and end with exit code 2 and one line on stderr where the input is bad."""
+    try:
+        main(parse(config_class, presets))
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(0)
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:

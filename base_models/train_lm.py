@@ -47,7 +47,7 @@ from base_models.corpus.tokens import TokenisedCorpus, load_tokens, synthetic_to
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.sampling import generate
-from base_models.settings import parse, to_mapping
+from base_models.settings import run, to_mapping
 from base_models.text_encoder import TextEncoder, load_text_encoder
 
 logger = logging.getLogger(__name__)
@@ -336,4 +336,4 @@ def _tensorboard(cfg: Config):
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    main(parse(Config, PRESETS))
+    run(main, Config, PRESETS)

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CAMPAIGN = "demo"
 SYSTEMS = ("dpo", "ppo", "shuffled")
 TRACK_PROMPT = "sad piano, slow"
+LICENCE = "Apache-2.0"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class DemoConfig:
     def small(policy: Path, out: Path) -> DemoConfig:
         """The same stages in about a minute, on a policy of the test's choosing."""
         return DemoConfig(
-            policy, out, train_prompts=12, clips_per_prompt=2, duration_s=1.0, target_votes=2, heldout_prompts=12,
+            policy, out, train_prompts=24, clips_per_prompt=2, duration_s=1.0, target_votes=2, heldout_prompts=12,
             dpo=("--steps", "4"), ppo=("--steps", "2", "--batch-size", "8"),
         )  # fmt: skip
 
@@ -170,21 +171,19 @@ class Demo:
                     access.append({"handle": handle, "token": self._token(store, handle)})
                 write_json(raters, access)
                 raters.chmod(0o600)
-        app = subprocess.Popen(
-            [sys.executable, "-m", "feedback_app.app", "--db", self.db, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )  # fmt: skip
-        try:
-            assert app.stdout is not None
-            line = app.stdout.readline()
-            if "ready at" not in line:
-                raise UserError(f"a rating app that did not start: {line!r}", "a line with its address", "see its error above")
-            url = line.rsplit(" ", 1)[1].strip()
-            print(f"        the rating app is at {url}", flush=True)
-            command = ["-m", "rlhf.simulation.vote", "--url", url, "--raters", raters, "--campaign", CAMPAIGN, "--seed", cfg.seed]
-            self._python(command)
-        finally:
-            app.terminate()
-            app.wait(timeout=30)
+        command = [sys.executable, "-m", "feedback_app.app", "--db", self.db, "--port", "0"]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
+            try:
+                assert app.stdout is not None
+                line = app.stdout.readline()
+                if "ready at" not in line:
+                    raise UserError(f"a rating app that did not start: {line!r}", "a line with its address", "see its error above")
+                url = line.rsplit(" ", 1)[1].strip()
+                print(f"        the rating app is at {url}", flush=True)
+                named = ["--url", url, "--raters", raters, "--campaign", CAMPAIGN, "--seed", cfg.seed]
+                self._python(["-m", "rlhf.simulation.vote", *named])
+            finally:
+                app.terminate()
         return {"pairs": found.n_pairs, "raters": cfg.raters}
 
     @staticmethod
@@ -214,14 +213,14 @@ class Demo:
 
     def dpo(self, name: str) -> None:
         control = ["--shuffle-votes", self.cfg.seed + 1] if name == "shuffled" else []
-        common = ["--snapshot", self.snapshot_dir, "--policy", self.cfg.policy, "--out", self.out / name]
+        common = ["--snapshot", self.snapshot_dir, "--policy", self.cfg.policy, "--out", self.out / name, "--licence", LICENCE]
         self._script("train_dpo", *common, *self.cfg.dpo, *control, *self._resume(self.out / name))
 
     def ppo(self) -> None:
         frames = round(self.cfg.duration_s * 25)
         self._script(
             "train_ppo", "--policy", self.cfg.policy, "--reward", self.out / "reward", "--prompts", self.out / "prompts_train.jsonl",
-            "--n-frames", frames, "--out", self.out / "ppo", *self.cfg.ppo, *self._resume(self.out / "ppo"),
+            "--n-frames", frames, "--out", self.out / "ppo", "--licence", LICENCE, *self.cfg.ppo, *self._resume(self.out / "ppo"),
         )  # fmt: skip
 
     @staticmethod

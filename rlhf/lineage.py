@@ -22,7 +22,7 @@ def trace(folder: str | Path, runs: str | Path = "runs") -> list[str]:
     """The lines for an adapter's folder. Raises UserError when the folder is none or damaged."""
     manifest = read_adapter(folder).manifest
     lines = [f"adapter  {manifest.name}  {manifest.adapter_sha256}  ({manifest.method}, {manifest.created_at}, {manifest.licence})"]
-    reward = _find(Path(runs), "manifest.json", "sha256", manifest.reward_sha256) if manifest.reward_sha256 else None
+    reward = _find(Path(runs), "manifest.json", "reward_sha256", manifest.reward_sha256) if manifest.reward_sha256 else None
     if manifest.reward_sha256:
         lines.append(f"  reward   {manifest.reward_sha256}  {reward or 'not found below ' + str(runs)}")
     if manifest.snapshot_sha256:
@@ -62,6 +62,7 @@ def _find(runs: Path, name: str, key: str, sha256: str) -> Path | None:
             content: Any = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue
-        if isinstance(content, dict) and content.get(key) == sha256:
+        own = isinstance(content, dict) and not (path.parent / "adapter_config.json").exists()  # an adapter names its parents too
+        if own and content.get(key) == sha256:
             return path.parent
     return None

@@ -58,6 +58,14 @@ def test_resumed_run_has_the_same_weights_as_an_unbroken_one(tmp_path, cache):
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+def test_bad_input_ends_with_exit_code_2(tmp_path, cache):
+    ended = subprocess.run(command(tmp_path / "run", cache, "--tokens", str(tmp_path)), check=False, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "remedy" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_not_overwritten_without_being_told_to_resume(tmp_path, cache):
     main(smoke(tmp_path / "run", cache, steps=2, save_every=1))
     with pytest.raises(UserError, match="--resume"):
