@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from base_models.codec import CodecConfig, MagnitudeCodec
+from base_models.codec import CodecConfig, MagnitudeCodec, load_codec
 from base_models.contrastive import AudioTextModel, ContrastiveConfig, contrastive_loss, load_contrastive, recall_at
 from base_models.errors import UserError
 
@@ -144,6 +144,7 @@ def test_model_saved_without_codebooks_takes_them_from_the_codec_beside_it(tmp_p
     torch.manual_seed(0)
     codec = MagnitudeCodec(CodecConfig(width=16, latent_dim=8, encoder_blocks=1, decoder_blocks=1, n_q=2, card=8))
     codec.save(tmp_path / "codec")
+    codec = load_codec(tmp_path / "codec")
     config = ContrastiveConfig(n_q=2, card=8, latent_dim=8, width=16, blocks=1, embed_dim=8, text_dim=12, codec_sha256=codec.sha256())
     model = AudioTextModel(config).eval()
     model.set_codebooks(codec.codebooks)
