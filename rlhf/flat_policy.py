@@ -106,17 +106,11 @@ class FlatConfig(PreTrainedConfig):
 class FlatTrunk(nn.Module):
     """Flat ids [B, L] -> states [B, L, d + K + 1]; the state at place j predicts id j + 1."""
 
-    text: Tensor
-    mask: Tensor
-    tempo_bpm: Tensor
-
     def __init__(self, lm: MusicLM, conditions: Conditions, temperature: float) -> None:
         super().__init__()
         self.lm = lm
         self.temperature = temperature
-        self.register_buffer("text", conditions.text, persistent=False)
-        self.register_buffer("mask", conditions.mask, persistent=False)
-        self.register_buffer("tempo_bpm", conditions.tempo_bpm, persistent=False)
+        self.table = conditions  # no buffer: DDP would send it around at every step
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Conditions, list[int]]:
         """-> codes [B, K, T_max] (frames that a shorter row lacks hold the special token), conditions, frames of each row."""
@@ -126,15 +120,16 @@ class FlatTrunk(nn.Module):
         if bool((valid != (torch.arange(valid.shape[1], device=valid.device) < lengths[:, None])).any()):
             raise ValueError("padding must stand at the right end of a flat sequence")
         rows = input_ids[:, 0] - prompt_id(0, K, V)
-        if bool(((rows < 0) | (rows >= len(self.text))).any()):
+        if bool(((rows < 0) | (rows >= len(self.table))).any()):
             raise ValueError("a flat sequence must begin with the id of a prompt in the table")
         n_ids = (lengths - 1).tolist()
         codes = input_ids.new_full((len(input_ids), K, max(n_ids) // K), self.lm.special)
         for n in set(n_ids):
             same = torch.tensor([i for i, other in enumerate(n_ids) if other == n], device=input_ids.device)
             codes[same, :, : n // K] = unflatten_ids(input_ids[same, 1 : 1 + n], K, V)
-        table = Conditions(self.text, self.mask, self.tempo_bpm)
-        return codes, table.index(rows), [n // K for n in n_ids]
+        if self.table.text.device != input_ids.device:
+            self.table = self.table.to(input_ids.device)
+        return codes, self.table.index(rows), [n // K for n in n_ids]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
         codes, cond, frames = self.read(input_ids, attention_mask)
@@ -152,23 +147,29 @@ class FlatTrunk(nn.Module):
 
 
 class BlockHead(nn.Module):
-    """All K heads as one matrix [2 + K * V, d + K + 1]: see the module's docstring. It follows the LM's heads at construction."""
+    """All K heads as one matrix: see the module's docstring. It owns nothing and is put together when it is asked for."""
 
-    weight: Tensor
     bias = None
+    heads: list[Any]
 
     def __init__(self, lm: MusicLM) -> None:
         super().__init__()
-        K, V, d = lm.n_q, lm.card, lm.config.d_model
-        weight = torch.zeros(N_SPECIAL + K * V, d + K + 1)
+        self.n_q, self.card = lm.n_q, lm.card
+        self.heads = [lm.decoder.lm_heads]  # in a list: they stay the LM's modules
+
+    @property
+    def weight(self) -> Tensor:
+        """[2 + K * V, d + K + 1]."""
+        K, V = self.n_q, self.card
+        stacked = torch.cat([head.weight.detach() for head in self.heads[0]])  # [K * V, d]
+        d = stacked.shape[1]
+        weight = stacked.new_zeros((N_SPECIAL + K * V, d + K + 1))
+        weight[N_SPECIAL:, :d] = stacked
         weight[:, d:] = IMPOSSIBLE
-        heads: list[nn.Linear] = list(lm.decoder.lm_heads)  # type: ignore[arg-type]
-        for k, head in enumerate(heads):
-            ids = slice(N_SPECIAL + k * V, N_SPECIAL + (k + 1) * V)
-            weight[ids, :d] = head.weight.detach()
-            weight[ids, d + k] = 0.0
+        for k in range(K):
+            weight[N_SPECIAL + k * V : N_SPECIAL + (k + 1) * V, d + k] = 0.0
         weight[EOS, d + K] = 0.0
-        self.register_buffer("weight", weight.to(heads[0].weight), persistent=False)
+        return weight
 
     def forward(self, states: Tensor) -> Tensor:
         return nn.functional.linear(states, self.weight)

@@ -155,7 +155,7 @@ def main(cfg: Config) -> dict[str, Any]:
     task.lm.to(args.device)
     if args.device.type == "cpu":  # torch's fused attention is five times slower backwards in bfloat16 on a CPU
         task.lm.decoder.set_attn_implementation("eager")
-    flat = FlatCausalLM(task.lm, task.table.to(args.device), cfg.temperature).eval()
+    flat = FlatCausalLM(task.lm, task.table, cfg.temperature).eval()
     collator = PreferenceCollator(pad_token_id=PAD, max_length=None)
     scored = []
     for part in (train, held_out):
@@ -260,7 +260,6 @@ def training_arguments(cfg: Config, n_pairs: int) -> DPOConfig:
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         bf16=bf16,
         activation_checkpointing=False,
         max_length=None,

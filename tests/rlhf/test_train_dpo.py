@@ -1,0 +1,196 @@
+"""DPO over the flat policy: starts at log 2, learns, resumes, and runs as a file, alone and on two processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.library import read_adapter
+from base_models.errors import UserError
+from rlhf import train_dpo
+from rlhf.flat_dpo import smoothed
+from rlhf.losses import dpo_loss
+from rlhf.train_dpo import PRESETS, Config, toy_task
+
+ROOT = Path(train_dpo.__file__).resolve().parents[1]
+
+
+def config(out: Path, **changes: object) -> Config:
+    return dataclasses.replace(Config(**PRESETS["smoke"]), out=out, **changes)  # type: ignore[arg-type]
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "dpo/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], Path]:
+    """One whole smoke run in float32 in this process."""
+    out = tmp_path_factory.mktemp("dpo") / "run"
+    return train_dpo.main(config(out, precision="fp32", save_every=10)), out
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The smoke preset as a file from another folder, on two gloo processes."""
+    folder = tmp_path_factory.mktemp("launched")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "rlhf" / "train_dpo.py"), "--preset", "smoke", "--out", "run", "--processes", "2"]
+    command += ["--precision", "fp32", "--batch-size", "4", "--steps", "20"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            stdout, stderr = process.communicate(timeout=280)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # the launcher and its workers, should any be left
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr), folder / "run"
+
+
+def test_the_first_loss_is_log_2(run):
+    _, out = run
+    first = metrics(out)[0]
+    assert first["dpo/loss_hard_labels"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["dpo/kl_reference_to_policy"] == 0.0
+
+
+def test_in_bfloat16_the_first_loss_is_log_2_too(tmp_path):
+    train_dpo.main(config(tmp_path / "run", precision="bf16", steps=1, kl_clips=0))
+    assert metrics(tmp_path / "run")[0]["dpo/loss_hard_labels"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_preference_accuracy_rises_on_trained_and_held_out_pairs(run):
+    figures, out = run
+    rows = metrics(out)
+    assert rows[0]["dpo/accuracy_decided"] == 0.0
+    assert rows[-1]["dpo/accuracy_decided"] > 0.9
+    assert rows[-1]["dpo/loss_hard_labels"] < 0.6
+    assert figures["held_out_accuracy"] == 1.0
+    assert rows[-1]["logps/chosen"] - rows[0]["logps/chosen"] > rows[-1]["logps/rejected"] - rows[0]["logps/rejected"]
+
+
+def test_kl_of_played_clips_is_positive_after_learning(run):
+    figures, _ = run
+    assert 0.05 < figures["kl_nats_per_clip"] < 50
+
+
+def test_the_adapter_folder_names_its_base_and_settings(run):
+    figures, out = run
+    adapter = read_adapter(out / "adapter")
+    assert adapter.manifest.base_sha256 == toy_task(0).base_sha256
+    assert adapter.manifest.method == "dpo"
+    assert adapter.manifest.figures == figures
+    assert adapter.manifest.config == json.loads((out / "config.json").read_text())
+    assert adapter.lora.r == 4
+    assert max(float(adapter.lora.delta(m).abs().max()) for m in adapter.lora.modules) > 1e-3
+
+
+def test_nothing_in_the_run_folder_is_a_pickle(run):
+    _, out = run
+    suffixes = {p.suffix for p in out.rglob("*") if p.is_file() and "tfevents" not in p.name}
+    assert suffixes == {".json", ".jsonl", ".safetensors", ".md"}
+    assert any(out.glob("tensorboard/*tfevents*"))
+
+
+def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(run, tmp_path):
+    _, out = run
+    broken = tmp_path / "run"
+    train_dpo.main(config(broken, precision="fp32", save_every=10))
+    shutil.rmtree(broken / "checkpoints" / "step_00000030")
+    shutil.rmtree(broken / "adapter")
+    train_dpo.main(config(broken, precision="fp32", save_every=10, resume=True))
+    steps = [row["step"] for row in metrics(broken)]
+    assert steps == [*range(1, 31), *range(21, 31)]
+    assert metrics(broken)[-1]["dpo/loss"] == metrics(out)[-1]["dpo/loss"]
+    one, two = read_adapter(out / "adapter").lora.tensors, read_adapter(broken / "adapter").lora.tensors
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_soft_labels_give_the_loss_of_our_own_formula(tmp_path):
+    """All ties and weight 1: at log 2 the gradient is 0, so nothing is learnt; with hard labels it would be."""
+    task = toy_task(0)
+    ties = [dataclasses.replace(pair, p=0.5) for pair in task.pairs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "toy_task", lambda seed: dataclasses.replace(task, pairs=ties))
+        train_dpo.main(config(tmp_path / "run", precision="fp32", steps=4, kl_clips=0))
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(rows[-1]["rewards/margins"]) < 1e-6
+    assert rows[0]["grad_norm"] < 1e-6
+
+
+def test_the_reported_loss_is_the_trained_loss(run):
+    _, out = run
+    assert all(row["loss"] == pytest.approx(row["dpo/loss"], abs=1e-5) for row in metrics(out))
+
+
+def test_label_smoothing_mixes_the_label_with_a_coin():
+    assert smoothed(1.0, 0.1) == pytest.approx(0.9)
+    assert smoothed(0.5, 0.1) == pytest.approx(0.5)
+    assert smoothed(0.8, 0.0) == 0.8
+    flat = dpo_loss(*(torch.tensor([x]) for x in (3.0, 0.0, 0.0, 0.0)), 1.0, torch.tensor([smoothed(1.0, 0.5)]))[0]
+    assert flat > dpo_loss(*(torch.tensor([x]) for x in (0.0, 0.0, 0.0, 0.0)), 1.0)[0]
+
+
+def test_dropped_ties_leave_fewer_pairs_and_the_likelihood_term_is_nats_a_code(tmp_path):
+    changes = {"precision": "fp32", "steps": 3, "kl_clips": 0, "ties": "drop", "held_out": 0.0, "sft_weight": 2.0}
+    figures = train_dpo.main(config(tmp_path / "run", **changes))
+    assert figures["pairs"] == 56
+    for row in metrics(tmp_path / "run"):
+        nats_a_code = -row["logps/chosen"] / (4 * 12)
+        assert row["loss"] == pytest.approx(row["dpo/loss"] + 2.0 * nats_a_code, abs=1e-4)
+
+
+def test_shuffled_votes_teach_nothing_about_held_out_pairs(tmp_path):
+    figures = train_dpo.main(config(tmp_path / "run", precision="fp32", shuffle_votes=3, kl_clips=0))
+    assert read_adapter(tmp_path / "run" / "adapter").manifest.method == "dpo_shuffled"
+    assert figures["margin_last"] < 0.3
+
+
+def test_the_clock_stops_a_run_and_keeps_what_it_learnt(tmp_path):
+    figures = train_dpo.main(config(tmp_path / "run", precision="fp32", max_minutes=1e-6, kl_clips=0))
+    assert figures["steps"] == 1
+    assert (tmp_path / "run" / "adapter" / "manifest.json").is_file()
+
+
+def test_without_a_snapshot_the_remedy_is_named(tmp_path):
+    with pytest.raises(UserError, match="export one"):
+        train_dpo.main(Config(out=tmp_path / "run"))
+
+
+def test_a_wrong_number_of_processes_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"got 1 process\(es\); expected 2"):
+        train_dpo.main(config(tmp_path / "run", processes=2))
+
+
+def test_as_a_file_on_two_processes_it_learns_and_one_of_them_writes(launched):
+    done, out = launched
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr, done.stderr[-3000:]
+    assert done.stdout.count("adapter: pairs") == 1
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[0]["dpo/loss_hard_labels"] == pytest.approx(math.log(2), abs=1e-7)
+    assert rows[-1]["dpo/accuracy_decided"] > 0.9
+
+
+def test_two_processes_learn_what_one_learns_from_the_same_batches(launched, run):
+    """4 pairs a process x 2 are the 8 pairs of the single run: the first steps' losses agree."""
+    _, two = launched
+    _, one = run
+    pairs = list(zip(metrics(two), metrics(one)))[:7]
+    assert all(a["dpo/loss"] == pytest.approx(b["dpo/loss"], abs=1e-5) for a, b in pairs)
+    assert pairs[-1][0]["dpo/loss"] < math.log(2) - 1e-3
