@@ -71,18 +71,14 @@ def read_audio(path: Path_, *, max_duration_s: float = MAX_DURATION_S) -> tuple[
     file = Path(path)
     info = probe(file)
     if info.duration_s > max_duration_s:
-        raise UserError(
-            f"{file} of {info.duration_s:.0f} s", f"at most {max_duration_s:.0f} s", "cut it, or raise the limit on purpose"
-        )
+        raise UserError(f"{file} of {info.duration_s:.0f} s", f"at most {max_duration_s:.0f} s", "cut it, or raise the limit on purpose")
     try:
         samples, sample_rate = soundfile.read(str(file), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise _corrupt(file, error) from error
     # The header of an MP3 may be off by a frame or two; half a song missing is another matter.
     if len(samples) < (info.frames * 0.95 if file.suffix.lower() == ".mp3" else info.frames):
-        raise UserError(
-            f"{file} cut short: {len(samples)} of {info.frames} samples", "a whole audio file", "copy or export it again"
-        )
+        raise UserError(f"{file} cut short: {len(samples)} of {info.frames} samples", "a whole audio file", "copy or export it again")
     if not np.isfinite(samples).all():
         raise UserError(f"{file} with NaN or infinite samples", "finite samples", "export the clip again")
     return np.ascontiguousarray(samples.T), sample_rate

@@ -156,11 +156,12 @@ def onset_envelope(wav: Array, sr: int, frame_rate: float = 100.0) -> tuple[Arra
     return np.maximum(0, flux - trend), sr / hop_length
 
 
-def estimate_tempo(wav: Array, sr: int, *, prior_bpm: float = 115.0, prior_octaves: float = 0.7) -> float:
+def estimate_tempo(wav: Array, sr: int, *, prior_bpm: float = 120.0, prior_octaves: float = 1.0) -> float:
     """Beats a minute, from 40 to 240, or NaN where nothing recurs (silence, a drone).
 
-    The lag at which the onset envelope resembles itself most, supported by twice that lag, weighed by a log-normal prior around
-    `prior_bpm`. The idea of Ellis 2007, "Beat tracking by dynamic programming", J. New Music Research 36(1), section 3.2.
+    The lag at which the onset envelope resembles itself most, supported by twice and half that lag, weighed by a log-normal
+    prior around `prior_bpm`. Weights and prior were chosen on the demo corpus's val split (`tempo_matches` .90 there, .96 on
+    the 299 clips of test_piece). The idea of Ellis 2007, "Beat tracking by dynamic programming", J. New Music Research 36(1), section 3.2.
     """
     envelope, frame_rate = onset_envelope(wav, sr)
     if len(envelope) < 2 * frame_rate or envelope.max() < 1e-6:
@@ -170,9 +171,9 @@ def estimate_tempo(wav: Array, sr: int, *, prior_bpm: float = 115.0, prior_octav
     autocorrelation = np.fft.irfft(np.abs(spectrum) ** 2)[:n]
     autocorrelation /= autocorrelation[0] * (1 - 0.5 * np.arange(n) / n)  # half way to the unbiased one: long lags are few
     lags = np.arange(math.ceil(60 * frame_rate / MAX_BPM), min(math.floor(60 * frame_rate / MIN_BPM), n - 2) + 1)
-    support = np.interp(2 * lags, np.arange(n), autocorrelation, right=0.0)
+    twice, half = (np.interp(lags * factor, np.arange(n), autocorrelation, right=0.0) for factor in (2, 0.5))
     prior = np.exp(-0.5 * (np.log2(60 * frame_rate / lags / prior_bpm) / prior_octaves) ** 2)
-    scores = (autocorrelation[lags] + 0.5 * support) * prior
+    scores = (autocorrelation[lags] + 0.5 * twice + 0.25 * half) * prior
     best = int(np.argmax(scores))
     if scores[best] <= 0:
         return math.nan
@@ -297,7 +298,7 @@ class GenreProbe:
         if not file.is_file():
             raise UserError(f"no genre probe at {file}", "a file written by GenreProbe.save", "fit and save one first")
         try:
-            with np.load(file, allow_pickle=False) as data:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as data:
                 names = [str(name) for name in json.loads(str(data["classes"]))]
                 mean, scale, coef, intercept = (data[name] for name in ("mean", "scale", "coef", "intercept"))
         except Exception as error:

@@ -24,7 +24,7 @@ SILENT = frozenset(" ()~.uvTHLMPSOkJR`\t*$y;\\:'&")
 
 TOKEN = re.compile(
     r"""(?P<text>"[^"]*") | (?P<decoration>![^!]*!|\+[^+]*\+) | (?P<field>\[[A-Za-z]:[^\]]*\]) | (?P<grace>\{[^}]*\})
-      | (?P<bar>:*\|+[:\]]*\[?\d?|:+\||::+|\[\||\|\]|\[\d) | (?P<tuplet>\(\d(?::\d*)*)
+      | (?P<bar>:*\|+[:\]]*(?:\[?\d)?|:+\||::+|\[\||\|\]|\[\d) | (?P<tuplet>\(\d(?::\d*)*)
       | (?P<chord>\[[^\]|]*\]\d*/*\d*) | (?P<note>[\^_=]*[A-Ga-g][,']*\d*/*\d*) | (?P<rest>[zx]\d*/*\d*)
       | (?P<broken>[<>]+) | (?P<tie>-) | (?P<other>.)""",
     re.VERBOSE,

@@ -145,9 +145,7 @@ def read_lines(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Any, ClipR
     """
     path = Path(folder) / METADATA
     if not path.is_file():
-        raise UserError(
-            f"{folder} without {METADATA}", f"a folder with audio and {METADATA}", "write one line a clip: file_name, caption"
-        )
+        raise UserError(f"{folder} without {METADATA}", f"a folder with audio and {METADATA}", "write one line a clip: file_name, caption")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

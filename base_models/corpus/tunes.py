@@ -35,7 +35,7 @@ from base_models.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VERSION = "1"
+VERSION = "2"
 """Part of the cache's name: raise it whenever reading or screening changes."""
 
 ABC_COLLECTIONS = {
@@ -180,7 +180,8 @@ def _slice(part: musicxml.Part, start: float, length: float) -> Bar:
     return bar
 
 
-def _chord(weights: Sequence[float], bass: int | None) -> tuple[int, str]:
+@functools.cache
+def _chord(weights: tuple[float, ...], bass: int | None) -> tuple[int, str]:
     """The chord that explains the sounding pitch classes best. weights [12]: how long each sounds.
 
     Chord tones count for it, other tones .8 against; the bass prefers the root; a tone that is missing, a fourth tone and the
@@ -215,7 +216,7 @@ def _chords(voices: list[Bar], bar_beats: float) -> list[tuple[int, int, str]]:
                 if voice == 3 and onset <= beat + SAME < onset + duration:
                     bass = midi
         if sum(weights) > 0:
-            chords.append((beat, *_chord(weights, bass)))
+            chords.append((beat, *_chord(tuple(weights), bass)))
     return chords
 
 
@@ -253,7 +254,7 @@ def _from_chorale(path: Path) -> Tune | None:
         bar_beats=bar_beats,
         bpm=score.bpm,
         bars=bars,
-        chords=[_chords(voices, bar_beats) for voices in parts],
+        chords=None,  # named last, for what passes the screens
         parts=parts,
         lyrics=lyrics if any(lyrics) else None,
         group="",
@@ -362,7 +363,12 @@ def read_tunes(root: Path) -> list[Tune]:
             name = f"{tune.id}.{n}"
         ids.add(name)
         unique.append(replace(tune, id=name))
-    return group_near_duplicates([tune for tune in unique if key_ok(tune)])
+    usable = [tune for tune in unique if key_ok(tune)]
+    named = [
+        replace(tune, chords=[_chords(voices, tune.bar_beats) for voices in tune.parts]) if tune.parts is not None else tune
+        for tune in usable
+    ]
+    return group_near_duplicates(named)
 
 
 # ---- cache -----------------------------------------------------------------------------------------------------------
