@@ -6,6 +6,7 @@ policy.json   lm/   codec/   contrastive/ (optional)   MODEL_CARD.md   figures.j
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +79,49 @@ def load_policy(folder: str | Path = PRETRAINED, device: str | torch.device = "c
     return Policy(lm, codec, text_encoder, contrastive, folder, policy_sha256(lm, codec))
 
 
-def save_policy(folder: str | Path, lm: MusicLM, codec: Codec, contrastive: AudioTextModel | None = None) -> None:
-    """Write a policy's folder (language model in float32)."""
+def save_policy(
+    folder: str | Path, lm: MusicLM, codec: Codec, contrastive: AudioTextModel | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a policy's folder. `dtype` is that of the language model's file; it is read back as float32."""
     folder = Path(folder)
-    lm.save(folder / "lm")
+    lm.save(folder / "lm", dtype)
     codec.save(folder / "codec")
     if contrastive is not None:
         contrastive.save(folder / "contrastive")
-    write_json(
-        folder / "policy.json",
-        {"text_encoder": lm.config.text_encoder, "frame_rate": codec.frame_rate, "pattern": lm.config.pattern},
-    )
+    _write_policy_json(folder, lm, codec)
+
+
+def assemble(lm_dir: Path, codec_dir: Path, contrastive_dir: Path | None, out: Path) -> Policy:
+    """Put trained parts together as a policy: float16 files, the shared space without its copy of the codebooks.
+
+    Raises UserError, before anything is written, when a part was trained with another codec.
+    """
+    lm, codec = load_lm(lm_dir), load_codec(codec_dir)
+    contrastive = load_contrastive(contrastive_dir) if contrastive_dir else None
+    sha256 = codec.sha256()
+    for name, made_with in (("lm", lm.config.codec_sha256), ("contrastive", contrastive.config.codec_sha256 if contrastive else "")):
+        if made_with and made_with != sha256:
+            raise UserError(f"{name} of codec {made_with[:12]}", f"codec {sha256[:12]}", "train it on tokens of this codec")
+    out.mkdir(parents=True, exist_ok=True)
+    if codec_dir.resolve() != (out / "codec").resolve():
+        shutil.copytree(codec_dir, out / "codec", dirs_exist_ok=True)
+    if contrastive is not None:
+        contrastive.save(out / "contrastive", torch.float16, codebooks=False)
+    lm.save(out / "lm", torch.float16)
+    _write_policy_json(out, lm, codec)
+    return load_policy(out)
+
+
+def _write_policy_json(folder: Path, lm: MusicLM, codec: Codec) -> None:
+    content = {"text_encoder": lm.config.text_encoder, "frame_rate": codec.frame_rate, "pattern": lm.config.pattern}
+    write_json(folder / "policy.json", content)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    def run(lm: Path, codec: Path, out: Path, contrastive: Path | None = None) -> None:
+        """Put trained parts together as a policy and print its hash."""
+        print(assemble(lm, codec, contrastive, out).sha256)
+
+    tyro.cli(run)
