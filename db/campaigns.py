@@ -167,10 +167,8 @@ def register(
     here = select(Pair.clip_x_id, Pair.clip_y_id).where(Pair.campaign_id == campaign.id)
     have = {(clip_x_id, clip_y_id) for clip_x_id, clip_y_id in session.execute(here)}
     paired = {clip_id for pair in have for clip_id in pair}
-    if pairs is None:
-        wanted = choose_pairs(key for key, clip in clips.items() if clip.id not in paired)
-    else:
-        wanted = named_pairs(clips, pairs)
+    unpaired = [key for key, clip in clips.items() if clip.id not in paired]
+    wanted = choose_pairs(unpaired) if pairs is None else named_pairs(clips, pairs)
     n_new = sum(_add_pair(session, campaign, clips[x], clips[y], have) for x, y in wanted)
     if not have:
         expected = "at least one prompt with two different clips"

@@ -6,9 +6,7 @@ TARGET_LUFS = -18.0
 PEAK_CEILING_DBFS = -1.0
 
 
-def pair_gains_db(
-    lufs_x: float | None, peak_x_dbfs: float | None, lufs_y: float | None, peak_y_dbfs: float | None
-) -> tuple[float, float]:
+def pair_gains_db(lufs_x: float | None, peak_x_dbfs: float | None, lufs_y: float | None, peak_y_dbfs: float | None) -> tuple[float, float]:
     """Gains that bring both clips to one loudness: the target, or lower if a true peak would pass the ceiling.
 
     Args: integrated loudness (BS.1770) and true peak of each clip; None where a clip has none, being silent.

@@ -122,7 +122,7 @@ class Transactions:
     def __init__(self, engine: Engine, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
         self.engine = engine
         self._writer = engine.execution_options(writes=True)
-        self._timeout_s = busy_timeout_s
+        self._timeout_s = 6 * busy_timeout_s  # many of our own threads may stand before one that waits for SQLite
         # SQLite polls for its write lock; queueing our own threads here is fair and cheaper.
         self._turn = threading.Lock() if engine.dialect.name == "sqlite" else None
 

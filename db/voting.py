@@ -77,9 +77,7 @@ HELD_LEASE = (
     .limit(1)
 )
 STALE_LEASES = (
-    select(Assignment.id, Assignment.pair_id)
-    .where(Assignment.status == "leased", Assignment.expires_at <= _now)
-    .order_by(Assignment.id)
+    select(Assignment.id, Assignment.pair_id).where(Assignment.status == "leased", Assignment.expires_at <= _now).order_by(Assignment.id)
 )
 EXPIRE_LEASE = (
     update(Assignment)
@@ -168,9 +166,7 @@ AUDIO_FILE = (
 )
 
 
-def next_offer(
-    session: Session, rater_id: int, campaign: str | None, now: datetime, lease: timedelta, rng: random.Random
-) -> Offer | None:
+def next_offer(session: Session, rater_id: int, campaign: str | None, now: datetime, lease: timedelta, rng: random.Random) -> Offer | None:
     """The pair this rater holds or can be given; None when nothing waits. Runs inside a write transaction."""
     scope = {"rater": rater_id, "campaign": campaign, "now": now}
     session.execute(LOCK_RATER, scope)
@@ -213,7 +209,7 @@ def _claim(session: Session, scope: dict[str, Any], now: datetime, lease: timede
             if again is not None:
                 session.execute(RENEW_LEASE, {"assignment": again, "until": now + lease})
                 return again
-            assignment_id = uuid.UUID(int=rng.getrandbits(128), version=4).hex
+            assignment_id = uuid.uuid4().hex
             row = {
                 "id": assignment_id,
                 "pair_id": pair_id,
@@ -253,7 +249,7 @@ def submit(session: Session, vote: dict[str, Any], now: datetime) -> Receipt:
     if min(heard_ms) < needed_ms:
         got = f"{min(heard_ms)} ms of listening to one side"
         raise RefusedError(got, f"at least {needed_ms} ms of each", "listen on, then vote")
-    elapsed_ms = (now - asked.issued_at) / timedelta(milliseconds=1)
+    elapsed_ms = max(0.0, (now - asked.issued_at) / timedelta(milliseconds=1))
     if sum(heard_ms) > elapsed_ms + CLOCK_SLACK_MS:
         expected = f"at most the {elapsed_ms:.0f} ms since the pair was handed out"
         raise RefusedError(f"{sum(heard_ms)} ms of listening", expected, "report what was really heard")

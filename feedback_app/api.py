@@ -5,9 +5,12 @@ POST /api/v1/login -> GET /api/v1/pairs/next -> GET /api/v1/audio/... -> POST /a
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StringConstraints
 
@@ -15,6 +18,7 @@ from db.errors import ConflictError, NotFoundError, RefusedError, StoreError, Un
 from db.store import Store
 from feedback_app.assignment import PairView, next_pair
 from feedback_app.auth import COOKIE, SESSION_MAX_AGE_S, Sessions, SignedIn, same_origin
+from feedback_app.guard import Guard
 from feedback_app.media import Tickets, audio_response
 
 NoNul = r"^[^\x00]*$"
@@ -179,8 +183,31 @@ def _tell_store_error(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": problem}, status, headers={"Retry-After": "1"} if status == 503 else None)
 
 
-def add_api(app: FastAPI) -> None:
-    """Hangs the endpoints and their refusals onto `app`; its state needs `store`, `sessions` and `tickets`."""
+def _tell_invalid(_request: Request, error: Exception) -> JSONResponse:
+    """Says which field is wrong and what it should be. What was sent is not repeated: it may be an access code."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    problem = {"got": f"an unfit {place}", "expected": str(first["msg"]), "remedy": "correct it; see /openapi.json"}
+    return JSONResponse({"detail": problem}, 422)
+
+
+def create_api(store: Store, secret: str) -> FastAPI:
+    """The JSON endpoints over an open store, which the application closes when it ends. `app.py` adds the page.
+
+    Args: secret: signs sessions and audio addresses; whoever knows it can be anyone.
+    """
+
+    @asynccontextmanager
+    async def closing_store(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        store.close()
+
+    app = FastAPI(title="Encore rating API", version="1", docs_url=None, redoc_url=None, lifespan=closing_store)
+    app.state.store, app.state.sessions, app.state.tickets = store, Sessions(secret), Tickets(secret)
     app.include_router(router)
     app.add_api_route("/healthz", healthz, methods=["GET"])
     app.add_exception_handler(StoreError, _tell_store_error)
+    app.add_exception_handler(RequestValidationError, _tell_invalid)
+    app.add_middleware(Guard)
+    return app

@@ -14,61 +14,19 @@ import argparse
 import errno
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from base_models.errors import UserError
 from db.errors import ConflictError, StoreError
 from db.store import Store, open_store
-from feedback_app.api import add_api
-from feedback_app.auth import Sessions, load_or_make_secret, secret_path
-from feedback_app.media import Tickets
+from feedback_app.api import create_api
+from feedback_app.auth import load_or_make_secret, secret_path
 from feedback_app.pages.rate import CSS, HEAD, THEME, build_page
-
-GUARD_HEADERS = {
-    b"content-security-policy": (
-        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-        b"img-src 'self' data:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'self'"
-    ),
-    b"referrer-policy": b"same-origin",
-    b"x-content-type-options": b"nosniff",
-}
-"""With these a browser contacts nobody else, and nobody else frames the page."""
-
-GRADIO_NEEDED = ("/gradio_api/heartbeat", "/gradio_api/startup-events", "/gradio_api/info")
-"""What our page needs of Gradio's own API. The rest (uploads, files, proxy, queue) is closed."""
-
-
-class Guard:
-    """ASGI middleware: safe headers on every answer; the parts of Gradio that we do not use are not there."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        path: str = scope["path"]
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                present = {name.lower() for name, _ in message["headers"]}
-                missing = [(name, value) for name, value in GUARD_HEADERS.items() if name not in present]
-                message["headers"] = [*message["headers"], *missing]
-            await send(message)
-
-        if path.startswith("/gradio_api/") and not path.startswith(GRADIO_NEEDED):
-            await send_guarded({"type": "http.response.start", "status": 404, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-            return
-        await self.app(scope, receive, send_guarded)
 
 
 def create_app(db_url: str, secret: str | None = None) -> FastAPI:
@@ -82,14 +40,7 @@ def create_app(db_url: str, secret: str | None = None) -> FastAPI:
 
 
 def _assemble(store: Store, secret: str) -> FastAPI:
-    @asynccontextmanager
-    async def closing_store(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-        store.close()
-
-    app = FastAPI(title="Encore rating API", version="1", docs_url=None, redoc_url=None, lifespan=closing_store)
-    app.state.store, app.state.sessions, app.state.tickets = store, Sessions(secret), Tickets(secret)
-    add_api(app)
+    app = create_api(store, secret)
     gr.mount_gradio_app(
         app,
         build_page(),
@@ -105,7 +56,6 @@ def _assemble(store: Store, secret: str) -> FastAPI:
         ssr_mode=False,
         pwa=False,
     )
-    app.add_middleware(Guard)
     return app
 
 

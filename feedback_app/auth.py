@@ -46,9 +46,7 @@ def same_origin(request: Request) -> None:
     """Refuses a request that a browser sent from a foreign page. Browsers name the origin of every POST themselves."""
     site = request.headers.get("sec-fetch-site")
     origin = request.headers.get("origin")
-    foreign = site not in (None, "same-origin", "none") or (
-        origin is not None and urlsplit(origin).netloc != request.headers.get("host")
-    )
+    foreign = site not in (None, "same-origin", "none") or (origin is not None and urlsplit(origin).netloc != request.headers.get("host"))
     if foreign:
         raise HTTPException(403, _problem("a request from another site", "the rating page itself", "open that page"))
 

@@ -9,16 +9,20 @@ const player = new Player(() => paint());
 let pair = null;
 let busy = false;
 let notice = '';
+let said = '';
+let chosen = null;
 
 const outboxKey = () => `encore.outbox.${localStorage.getItem(NAME_KEY) || ''}`;
 const readOutbox = () => JSON.parse(localStorage.getItem(outboxKey()) || '[]');
 const writeOutbox = (votes) => localStorage.setItem(outboxKey(), JSON.stringify(votes));
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (n) => n.toString(16).padStart(2, '0')).join('');
-const say = (text) => { find('.status').textContent = text; };
+const tell = (text) => { say(text); paint(); };
+const say = (text) => { said = text; };
 
 function show(view) {
   page.dataset.view = view;
+  readColours();
   find('.signout').hidden = view === 'signin' || view === 'loading';
   if (view !== 'rate' && view !== 'done') find('.progress').hidden = true;
 }
@@ -46,17 +50,15 @@ async function fetchAudio(url) {
   return answer.arrayBuffer();
 }
 
-/* ---- the route: deliver what waits, then the next pair */
+/* ---- the route: deliver what waits, then the next pair. true: done, false: sign in first, null: no connection */
 async function advance() {
   for (let wait = 500; ; wait = Math.min(wait * 2, 8000)) {
-    const outcome = (await deliver()) && (await nextPair());
-    busy = false;
-    if (outcome !== null && outcome !== undefined && outcome !== false) return;
-    if (page.dataset.view === 'signin') return;
-    busy = true;
-    if (page.dataset.view === 'loading') find('.view-loading .lead').textContent = 'The server does not answer. Trying again…';
-    say(readOutbox().length ? 'No connection. Your vote is safe on this device and will be sent.' : 'No connection. Trying again…');
-    paint();
+    const delivered = await deliver();
+    const outcome = delivered ? await nextPair() : delivered;
+    busy = outcome === null;
+    if (!busy) return paint();
+    setText(find('.view-loading .lead'), 'The server does not answer. Trying again…');
+    tell(readOutbox().length ? 'No connection. Your vote is safe on this device and will be sent.' : 'No connection. Trying again…');
     await pause(wait);
   }
 }
@@ -95,15 +97,15 @@ async function nextPair() {
     return true;
   }
   pair = await answer.json();
+  chosen = null;
   find('.prompt').textContent = pair.prompt; // text, never markup: anyone may have written it
   find('.prompt').classList.toggle('long', pair.prompt.length > 140);
   page.querySelectorAll('.sure input').forEach((input) => { input.checked = false; });
   find('.comment textarea').value = '';
   show('rate');
   countProgress(pair.progress);
-  say('Loading both pieces…');
   player.reset();
-  paint();
+  tell('Loading both pieces…');
   const loading = pair;
   try {
     await player.load(pair.audio, pair.gain_db, fetchAudio);
@@ -151,9 +153,9 @@ async function vote(choice) {
   if (busy || !pair || page.dataset.view !== 'rate') return;
   player.tick();
   if (choice !== 'skip') {
-    if (!player.buffers) return say('One moment, both pieces are still loading.');
+    if (!player.buffers) return tell('One moment, both pieces are still loading.');
     const waiting = missing().map((side) => `${((pair.min_listen_ms - player.heardMs[side]) / 1000).toFixed(1)} s more of ${side.toUpperCase()}`);
-    if (waiting.length) return say(`First listen to ${waiting.join(' and ')}.`);
+    if (waiting.length) return tell(`First listen to ${waiting.join(' and ')}.`);
   }
   busy = true;
   player.stop();
@@ -167,16 +169,28 @@ async function vote(choice) {
     events: player.events,
   };
   writeOutbox([...readOutbox(), { key: newKey(), ballot }]);
-  paint(choice);
-  say(choice === 'skip' ? 'Skipped.' : 'Saving…');
+  chosen = choice;
+  say(choice === 'skip' ? 'Skipping…' : 'Saving…');
+  paint();
   await advance();
   find('.prompt').focus({ preventScroll: true });
 }
 
 /* ---- what is seen */
+function hint(open) {
+  if (said) return said;
+  if (!pair || !player.buffers) return '';
+  if (!open.length) return 'Ready when you are. Switch as often as you like.';
+  return `Listen to at least ${pair.min_listen_ms / 1000} s of each, then choose.`;
+}
+
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text; // unchanged text must not be announced again
+}
+
 const clock = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, '0')}`;
 
-function paint(chosen) {
+function paint() {
   const here = player.now();
   const open = missing();
   for (const side of ['a', 'b']) {
@@ -186,7 +200,7 @@ function paint(chosen) {
     lane.classList.toggle('enough', enough);
     lane.querySelector('.side').setAttribute('aria-pressed', String(player.side === side));
     const left = pair ? Math.max(0, pair.min_listen_ms - player.heardMs[side]) / 1000 : 0;
-    lane.querySelector('.heard').textContent = enough ? 'heard' : `${left.toFixed(1)} s to go`;
+    setText(lane.querySelector('.heard'), enough ? 'heard' : `${left.toFixed(1)} s to go`);
     drawLane(lane.querySelector('canvas'), side, here);
   }
   find('.play').classList.toggle('playing', player.playing);
@@ -197,6 +211,7 @@ function paint(chosen) {
   time.setAttribute('aria-valuemax', player.duration.toFixed(1));
   time.setAttribute('aria-valuenow', here.toFixed(1));
   time.setAttribute('aria-valuetext', `${here.toFixed(1)} of ${player.duration.toFixed(1)} seconds`);
+  setText(find('.status'), hint(open));
   page.classList.toggle('ready', !busy && !open.length);
   page.querySelectorAll('[data-vote]').forEach((button) => {
     button.setAttribute('aria-disabled', String(busy || open.length > 0));
@@ -207,22 +222,30 @@ function paint(chosen) {
 /* What was heard, and where the playhead stands. Deliberately no waveform: it would show which clip is fuller. */
 function drawLane(canvas, side, here) {
   const scale = window.devicePixelRatio || 1;
-  const [width, height] = [canvas.clientWidth * scale, canvas.clientHeight * scale];
-  if (canvas.width !== Math.round(width)) canvas.width = Math.round(width);
-  if (canvas.height !== Math.round(height)) canvas.height = Math.round(height);
+  const [width, height] = [Math.round(canvas.clientWidth * scale), Math.round(canvas.clientHeight * scale)];
+  if (canvas.width !== width) canvas.width = width;
+  if (canvas.height !== height) canvas.height = height;
   const draw = canvas.getContext('2d');
   draw.clearRect(0, 0, width, height);
   if (!player.duration) return;
-  const style = getComputedStyle(page);
   const at = (seconds) => (seconds / player.duration) * width;
-  if (player.loop) {
-    draw.fillStyle = style.getPropertyValue('--loop');
-    draw.fillRect(at(player.loop[0]), 0, at(player.loop[1] - player.loop[0]), height);
-  }
-  draw.fillStyle = style.getPropertyValue(`--${side}`);
-  for (const [from, to] of player.spans[side]) draw.fillRect(at(from), height * 0.36, Math.max(scale, at(to - from)), height * 0.28);
-  draw.fillStyle = style.getPropertyValue(player.side === side ? '--ink' : '--faint');
-  draw.fillRect(Math.min(width - 2 * scale, Math.max(0, at(here) - scale)), 0, 2 * scale, height);
+  const bar = (from, to, top, bottom, colour, radius) => {
+    draw.fillStyle = colour;
+    draw.beginPath();
+    draw.roundRect(from, top * height, Math.max(2 * scale, to - from), (bottom - top) * height, radius * scale);
+    draw.fill();
+  };
+  if (player.loop) bar(at(player.loop[0]), at(player.loop[1]), 0.16, 0.84, colours.loop, 8);
+  bar(0, width, 0.4, 0.6, colours.line, 5);
+  for (const [from, to] of player.spans[side]) bar(at(from), at(to), 0.4, 0.6, colours[side], 5);
+  const head = Math.min(width - 3 * scale, Math.max(0, at(here) - 1.5 * scale));
+  bar(head, head + 3 * scale, 0.08, 0.92, player.side === side ? colours.ink : colours.faint, 1.5);
+}
+
+let colours = {};
+function readColours() {
+  const style = getComputedStyle(page);
+  colours = Object.fromEntries(['ink', 'faint', 'line', 'loop', 'a', 'b'].map((name) => [name, style.getPropertyValue(`--${name}`)]));
 }
 
 function frame() {
@@ -234,8 +257,9 @@ function frame() {
 }
 
 /* ---- hands */
-const toggle = () => (player.playing ? player.stop() : player.play());
-const other = () => player.switchTo(player.side === 'a' ? 'b' : 'a');
+const hush = () => { if (!busy && player.buffers) said = ''; };
+const toggle = () => { hush(); return player.playing ? player.stop() : player.play(); };
+const other = () => { hush(); player.switchTo(player.side === 'a' ? 'b' : 'a'); };
 const KEYS = {
   ' ': toggle, x: other, l: () => player.toggleLoop(),
   ArrowLeft: () => player.seek(player.now() - 1), ArrowRight: () => player.seek(player.now() + 1),
@@ -259,6 +283,7 @@ page.addEventListener('click', (event) => {
   if (button) {
     if (event.detail) button.blur(); // clicked, not keyed: give Space back to the player
     if (button.dataset.side) {
+      hush();
       player.switchTo(button.dataset.side);
       player.play();
     } else if (button.dataset.vote) vote(button.dataset.vote);
@@ -282,7 +307,7 @@ find('.signin').addEventListener('submit', (event) => {
   const form = new FormData(event.target);
   signIn(form.get('handle'), form.get('token'));
 });
-for (const [target, name, handler] of [[document, 'keydown', onKey], [window, 'resize', () => paint()]]) {
+for (const [target, name, handler] of [[document, 'keydown', onKey], [window, 'resize', () => { readColours(); paint(); }]]) {
   const slot = `encore:${name}`; // this script may run again after a reconnect: never listen twice
   if (window[slot]) target.removeEventListener(name, window[slot]);
   window[slot] = handler;

@@ -1,0 +1,142 @@
+"""Registering clips and pairs: what is believed, what is refused, and that a second time changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select
+
+from db.errors import ConflictError, StoreError
+from db.schema import Campaign, Clip, Pair
+from db.store import Store
+
+
+def test_the_same_rows_again_add_nothing(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(3)
+    first = store.create_campaign("c", rows, tmp_path / "clips")
+    again = store.create_campaign("c", rows, tmp_path / "clips")
+    assert (first.n_clips, first.n_pairs, first.n_new_pairs) == (6, 3, 3)
+    assert (again.n_clips, again.n_pairs, again.n_new_pairs) == (6, 3, 0)
+
+
+def test_more_rows_add_their_own_pairs(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    store.create_campaign("c", make_rows(3), tmp_path / "clips")
+    more = store.create_campaign("c", make_rows(5), tmp_path / "clips")
+    assert (more.n_pairs, more.n_new_pairs) == (5, 2)
+
+
+def test_clips_of_a_prompt_meet_two_by_two_each_once(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(2, systems=("a", "b", "c", "d", "e"))
+    assert store.create_campaign("c", rows, tmp_path / "clips").n_pairs == 4
+    with store.read() as session:
+        pairs = session.execute(select(Pair.clip_x_id, Pair.clip_y_id)).all()
+        prompts = dict(session.execute(select(Clip.id, Clip.prompt_id)).all())
+    assert len({clip for pair in pairs for clip in pair}) == 8
+    assert all(prompts[x] == prompts[y] for x, y in pairs)
+
+
+def test_explicit_pairs_are_the_pairs(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(1, systems=("a", "b", "c"))
+    a, b, c = (row["sha256"] for row in rows)
+    made = store.create_campaign("c", rows, tmp_path / "clips", pairs=[(a, b), (c, a), (a, c)])
+    assert made.n_pairs == 2
+
+
+def test_pairs_across_prompts_or_of_one_clip_are_refused(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(2)
+    x, other = rows[0]["sha256"], rows[2]["sha256"]
+    for pair in [(x, other), (x, x), (x, "0" * 64)]:
+        with pytest.raises(StoreError, match="pair"):
+            store.create_campaign("c", rows, tmp_path / "clips", pairs=[pair])
+    with store.read() as session:
+        assert session.scalar(select(func.count()).select_from(Campaign)) == 0
+
+
+def test_the_same_bytes_may_answer_two_prompts(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(2)
+    rows[2] = rows[2] | {"file": rows[0]["file"], "sha256": rows[0]["sha256"]}
+    assert store.create_campaign("c", rows, tmp_path / "clips").n_pairs == 2
+
+
+def test_two_systems_with_the_same_bytes_are_nothing_to_compare(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    row = make_rows(1)[0]
+    with pytest.raises(StoreError, match="no pair"):
+        store.create_campaign("c", [row, row | {"system": "other"}], tmp_path / "clips")
+
+
+def test_other_rules_under_a_taken_name_are_a_conflict(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    store.create_campaign("c", make_rows(1), tmp_path / "clips", target_votes=3)
+    with pytest.raises(ConflictError, match="target_votes=3"):
+        store.create_campaign("c", make_rows(1), tmp_path / "clips", target_votes=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"file": "missing.wav"}, "no file"),
+        ({"file": "../outside.wav"}, "path"),
+        ({"file": "/etc/hostname"}, "path"),
+        ({"codes_file": "../../codes.npy"}, "path"),
+        ({"sha256": "0" * 64}, "sha256"),
+        ({"prompt": ""}, "'prompt'"),
+        ({"system": None}, "'system'"),
+        ({"duration_s": -1.0}, "duration_s"),
+        ({"lufs": None}, "no loudness"),
+    ],
+)
+def test_a_row_that_cannot_be_believed_is_refused_and_nothing_stored(
+    store: Store, make_rows: Callable, tmp_path: Path, change: dict, says: str
+) -> None:
+    (tmp_path / "outside.wav").write_bytes(b"base 0 ")
+    rows = make_rows(2)
+    rows[3] |= change
+    with pytest.raises(StoreError, match=says) as caught:
+        store.create_campaign("c", rows, tmp_path / "clips")
+    assert caught.value.remedy
+    with store.read() as session:
+        assert session.scalar(select(func.count()).select_from(Clip)) == 0
+
+
+def test_an_altered_file_is_refused(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(1)
+    (tmp_path / "clips" / rows[0]["file"]).write_bytes(b"something else")
+    with pytest.raises(StoreError, match="changed"):
+        store.create_campaign("c", rows, tmp_path / "clips")
+
+
+def test_an_empty_manifest_is_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="empty manifest"):
+        store.create_campaign("c", [], tmp_path)
+
+
+def test_loudness_is_measured_once_a_clip(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if k not in ("lufs", "true_peak_dbfs")} for row in make_rows(2)]
+    measured: list[str] = []
+
+    def measure(path: Path) -> tuple[float, float]:
+        measured.append(path.name)
+        return -16.0, -1.0
+
+    for _ in range(2):
+        store.create_campaign("c", rows, tmp_path / "clips", measure=measure)
+    assert sorted(measured) == sorted(row["file"] for row in rows)
+
+
+def test_a_moved_folder_is_found_again(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(1)
+    store.create_campaign("c", rows, tmp_path / "clips")
+    (tmp_path / "clips").rename(tmp_path / "moved")
+    store.create_campaign("c", rows, tmp_path / "moved")
+    with store.read() as session:
+        assert all(Path(uri).is_file() for uri in session.scalars(select(Clip.uri)))
+
+
+def test_a_prompt_of_5000_characters_and_one_of_emoji_are_taken(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(2)
+    for i, prompt in enumerate(["x" * 5000, "x" * 5000, "🎺🎷", "🎺🎷"]):
+        rows[i]["prompt"] = prompt
+    store.create_campaign("c", rows, tmp_path / "clips")
+    rater = store.sign_in("ada", store.add_rater("ada"))
+    assert store.next_assignment(rater.id).prompt in ("x" * 5000, "🎺🎷")

@@ -1,0 +1,154 @@
+"""Opening, migrating, and what is said when the database is in trouble."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, inspect, text
+
+from db.errors import StoreError, UnavailableError
+from db.schema import Base
+from db.session import make_engine, parse_url, upgrade
+from db.store import Store, open_store
+
+
+def constraints(engine: object) -> dict:
+    look = inspect(engine)
+    return {
+        table: {
+            "columns": sorted((c["name"], str(c["type"]), c["nullable"]) for c in look.get_columns(table)),
+            "checks": sorted((c["name"], c["sqltext"]) for c in look.get_check_constraints(table)),
+            "uniques": sorted((c["name"], c["column_names"]) for c in look.get_unique_constraints(table)),
+            "foreign": sorted((c["name"], c["referred_table"]) for c in look.get_foreign_keys(table)),
+            "indexes": sorted((c["name"], c["column_names"]) for c in look.get_indexes(table)),
+        }
+        for table in look.get_table_names()
+        if table != "alembic_version"
+    }
+
+
+def test_migrations_from_nothing_make_exactly_the_models(db_url: str, tmp_path: Path) -> None:
+    upgrade(db_url)
+    migrated, made = make_engine(db_url), create_engine(f"sqlite:///{tmp_path / 'made.db'}")
+    Base.metadata.create_all(made)
+    with migrated.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+    assert constraints(migrated) == constraints(made)
+    migrated.dispose()
+    made.dispose()
+
+
+def test_upgrade_twice_keeps_what_is_stored(db_url: str) -> None:
+    with open_store(db_url) as store:
+        token = store.add_rater("ada")
+    with open_store(db_url) as store:
+        assert store.sign_in("ada", token) is not None
+
+
+def test_a_database_of_a_newer_encore_is_refused(db_url: str) -> None:
+    upgrade(db_url)
+    engine = make_engine(db_url)
+    with engine.begin() as connection:
+        connection.execute(text("update alembic_version set version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(StoreError, match="9999"):
+        upgrade(db_url)
+
+
+def test_somebody_elses_tables_are_left_alone(db_url: str, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "votes.db") as connection:
+        connection.execute("create table vote (mine text)")
+    connection.close()
+    with pytest.raises(StoreError, match="foreign tables"):
+        upgrade(db_url)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql://host/db", "sqlite://", "sqlite:///:memory:"])
+def test_a_url_that_cannot_hold_votes_is_refused(url: str) -> None:
+    with pytest.raises(StoreError):
+        open_store(url)
+
+
+def test_a_password_is_never_shown() -> None:
+    with pytest.raises(StoreError) as caught:
+        parse_url("mysql://ada:hunter2@host/db")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_postgresql_goes_through_psycopg() -> None:
+    assert parse_url("postgresql://ada@host/db").drivername == "postgresql+psycopg"
+
+
+def test_a_vote_is_flushed_to_the_disk_before_it_is_acknowledged(store: Store) -> None:
+    with store.read() as session:
+        assert session.execute(text("pragma synchronous")).scalar() == 2  # FULL
+        assert session.execute(text("pragma journal_mode")).scalar() == "wal"
+        assert session.execute(text("pragma foreign_keys")).scalar() == 1
+
+
+def test_a_locked_database_says_so_and_works_again_afterwards(db_url: str, tmp_path: Path) -> None:
+    with open_store(db_url, busy_timeout_s=0.05) as store:
+        other = sqlite3.connect(tmp_path / "votes.db", isolation_level=None)
+        other.execute("begin immediate")
+        with pytest.raises(UnavailableError, match="locked database"):
+            store.add_rater("ada")
+        other.execute("rollback")
+        other.close()
+        assert store.add_rater("ada")
+
+
+def test_a_full_disk_says_so_and_stores_nothing(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(40)
+    with store.engine.connect() as connection:
+        pages = connection.execute(text("pragma page_count")).scalar()
+    # SQLite answers SQLITE_FULL at its page limit just as it does on a disk without room.
+    with store.write() as session:
+        session.execute(text(f"pragma max_page_count = {pages + 1}"))
+    with pytest.raises(UnavailableError, match="full disk"):
+        store.create_campaign("c", rows, tmp_path / "clips")
+    assert store.stats().campaigns == []
+
+
+def test_a_read_only_database_says_so(db_url: str, tmp_path: Path) -> None:
+    open_store(db_url).close()
+    with (
+        Store(f"sqlite:///file:{tmp_path / 'votes.db'}?mode=ro&uri=true") as store,
+        pytest.raises(UnavailableError, match="read-only database"),
+    ):
+        store.add_rater("ada")
+
+
+def test_a_file_that_is_no_database_says_so(tmp_path: Path) -> None:
+    (tmp_path / "song.db").write_bytes(b"RIFF" * 1000)
+    with pytest.raises(StoreError, match="no database"):
+        open_store(f"sqlite:///{tmp_path / 'song.db'}")
+
+
+def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="folder"):
+        open_store(f"sqlite:///{tmp_path / 'file' / 'sub' / 'votes.db'}")
+
+
+def test_a_copy_of_a_closed_database_is_complete(db_url: str, tmp_path: Path) -> None:
+    with open_store(db_url) as store:
+        token = store.add_rater("ada")
+    shutil.copy(tmp_path / "votes.db", tmp_path / "copy.db")
+    with open_store(f"sqlite:///{tmp_path / 'copy.db'}") as copy:
+        assert copy.sign_in("ada", token) is not None
+
+
+def test_db_imports_neither_torch_nor_the_web() -> None:
+    code = (
+        "import sys, db.store, db.export, db.session; "
+        "bad = {'torch', 'transformers', 'fastapi', 'gradio', 'base_models'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,256 @@
+"""Leases, slots and votes that count once, also when everything happens at the same time."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select
+
+from db.errors import ConflictError, NotFoundError, RefusedError
+from db.schema import Assignment, Pair, Vote, utc_now
+from db.store import Store
+
+
+@pytest.fixture
+def campaign(store: Store, make_rows: Callable, tmp_path: Path) -> str:
+    store.create_campaign("c", make_rows(4), tmp_path / "clips", target_votes=3, min_listen_ms=0)
+    return "c"
+
+
+def count_votes(store: Store) -> int:
+    with store.read() as session:
+        return session.scalar(select(func.count()).select_from(Vote)) or 0
+
+
+def together(n: int, act: Callable[[int], object]) -> list[object]:
+    """Runs act(0..n-1) in n threads that start at once."""
+    gate = threading.Barrier(n)
+
+    def run(i: int) -> object:
+        gate.wait()
+        return act(i)
+
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(run, range(n)))
+
+
+@pytest.mark.usefixtures("campaign")
+class TestAVote:
+    def test_sent_twice_under_one_key_is_one_row(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        offer = store.next_assignment(rater)
+        first = store.submit_vote(rater, offer.assignment_id, "a", idempotency_key="key-0001")
+        again = store.submit_vote(rater, offer.assignment_id, "a", idempotency_key="key-0001")
+        assert (first.duplicate, again.duplicate) == (False, True)
+        assert first.vote_id == again.vote_id
+        assert count_votes(store) == 1
+
+    def test_sent_under_two_keys_lets_the_first_one_stand(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        offer = store.next_assignment(rater)
+        store.submit_vote(rater, offer.assignment_id, "a", idempotency_key="key-0001")
+        second = store.submit_vote(rater, offer.assignment_id, "b", idempotency_key="key-0002")
+        assert (second.duplicate, second.choice, count_votes(store)) == (True, "a", 1)
+
+    def test_from_16_threads_at_once_is_one_row(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        offer = store.next_assignment(rater)
+        receipts = together(16, lambda i: store.submit_vote(rater, offer.assignment_id, "ab"[i % 2], idempotency_key=f"key-{i:04}"))
+        assert sum(not receipt.duplicate for receipt in receipts) == 1
+        assert len({(receipt.vote_id, receipt.choice) for receipt in receipts}) == 1
+        assert count_votes(store) == 1
+
+    def test_with_the_key_of_another_pair_is_a_conflict(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        store.submit_vote(rater, store.next_assignment(rater).assignment_id, "a", idempotency_key="key-0001")
+        other = store.next_assignment(rater)
+        with pytest.raises(ConflictError):
+            store.submit_vote(rater, other.assignment_id, "a", idempotency_key="key-0001")
+        assert store.next_assignment(rater).assignment_id == other.assignment_id
+        assert count_votes(store) == 1
+
+    def test_on_another_raters_pair_is_unknown(self, store: Store, add_raters: Callable) -> None:
+        one, two = add_raters(2)
+        offer = store.next_assignment(one)
+        with pytest.raises(NotFoundError):
+            store.submit_vote(two, offer.assignment_id, "a", idempotency_key="key-0001")
+        assert count_votes(store) == 0
+
+    def test_of_unknown_choice_is_refused(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        with pytest.raises(RefusedError):
+            store.submit_vote(rater, store.next_assignment(rater).assignment_id, "c", idempotency_key="key-0001")
+
+
+@pytest.mark.usefixtures("campaign")
+class TestALease:
+    def test_is_the_same_until_it_is_answered(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        offers = together(8, lambda _: store.next_assignment(rater))
+        assert len({offer.assignment_id for offer in offers}) == 1
+
+    def test_never_comes_for_a_pair_that_was_answered_or_skipped(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        seen = []
+        while offer := store.next_assignment(rater):
+            choice = "skip" if len(seen) % 2 else "tie"
+            store.submit_vote(rater, offer.assignment_id, choice, idempotency_key=offer.assignment_id)
+            seen.append(offer.prompt)
+        assert sorted(seen) == [f"prompt {i}" for i in range(4)]
+        assert offer is None
+
+    def test_that_is_skipped_frees_the_slot_and_stores_no_vote(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        offer = store.next_assignment(rater)
+        first = store.submit_vote(rater, offer.assignment_id, "skip", idempotency_key="key-0001")
+        late = store.submit_vote(rater, offer.assignment_id, "a", idempotency_key="key-0002")
+        assert (first.vote_id, first.duplicate) == (None, False)
+        assert (late.choice, late.duplicate) == ("skip", True)
+        with store.read() as session:
+            assert session.scalar(select(func.sum(Pair.n_open))) == 0
+        assert count_votes(store) == 0
+
+    def test_that_ran_out_frees_the_slot_for_others(self, store: Store, add_raters: Callable) -> None:
+        raters = add_raters(13)
+        for rater in raters[:12]:  # 4 pairs x 3 slots
+            assert store.next_assignment(rater, lease_s=60) is not None
+        assert store.next_assignment(raters[12]) is None
+        later = utc_now() + timedelta(seconds=61)
+        assert store.next_assignment(raters[12], clock=lambda: later) is not None
+
+    def test_that_ran_out_comes_again_to_its_own_rater(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        mine = {store.next_assignment(rater, lease_s=60).prompt}
+        later = utc_now() + timedelta(seconds=61)
+        while offer := store.next_assignment(rater, clock=lambda: later):
+            mine.add(offer.prompt)
+            store.submit_vote(rater, offer.assignment_id, "tie", idempotency_key=offer.assignment_id, clock=lambda: later)
+        assert len(mine) == 4
+        assert count_votes(store) == 4
+
+    def test_votes_after_it_ran_out_take_a_free_slot_or_are_kept_as_late(self, store: Store, add_raters: Callable) -> None:
+        slow, slower, *others = add_raters(2 + 12)
+        held = [(rater, store.next_assignment(rater, lease_s=60)) for rater in (slow, slower)]
+        later = utc_now() + timedelta(seconds=61)
+        for rater in others[:-1]:  # 11 of the 12 slots go to others
+            while (offer := store.next_assignment(rater, clock=lambda: later)) is not None:
+                store.submit_vote(rater, offer.assignment_id, "tie", idempotency_key=offer.assignment_id, clock=lambda: later)
+        receipts = [store.submit_vote(r, o.assignment_id, "a", idempotency_key="key-late") for r, o in held]
+        assert [receipt.duplicate for receipt in receipts] == [False, False]
+        reasons = [receipt.excluded_reason for receipt in receipts]
+        assert set(reasons) <= {None, "late"}
+        assert store.stats().campaigns[0].excluded.get("late", 0) == reasons.count("late") > 0
+        assert count_votes(store) == 12 + reasons.count("late")
+
+    def test_of_32_raters_at_once_never_passes_a_target(self, store: Store, add_raters: Callable) -> None:
+        raters = add_raters(32)
+
+        def rate(i: int) -> int:
+            n, rng = 0, random.Random(i)
+            while (offer := store.next_assignment(raters[i], rng=rng)) is not None:
+                choice = rng.choice(["a", "b", "tie", "both_bad", "skip"])
+                store.submit_vote(raters[i], offer.assignment_id, choice, idempotency_key=offer.assignment_id)
+                n += choice != "skip"
+            return n
+
+        voted = together(32, rate)
+        with store.read() as session:
+            held = Counter(session.scalars(select(Assignment.pair_id).where(Assignment.status.in_(("leased", "voted")))))
+            open_by_pair = dict(session.execute(select(Pair.id, Pair.n_open)).all())
+        assert max(held.values()) <= 3
+        assert open_by_pair == {pair: held[pair] for pair in open_by_pair}
+        assert sum(voted) == count_votes(store) == 12
+
+
+class TestListening:
+    @pytest.fixture
+    def offer_of(self, store: Store, make_rows: Callable, tmp_path: Path, add_raters: Callable) -> tuple:
+        store.create_campaign("c", make_rows(2), tmp_path / "clips", min_listen_ms=3000)
+        (rater,) = add_raters(1)
+        return rater, store.next_assignment(rater)
+
+    def submit(self, store: Store, offer_of: tuple, a: int, b: int, after_s: float, choice: str = "a") -> object:
+        rater, offer = offer_of
+        then = utc_now() + timedelta(seconds=after_s)
+        return store.submit_vote(
+            rater,
+            offer.assignment_id,
+            choice,
+            listen_a_ms=a,
+            listen_b_ms=b,
+            idempotency_key="key-0001",
+            clock=lambda: then,
+        )
+
+    @pytest.mark.parametrize(("a", "b"), [(0, 0), (2999, 6000), (6000, 2999)])
+    def test_too_little_of_either_side_is_refused(self, store: Store, offer_of: tuple, a: int, b: int) -> None:
+        with pytest.raises(RefusedError, match="3000 ms"):
+            self.submit(store, offer_of, a, b, after_s=60)
+        assert count_votes(store) == 0
+
+    def test_more_than_the_clock_allows_is_refused(self, store: Store, offer_of: tuple) -> None:
+        with pytest.raises(RefusedError, match="handed out"):
+            self.submit(store, offer_of, 3000, 3000, after_s=1)
+        assert count_votes(store) == 0
+
+    def test_enough_within_the_clock_is_taken_after_a_refusal(self, store: Store, offer_of: tuple) -> None:
+        with pytest.raises(RefusedError):
+            self.submit(store, offer_of, 100, 100, after_s=1)
+        assert self.submit(store, offer_of, 3000, 3000, after_s=6).duplicate is False
+
+    def test_is_not_asked_of_a_skip(self, store: Store, offer_of: tuple) -> None:
+        assert self.submit(store, offer_of, 0, 0, after_s=0, choice="skip").choice == "skip"
+
+    def test_asks_no_more_than_the_clip_is_long(self, store: Store, make_rows: Callable, tmp_path: Path, add_raters: Callable) -> None:
+        rows = make_rows(1)
+        rows[0]["duration_s"] = 1.5
+        store.create_campaign("short", rows, tmp_path / "clips", min_listen_ms=3000)
+        (rater,) = add_raters(1)
+        offer = store.next_assignment(rater)
+        assert (offer.min_listen_ms, offer.duration_ms) == (1500, 6000)
+
+
+@pytest.mark.usefixtures("campaign")
+class TestAnOffer:
+    def test_shows_both_orders_of_the_sides(self, store: Store, add_raters: Callable) -> None:
+        for rater in add_raters(12):
+            store.next_assignment(rater)
+        with store.read() as session:
+            swapped = list(session.scalars(select(Assignment.swapped)))
+        assert len(swapped) == 12
+        assert len(set(swapped)) == 2
+
+    def test_gives_each_side_the_gain_and_file_of_its_clip(self, store: Store, add_raters: Callable) -> None:
+        for rater in add_raters(12):
+            offer = store.next_assignment(rater)
+            louder, quieter = sorted(["a", "b"], key=lambda side: getattr(offer, f"gain_{side}_db"))
+            assert store.audio_file(offer.assignment_id, louder, rater).uri.endswith("_base.wav")  # -20 LUFS
+            assert store.audio_file(offer.assignment_id, quieter, rater).uri.endswith("_dpo.wav")  # -24 LUFS
+            with pytest.raises(NotFoundError):
+                store.audio_file(offer.assignment_id, "a", rater + 1)
+
+    def test_spreads_raters_over_pairs_before_it_doubles_up(self, store: Store, add_raters: Callable) -> None:
+        for rater in add_raters(4):
+            store.next_assignment(rater, rng=random.Random(0))
+        with store.read() as session:
+            assert sum(n > 0 for n in session.scalars(select(Pair.n_open))) >= 2
+
+    def test_counts_what_is_done_and_what_is_open(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        counted = []
+        while offer := store.next_assignment(rater):
+            counted.append((offer.progress.done, offer.progress.open))
+            store.submit_vote(rater, offer.assignment_id, "a", idempotency_key=offer.assignment_id)
+        assert counted == [(0, 4), (1, 3), (2, 2), (3, 1)]
+
+    def test_of_an_unknown_campaign_is_an_error(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        with pytest.raises(NotFoundError, match="nowhere"):
+            store.next_assignment(rater, "nowhere")
