@@ -34,7 +34,8 @@ from adapters.lora import (
     remove_adapter,
     set_adapter_tensors,
 )
-from base_models.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, tensors_sha256, write_json
+from base_models.atomic import atomic_folder
+from base_models.checkpoint import load_tensors, read_json, save_tensors, tensors_sha256, write_json
 from base_models.errors import UserError
 from base_models.lm import MusicLM
 
@@ -104,9 +105,7 @@ def save_lora(folder: str | Path, lora: LoraTensors, manifest: Manifest | Mappin
     complete = _manifest(values, str(folder))
     broken = sorted(name for name, tensor in lora.tensors.items() if not bool(torch.isfinite(tensor).all()))
     if broken:
-        raise UserError(
-            f"NaN or infinity in {broken[:3]}", "finite adapter weights", "lower the learning rate; nothing was written"
-        )
+        raise UserError(f"NaN or infinity in {broken[:3]}", "finite adapter weights", "lower the learning rate; nothing was written")
     peft_config: dict[str, Any] = lora_config(lora.r, lora.alpha, _targets(lora)).to_dict()
     peft_config = {k: sorted(v) if isinstance(v, set) else v for k, v in peft_config.items()} | {"inference_mode": True}
     with atomic_folder(folder) as temporary:
@@ -290,9 +289,7 @@ def _read_peft_config(path: Path) -> tuple[int, float]:
 def _check_pairs(lora: LoraTensors, folder: Path) -> None:
     keys = {f"{module}.lora_{side}.weight" for module in lora.modules for side in "AB"}
     if not keys or keys != set(lora.tensors) or any(t.dim() != 2 for t in lora.tensors.values()):
-        raise UserError(
-            f"{folder} with tensors {sorted(keys ^ set(lora.tensors))[:3]}", "a lora_A and a lora_B a map", "restore it"
-        )
+        raise UserError(f"{folder} with tensors {sorted(keys ^ set(lora.tensors))[:3]}", "a lora_A and a lora_B a map", "restore it")
     for module in lora.modules:
         a: Tensor = lora.tensors[f"{module}.lora_A.weight"]
         b: Tensor = lora.tensors[f"{module}.lora_B.weight"]

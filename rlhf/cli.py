@@ -144,7 +144,7 @@ def corpus_import(args: argparse.Namespace) -> None:
     from base_models.corpus.importer import import_folder
 
     report = import_folder(args.folder, args.out, sample_rate=args.sample_rate, strict_genres=args.strict_genres)
-    print(report)
+    print(report.summary())
 
 
 def corpus_build(args: argparse.Namespace) -> None:

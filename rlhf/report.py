@@ -22,8 +22,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import signal
 
+from base_models.atomic import atomic_file
 from base_models.audio import read_audio
-from base_models.checkpoint import atomic_file, write_json
+from base_models.checkpoint import write_json
 from rlhf.evaluate_models import BASE, read_manifest
 
 COLOURS = {"base": "#64748b", "dpo": "#2563eb", "ppo": "#d9480f", "shuffled": "#94a3b8"}

@@ -23,8 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from adapters.library import load_adapter
+from base_models.atomic import atomic_file
 from base_models.audio import write_audio
-from base_models.checkpoint import atomic_file, file_sha256, read_json, write_json
+from base_models.checkpoint import file_sha256, read_json, write_json
 from base_models.errors import UserError
 from base_models.pipeline import check_prompt
 from base_models.policy import Policy, load_policy
@@ -84,9 +85,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{path} without prompts", "at least one", "write one prompt a line")
     if len({p.prompt_id for p in prompts}) < len(prompts):
-        raise UserError(
-            f"{path} with a prompt twice", "each prompt once", "remove the copies; -n gives several clips of one prompt"
-        )
+        raise UserError(f"{path} with a prompt twice", "each prompt once", "remove the copies; -n gives several clips of one prompt")
     return prompts
 
 

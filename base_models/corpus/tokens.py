@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from base_models.checkpoint import atomic_folder, read_json, write_json
+from base_models.atomic import atomic_folder
+from base_models.checkpoint import read_json, write_json
 from base_models.codec import Codec
 from base_models.corpus.waves import load_waves, read_rows
 from base_models.errors import UserError

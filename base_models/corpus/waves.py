@@ -14,8 +14,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
+from base_models.atomic import atomic_folder
 from base_models.audio import read_audio, resample
-from base_models.checkpoint import atomic_folder
 from base_models.errors import UserError
 
 

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
+from base_models.atomic import atomic_folder
 from base_models.checkpoint import (
-    atomic_folder,
     latest_training_state,
     load_tensors,
     load_training_state,
