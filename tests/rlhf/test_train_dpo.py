@@ -13,14 +13,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from adapters.library import read_adapter
+from base_models.conditions import Conditions
 from base_models.errors import UserError
+from base_models.lm import MusicLM
 from rlhf import train_dpo
 from rlhf.flat_dpo import smoothed
 from rlhf.losses import dpo_loss
+from rlhf.preferences import content_sha256
 from rlhf.train_dpo import PRESETS, Config, toy_task
 
 ROOT = Path(train_dpo.__file__).resolve().parents[1]
@@ -194,3 +198,58 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(launched, run
     pairs = list(zip(metrics(two), metrics(one)))[:7]
     assert all(a["dpo/loss"] == pytest.approx(b["dpo/loss"], abs=1e-5) for a, b in pairs)
     assert pairs[-1][0]["dpo/loss"] < math.log(2) - 1e-3
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    """A frozen snapshot on disk: 12 prompts with one pair each, three votes a pair, of the toy base."""
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    task = toy_task(0)
+    votes, clips = [], []
+    for i, pair in enumerate(task.pairs[:12]):
+        common = {"prompt_id": f"p{i}", "prompt": f"toy prompt {i}"}
+        for side, codes in (("low", pair.chosen_codes), ("high", pair.rejected_codes)):
+            np.save(folder / f"{side}{i}.npy", codes.astype(np.int16))
+            clip = {"sha256": f"{side}{i}", "codes_uri": f"{side}{i}.npy", "policy_sha256": task.base_sha256}
+            clips.append({**common, **clip, "tempo_bpm": 120.0})
+        for rater, choice in enumerate(("x", "x", "y")):
+            vote = {"vote_id": f"{i}.{rater}", "pair_id": f"{i}", "rater": f"r{rater}", "choice": choice}
+            votes.append({**common, **vote, "clip_x": f"low{i}", "clip_y": f"high{i}", "split": "train"})
+    for name, rows in (("votes.jsonl", votes), ("clips.jsonl", clips)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {"name": "toy", "sha256": content_sha256(folder)}
+    (folder / "snapshot.json").write_text(json.dumps(content))
+    return folder
+
+
+@dataclasses.dataclass
+class ToyPolicy:
+    """What the script asks of a policy."""
+
+    lm: MusicLM
+    sha256: str
+
+    def conditions(self, prompts: list[str], tempo_bpm: list[float | None]) -> Conditions:
+        assert tempo_bpm == [120.0] * len(prompts)
+        text = torch.randn(len(prompts), 4, self.lm.config.text_dim, generator=torch.Generator().manual_seed(0))
+        return Conditions(text, torch.ones(text.shape[:2], dtype=torch.bool), torch.full((len(prompts),), 120.0))
+
+
+def test_votes_of_a_snapshot_become_soft_labels_and_the_manifest_names_it(snapshot, tmp_path, monkeypatch):
+    task = toy_task(0)
+    monkeypatch.setattr(train_dpo, "load_policy", lambda folder: ToyPolicy(task.lm, task.base_sha256))
+    cfg = config(tmp_path / "run", toy=False, snapshot=snapshot, precision="fp32", steps=3, kl_clips=0, held_out=0.0)
+    figures = train_dpo.main(cfg)
+    assert figures["pairs"] == 12
+    for row in metrics(tmp_path / "run"):  # 2 of 3 raters: -2/3 log sigmoid(m) - 1/3 log sigmoid(-m), near m = 0
+        assert row["dpo/loss"] == pytest.approx(math.log(2) - row["rewards/margins"] / 6, abs=1e-3)
+    adapter = read_adapter(tmp_path / "run" / "adapter")
+    assert adapter.manifest.snapshot_sha256 == content_sha256(snapshot)
+
+
+def test_a_snapshot_of_another_base_is_refused_before_anything_is_written(snapshot, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dpo, "load_policy", lambda folder: ToyPolicy(toy_task(0).lm, "0" * 64))
+    with pytest.raises(UserError, match="clips of base"):
+        train_dpo.main(config(tmp_path / "run", toy=False, snapshot=snapshot))
+    assert not (tmp_path / "run").exists()
