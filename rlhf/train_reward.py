@@ -442,7 +442,13 @@ def write_toy_snapshot(folder: Path, base_sha256: str, seed: int, n_prompts: int
         for rater in rng.choice(5, 2, replace=False):
             wish = 0.0 if rater == 4 else liked[x["sha256"]] - liked[y["sha256"]]
             choice = X if rng.logistic(0, 0.3) < wish else Y
-            row = {"vote_id": len(votes), "pair_id": pair, "prompt_id": x["prompt_id"], "prompt": x["prompt"], "split": "train"}
+            row: dict[str, Any] = {
+                "vote_id": len(votes),
+                "pair_id": pair,
+                "prompt_id": x["prompt_id"],
+                "prompt": x["prompt"],
+                "split": "train",
+            }
             votes.append({**row, "rater": f"r{rater}", "choice": choice, "clip_x": x["sha256"], "clip_y": y["sha256"]})
     for file, rows in (("votes.jsonl", votes), ("clips.jsonl", clips)):
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

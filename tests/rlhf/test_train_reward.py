@@ -43,8 +43,11 @@ def test_run_folder_holds_the_model_its_settings_and_its_figures(smoke):
     model = load_reward(out, base)
     assert model.sha256 == figures["reward_sha256"]
     assert model.snapshot_sha256 == figures["snapshot_sha256"]
-    low = torch.full((1, 2, 12), 2)
-    assert model.score(low, ["toy"]) > model.score(low + 27, ["toy"])
+    draw = torch.distributions.Binomial(31, torch.tensor([0.4, 0.6])[:, None, None, None].expand(2, 30, 2, 12))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        liked, disliked = draw.sample().long()
+    assert model.score(liked, ["toy"] * 30).mean() > model.score(disliked, ["toy"] * 30).mean() + 0.3
 
 
 def _alone():
@@ -53,13 +56,10 @@ def _alone():
     return Accelerator(cpu=True)
 
 
-def test_the_same_seed_gives_the_same_weights(smoke, tmp_path):
-    assert train_reward.main(settings(tmp_path))["reward_sha256"] == smoke[1]["reward_sha256"]
-
-
 def test_shuffled_labels_stay_at_chance_on_unseen_prompts(tmp_path):
-    reached = [train_reward.main(settings(tmp_path / str(seed), shuffle_labels=True, seed=seed))["accuracy"] for seed in range(3)]
-    assert 0.38 < sum(reached) / 3 < 0.62
+    cheap = {"members": 1, "folds": 3, "shuffle_labels": True}
+    reached = [train_reward.main(settings(tmp_path / str(seed), seed=seed, **cheap))["accuracy"] for seed in range(2)]
+    assert 0.38 < sum(reached) / 2 < 0.62
 
 
 def test_the_careless_rater_is_named_in_the_report(smoke):
