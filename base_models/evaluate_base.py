@@ -127,8 +127,7 @@ def sample(policy: Policy, cond: Conditions, n_frames: int, cfg: Config) -> tupl
         rows = range(start, min(start + cfg.batch_size, len(cond)))
         seeds = [cfg.seed * 100_003 + row for row in rows]
         part = cond.index(list(rows))
-        how = {"cfg_coef": cfg.cfg_coef, "temperature": cfg.temperature, "top_k": cfg.top_k}
-        made = generate(policy.lm, part, n_frames, seeds=seeds, **how)
+        made = generate(policy.lm, part, n_frames, seeds=seeds, cfg_coef=cfg.cfg_coef, temperature=cfg.temperature, top_k=cfg.top_k)
         parts.append(made.codes)
     codes = torch.cat(parts)
     return codes, codes.shape[0] * n_frames / policy.codec.frame_rate / (time.monotonic() - began)

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +151,14 @@ class MusicLM(nn.Module):
         picked = logits.gather(-1, codes[..., None])[..., 0]
         return picked - logits.logsumexp(-1), hidden
 
+    @overload
+    def logps(self, codes: Tensor, cond: Conditions, temperature: float = 1.0, return_hidden: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def logps(
+        self, codes: Tensor, cond: Conditions, temperature: float = 1.0, *, return_hidden: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
     def logps(
         self, codes: Tensor, cond: Conditions, temperature: float = 1.0, return_hidden: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -192,7 +201,6 @@ def _decoder_config(config: MusicLMConfig) -> MusicgenDecoderConfig:
         dropout=config.dropout,
         pad_token_id=config.card,
         bos_token_id=config.card,
-        attn_implementation="sdpa",
     )
 
 
@@ -223,9 +231,7 @@ def load_lm(folder: str | Path) -> MusicLM:
     if kind == "musicgen":
         return _from_musicgen(folder)
     if kind != "encore_music_lm":
-        raise UserError(
-            f"{folder} of model_type {kind!r}", "'encore_music_lm' or 'musicgen'", "point to a language model's folder"
-        )
+        raise UserError(f"{folder} of model_type {kind!r}", "'encore_music_lm' or 'musicgen'", "point to a language model's folder")
     lm = MusicLM(MusicLMConfig(**config))
     tensors = {name: tensor.float() for name, tensor in load_tensors(folder / "model.safetensors").items()}
     expected = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
@@ -239,7 +245,8 @@ def load_lm(folder: str | Path) -> MusicLM:
 
 def _from_musicgen(folder: Path) -> MusicLM:
     settings: MusicgenConfig = MusicgenConfig.from_pretrained(folder)
-    decoder, text = settings.decoder, settings.text_encoder
+    decoder: Any = settings.decoder
+    text: Any = settings.text_encoder
     if decoder.audio_channels != 1:
         raise UserError(f"{folder}, a stereo checkpoint", "a mono MusicGen", "use one of the mono checkpoints")
     whole = MusicgenForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base_models.checkpoint import read_json, tensors_sha256, write_json
+from base_models.checkpoint import read_json, write_json
 from base_models.codec import Codec, load_codec
 from base_models.conditions import Conditions, encode_prompts
 from base_models.contrastive import AudioTextModel, load_contrastive
@@ -53,7 +53,7 @@ class Policy:
 
 def policy_sha256(lm: MusicLM, codec: Codec) -> str:
     """One hash over both networks; it changes with any weight, the pattern or the vocabulary."""
-    return hashlib.sha256(f"{lm.sha256()}|{tensors_sha256(codec.state_dict())}".encode()).hexdigest()
+    return hashlib.sha256(f"{lm.sha256()}|{codec.sha256()}".encode()).hexdigest()
 
 
 def load_policy(folder: str | Path = PRETRAINED, device: str | torch.device = "cpu") -> Policy:
@@ -71,7 +71,7 @@ def load_policy(folder: str | Path = PRETRAINED, device: str | torch.device = "c
             "put the codec that tokenised its training data into the folder",
         )
     made_with = lm.config.codec_sha256
-    if made_with and made_with != tensors_sha256(codec.state_dict()):
+    if made_with and made_with != codec.sha256():
         raise UserError(f"a codec other than {made_with[:12]}", "the codec of the training data", "restore the codec's folder")
     contrastive = load_contrastive(folder / "contrastive").to(device) if (folder / "contrastive").is_dir() else None
     text_encoder = load_text_encoder(content.get("text_encoder", "minilm")).to(device)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from base_models.conditions import Conditions
@@ -51,9 +52,7 @@ def generate(
     if len(seeds) != len(cond):
         raise ValueError(f"{len(seeds)} seeds for {len(cond)} conditions")
     if n_frames < 1 or temperature <= 0 or not 0 <= top_k <= lm.card:
-        raise ValueError(
-            f"n_frames {n_frames} >= 1, temperature {temperature} > 0 and 0 <= top_k {top_k} <= {lm.card} are needed"
-        )
+        raise ValueError(f"n_frames {n_frames} >= 1, temperature {temperature} > 0 and 0 <= top_k {top_k} <= {lm.card} are needed")
     guided = cfg_coef != 1.0
     B, K, S = len(cond), lm.n_q, n_steps(lm.n_q, n_frames)
     stepper = Stepper(lm, Conditions.cat([cond, cond.null()]) if guided else cond, S)
@@ -100,20 +99,20 @@ def _uniforms(seeds: Sequence[int], K: int, S: int) -> Tensor:
 def _draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     """Invert the distribution function: log_probs [B, K, V], uniform [B, K] -> ids [B, K], never one of probability 0."""
     cumulative = log_probs.double().exp().cumsum(-1)
-    return torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0].clamp(
-        max=log_probs.shape[-1] - 1
-    )
+    return torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0].clamp(max=log_probs.shape[-1] - 1)
 
 
-def effective_weight(linear: nn.Module) -> Tensor:
+def effective_weight(linear: Any) -> Tensor:
     """The matrix that a linear map applies now: its own, plus the active adapters' deltas unless they are switched off."""
     if not isinstance(linear, LoraLayer):
-        return linear.weight
-    weight = linear.get_base_layer().weight
-    if linear.disable_adapters or linear.merged:
+        weight: Tensor = linear.weight
         return weight
-    deltas = [linear.get_delta_weight(name) for name in linear.active_adapters if name in linear.lora_A]
-    return weight + sum(deltas) if deltas else weight
+    layer: Any = linear
+    base: Tensor = layer.get_base_layer().weight
+    if layer.disable_adapters or layer.merged:
+        return base
+    deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+    return base + sum(deltas) if deltas else base
 
 
 class Stepper:
@@ -123,7 +122,7 @@ class Stepper:
     """
 
     def __init__(self, lm: MusicLM, cond: Conditions, max_steps: int) -> None:
-        decoder = lm.decoder.model.decoder
+        decoder: Any = lm.decoder.model.decoder
         self.device = decoder.layer_norm.weight.device
         self.n_heads = lm.config.n_heads
         memory, mask = lm.memory(cond.to(self.device))
@@ -131,7 +130,7 @@ class Stepper:
         self.width, self.head_width = D, D // self.n_heads
         self.mask = mask[:, None, None, :]
         self.embedding = torch.stack([table.weight for table in decoder.embed_tokens])  # [K, V + 1, D]
-        self.head = torch.cat([head.weight for head in lm.decoder.lm_heads])  # [K * V, D]
+        self.head = torch.cat([effective_weight(head) for head in lm.decoder.lm_heads])  # [K * V, D]
         self.n_q, self.norm, self.time = lm.n_q, decoder.layer_norm, 0
         self.books = torch.arange(lm.n_q, device=self.device)
         self.positions = decoder.embed_positions(torch.zeros((1, lm.n_q, max_steps), dtype=torch.long, device=self.device))

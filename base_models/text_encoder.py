@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class TextEncoder(nn.Module):
     encode(prompts) -> states [B, M, D] float32 and mask [B, M] (True where valid); pooled(prompts) -> [B, D], unit length.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, name: str, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, max_tokens: int = MAX_TOKENS) -> None:
         super().__init__()
         self.model, self.tokenizer, self.name, self.max_tokens = model, tokenizer, name, max_tokens
         self.dim = int(model.config.hidden_size)

@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,26 +154,26 @@ def corpus_build(args: argparse.Namespace) -> None:
     print(build_corpus(args.out, n_clips=args.n_clips, workers=args.workers, stems=args.stems))
 
 
-def sample(args: argparse.Namespace) -> None:
+def sample(args: argparse.Namespace) -> int:
     from rlhf.sample_pairs import Settings, sample_folder
 
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
     manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight)
     print(manifest)
     if args.campaign:
-        from db.store import open_store
-        from feedback_app.campaigns import register_campaign
-
-        with open_store(args.db) as store:
-            found = register_campaign(store, args.campaign, manifest, target_votes=args.target_votes)
-        print(f"campaign {args.campaign}: {found.n_pairs} pairs in {args.db}")
+        wanted = ["--db", args.db, "--name", args.campaign, "--manifest", str(manifest), "--target-votes", str(args.target_votes)]
+        return _app_module("campaigns", *wanted)
+    return 0
 
 
 def app(args: argparse.Namespace) -> int:
-    from feedback_app.app import main as serve
-
     rater = ["--rater", args.rater] if args.rater else []
-    return serve(["--db", args.db, "--host", args.host, "--port", str(args.port), *rater]) or 0
+    return _app_module("app", "--db", args.db, "--host", args.host, "--port", str(args.port), *rater)
+
+
+def _app_module(name: str, *arguments: str) -> int:
+    """The rating app is a program of its own: it stands beside rlhf, loads no torch, and is started, never imported."""
+    return subprocess.run([sys.executable, "-m", f"feedback_app.{name}", *arguments], check=False).returncode
 
 
 def ratings_export(args: argparse.Namespace) -> None:

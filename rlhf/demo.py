@@ -156,21 +156,17 @@ class Demo:
     def votes(self) -> dict[str, Any]:
         """Start the real app, let the raters vote, stop it. Votes that an interrupted call left are kept."""
         from db.store import open_store
-        from feedback_app.campaigns import register_campaign
 
         cfg = self.cfg
+        manifest = self.out / "samples" / "manifest.jsonl"
+        wanted = ["--target-votes", cfg.target_votes, "--min-listen-ms", 0]
+        self._python(["-m", "feedback_app.campaigns", "--db", self.db, "--name", CAMPAIGN, "--manifest", manifest, *wanted])
         raters = self.out / "raters.json"
-        with open_store(self.db) as store:
-            found = register_campaign(
-                store, CAMPAIGN, self.out / "samples" / "manifest.jsonl", target_votes=cfg.target_votes, min_listen_ms=0
-            )
-            if not raters.is_file():
-                access = []
-                for i in range(cfg.raters):
-                    handle = f"simulated-{i:02d}"
-                    access.append({"handle": handle, "token": self._token(store, handle)})
-                write_json(raters, access)
-                raters.chmod(0o600)
+        if not raters.is_file():
+            with open_store(self.db) as store:
+                handles = [f"simulated-{i:02d}" for i in range(cfg.raters)]
+                write_json(raters, [{"handle": handle, "token": self._token(store, handle)} for handle in handles])
+            raters.chmod(0o600)
         command = [sys.executable, "-m", "feedback_app.app", "--db", self.db, "--port", "0"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
             try:
@@ -184,7 +180,7 @@ class Demo:
                 self._python(["-m", "rlhf.simulation.vote", *named])
             finally:
                 app.terminate()
-        return {"pairs": found.n_pairs, "raters": cfg.raters}
+        return {"raters": cfg.raters}
 
     @staticmethod
     def _token(store: Any, handle: str) -> str:

@@ -80,7 +80,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: {error!r}", '{"prompt": "..."} on each line', "correct the line") from error
         identity = str(row.get("prompt_id") or hashlib.sha256(text.encode()).hexdigest()[:12])
-        known = {name: row.get(name) for name in ("tempo_bpm", "genre", "mood")}
+        known: dict[str, Any] = {name: row.get(name) for name in ("tempo_bpm", "genre", "mood")}
         prompts.append(Prompt(text, identity, str(row.get("split") or "train"), **known))
     if not prompts:
         raise UserError(f"{path} without prompts", "at least one", "write one prompt a line")
@@ -132,7 +132,7 @@ def sample(
     done = _read_done(partial, out)
     jobs = [(i, k) for i in range(len(prompts)) for k in range(settings.n) if f"{i:06d}_{k}.wav" not in done]
     frames = policy.n_frames(settings.duration_s)
-    how = {"temperature": settings.temperature, "top_k": settings.top_k, "cfg_coef": settings.cfg_coef}
+    how: dict[str, Any] = {"temperature": settings.temperature, "top_k": settings.top_k, "cfg_coef": settings.cfg_coef}
     bar = tqdm(total=len(prompts) * settings.n, initial=len(done), desc=f"sampling {system}", unit="clip", dynamic_ncols=True)
     with open(partial, "a", encoding="utf-8") as rows:
         for start in range(0, len(jobs), settings.batch_size):

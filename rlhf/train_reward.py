@@ -435,14 +435,19 @@ def write_toy_snapshot(folder: Path, base_sha256: str, seed: int, n_prompts: int
         sha256 = hashlib.sha256(f"{number}".encode() + codes.tobytes()).hexdigest()
         np.save(folder / "codes" / f"{number}.npy", codes)
         liked[sha256] = -codes.mean() / 4
-        row = {"sha256": sha256, "codes_uri": f"codes/{number}.npy", "prompt_id": f"p{prompt}", "prompt": f"toy prompt {prompt}"}
+        row: dict[str, Any] = {
+            "sha256": sha256,
+            "codes_uri": f"codes/{number}.npy",
+            "prompt_id": f"p{prompt}",
+            "prompt": f"toy prompt {prompt}",
+        }
         clips.append({**row, "policy_sha256": base_sha256})
     for pair in range(n_pairs):
         x, y = clips[2 * pair], clips[2 * pair + 1]
         for rater in rng.choice(5, 2, replace=False):
             wish = 0.0 if rater == 4 else liked[x["sha256"]] - liked[y["sha256"]]
             choice = X if rng.logistic(0, 0.3) < wish else Y
-            row: dict[str, Any] = {
+            row = {
                 "vote_id": len(votes),
                 "pair_id": pair,
                 "prompt_id": x["prompt_id"],
