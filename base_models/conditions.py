@@ -84,9 +84,7 @@ def parse_tempo(prompt: str) -> float | None:
     return tempo if TEMPO_RANGE_BPM[0] <= tempo <= TEMPO_RANGE_BPM[1] else None
 
 
-def encode_prompts(
-    prompts: Sequence[str], text_encoder: TextEncoder, tempo_bpm: Sequence[float | None] | None = None
-) -> Conditions:
+def encode_prompts(prompts: Sequence[str], text_encoder: TextEncoder, tempo_bpm: Sequence[float | None] | None = None) -> Conditions:
     """Text states by the encoder; the tempo as given, else as the prompt states it, else NaN."""
     given = list(tempo_bpm) if tempo_bpm is not None else [None] * len(prompts)
     if len(given) != len(prompts):

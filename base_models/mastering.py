@@ -114,9 +114,7 @@ def master(
     clip = fade_ends(clip, rate)
     clip, limiting_db = _to_loudness(clip, rate, target_lufs)
     out = np.ascontiguousarray(clip, np.float32)
-    return MasteredTrack(
-        out, rate, _lufs(out, rate), audio.true_peak_dbfs(out, rate), low_db, high_db, compression_db, limiting_db
-    )
+    return MasteredTrack(out, rate, _lufs(out, rate), audio.true_peak_dbfs(out, rate), low_db, high_db, compression_db, limiting_db)
 
 
 def _checked(wav: NDArray[np.floating], sample_rate: int) -> Samples:
