@@ -6,7 +6,7 @@
 
     prompt -> Conditions -> codes [1, K, T] -> wav [1, C, L] -> mastered [2, L'] at 44.1 kHz
 
-An adapted policy goes through the same door: `MusicPipeline(adapters.library.load_adapter(policy, [folder]))`.
+An adapted policy goes through the same door: `adapters.library.load_adapter(policy, folder)`, then `MusicPipeline(policy)`.
 """
 
 from __future__ import annotations
