@@ -181,4 +181,4 @@ def test_every_control_has_a_name(hostile_demo: object, start_server: Callable, 
         ("button", "Skip this pair"), ("button", "Sign out"), ("slider", "Playhead"), ("progressbar", "Pairs rated"),
         ("group", "Your vote"), ("status", None),
     ]:  # fmt: skip
-        expect(ada.page.get_by_role(role, name=name)).to_have_count(1)
+        expect(ada.page.locator("main.encore").get_by_role(role, name=name)).to_have_count(1)
