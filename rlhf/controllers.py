@@ -1,11 +1,12 @@
-"""What PPO remembers from step to step beside its weights: the price of drift and the scale of the reward.
+"""What PPO remembers from step to step beside its weights: the price of drift, each prompt's ease, the scale of the reward.
 
-Both are plain numbers with `state_dict` / `load_state_dict`, so that a resumed run goes on exactly where it stood.
+All are plain numbers with `state_dict` / `load_state_dict`, so that a resumed run goes on exactly where it stood.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,3 +80,40 @@ class RewardNormalizer:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.count, self.mean, self.m2 = float(state["count"]), float(state["mean"]), float(state["m2"])
+
+
+class PromptBaseline:
+    """Takes away what a prompt's clips score above or below the others whatever is played: score - offset(prompt).
+
+    A prompt that is always judged well tells nothing about the clip, yet dwarfs what does until the critic has learnt it, which
+    takes longer than a short run lasts. Only earlier rounds enter an offset, so the expected gradient is unchanged (any function of
+    the prompt may be a baseline: Ahmadian et al. 2024, arXiv:2402.14740; running statistics by prompt: Black et al. 2023,
+    arXiv:2305.13301). Offsets are taken from the mean of the clip's own round, so that a policy that improves does not shift
+    them, and shrunk to 0 by one imagined clip.
+    """
+
+    def __init__(self, n_prompts: int) -> None:
+        self.sums, self.counts = [0.0] * n_prompts, [0] * n_prompts
+
+    def offset(self, prompt_id: int) -> float:
+        return self.sums[prompt_id] / (self.counts[prompt_id] + 1)
+
+    def __call__(self, prompt_ids: Tensor, scores: Tensor) -> Tensor:
+        """A whole round, over all ranks: scores [B] -> centred scores [B]; then the round is remembered. NaN stays NaN."""
+        assert prompt_ids.shape == scores.shape, f"{tuple(prompt_ids.shape)} against {tuple(scores.shape)}"
+        ids = prompt_ids.tolist()
+        centred = scores - torch.tensor([self.offset(i) for i in ids], dtype=scores.dtype, device=scores.device)
+        finite = torch.isfinite(scores)
+        if finite.any():
+            deviations = (scores - scores[finite].mean()).tolist()
+            for prompt_id, deviation, known in zip(ids, deviations, finite.tolist()):
+                if known:
+                    self.sums[prompt_id] += deviation
+                    self.counts[prompt_id] += 1
+        return centred
+
+    def state_dict(self) -> dict[str, list[float] | list[int]]:
+        return {"sums": list(self.sums), "counts": list(self.counts)}
+
+    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
+        self.sums, self.counts = [float(x) for x in state["sums"]], [int(x) for x in state["counts"]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.controllers import AdaptiveKLController, RewardNormalizer
+from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer
 from rlhf.losses import (
     bradley_terry_loss,
     dpo_loss,
@@ -139,9 +139,7 @@ def test_policy_loss_at_ratio_one_is_minus_the_mean_advantage_with_nothing_clipp
     ("ratio", "advantage", "moves"),
     [(1.5, 1.0, False), (0.5, -1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (1.1, 1.0, True), (0.9, -1.0, True)],
 )
-def test_policy_gradient_is_zero_exactly_where_the_clip_matches_the_advantage(
-    ratio: float, advantage: float, moves: bool
-) -> None:
+def test_policy_gradient_is_zero_exactly_where_the_clip_matches_the_advantage(ratio: float, advantage: float, moves: bool) -> None:
     logps = row(math.log(ratio)).requires_grad_()
     loss, _ = ppo_policy_loss(logps, row(0.0), row(advantage), torch.ones(1, 1, dtype=torch.bool), 0.2)
     loss.backward()
@@ -220,9 +218,7 @@ def test_k1_and_k3_average_to_the_enumerated_categorical_kl() -> None:
     generator = torch.Generator().manual_seed(1)
     log_p = torch.log_softmax(torch.randn(6, generator=generator, dtype=torch.float64), -1)
     log_q = torch.log_softmax(torch.randn(6, generator=generator, dtype=torch.float64), -1)
-    want = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=log_p), torch.distributions.Categorical(logits=log_q)
-    )
+    want = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=log_p), torch.distributions.Categorical(logits=log_q))
     torch.testing.assert_close((log_p.exp() * kl_k1(log_p, log_q)).sum(), want)
     torch.testing.assert_close((log_p.exp() * kl_k3(log_p, log_q)).sum(), want)
     assert (kl_k3(log_p, log_q) >= 0).all()
@@ -300,3 +296,26 @@ def test_reward_normalizer_leaves_nan_out_and_survives_a_constant() -> None:
     got = normalizer(torch.tensor([2.0, float("nan")]))
     assert float(got[0]) == 0.0
     assert torch.isnan(got[1])
+
+
+def test_prompt_baseline_learns_each_prompts_ease_and_not_the_policys_progress() -> None:
+    generator = torch.Generator().manual_seed(0)
+    baseline, ease = PromptBaseline(4), torch.tensor([2.0, -1.0, 0.0, -1.0])
+    prompts = torch.arange(4).repeat(4)
+    for progress in range(30):
+        noise = 0.1 * torch.randn(16, generator=generator)
+        centred = baseline(prompts, ease[prompts] + progress + noise)
+    assert (centred - centred.mean()).abs().max() < 0.5
+    assert abs(float(centred.mean()) - 29) < 0.2
+    again = PromptBaseline(4)
+    again.load_state_dict(baseline.state_dict())
+    assert torch.equal(again(prompts, noise), baseline(prompts, noise))
+
+
+def test_prompt_baseline_never_sees_the_clip_it_centres_and_leaves_nan_alone() -> None:
+    baseline = PromptBaseline(3)
+    scores = torch.tensor([5.0, 1.0, float("nan")])
+    centred = baseline(torch.tensor([0, 1, 2]), scores)
+    torch.testing.assert_close(centred, scores, equal_nan=True)
+    assert baseline.counts == [1, 1, 0]
+    assert [baseline.offset(i) for i in range(3)] == [1.0, -1.0, 0.0]  # +-2 from the mean of 3, halved by the imagined clip

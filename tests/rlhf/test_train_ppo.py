@@ -111,6 +111,18 @@ def test_base_weights_are_untouched_and_only_adapter_and_critic_have_gradients(t
     assert all(".lora_" in name for name in learning)
 
 
+def test_what_a_prompt_always_scores_does_not_drown_what_the_clip_did(tmp_path: Path) -> None:
+    def unfair(codes: Tensor, prompts: list[str]) -> Tensor:
+        return share_of_code_3(codes, prompts) + torch.tensor([0.1 * float(prompt[-1]) for prompt in prompts])
+
+    share = {}
+    for baseline in (False, True):
+        out = tmp_path / str(baseline)
+        main(config(out, steps=14, prompt_baseline=baseline), judged_by(unfair))
+        share[baseline] = metrics(out)[-1]["score"] - 0.35  # each of the 8 prompts is played four times a round
+    assert share[True] > share[False] + 0.1
+
+
 # -- the same result however it is cut
 
 
