@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,21 @@ def register_campaign(
     return store.create_campaign(name, rows, manifest_path.parent, target_votes, min_listen_ms, pairs=pairs, measure=measure)
 
 
+def every_pair(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """All pairs of clips that answer the same prompt, as hashes: n (n - 1) / 2 pairs of n clips, each clip in n - 1 of them."""
+    of_prompt: dict[str, list[str]] = {}
+    for row in rows:
+        of_prompt.setdefault(str(row.get("prompt_id")), []).append(str(row.get("sha256")))
+    return [pair for clips in of_prompt.values() for pair in combinations(clips, 2)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m feedback_app.campaigns", description=__doc__.splitlines()[0])
     parser.add_argument("--db", default="sqlite:///runs/demo/encore.db", help="database URL")
     parser.add_argument("--name", required=True, help="the campaign's name")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest.jsonl that sampling wrote")
     parser.add_argument("--target-votes", type=int, default=3, help="votes wanted for each pair")
+    parser.add_argument("--all-pairs", action="store_true", help="compare every two clips of a prompt, not each clip once")
     parser.add_argument("--min-listen-ms", type=int, default=3000, help="listening asked for on each side")
     args = parser.parse_args(argv)
     try:
@@ -73,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.manifest,
                 target_votes=args.target_votes,
                 min_listen_ms=args.min_listen_ms,
+                pairs=every_pair(read_rows(args.manifest)) if args.all_pairs else None,
             )
     except (UserError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)

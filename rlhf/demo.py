@@ -47,10 +47,10 @@ class DemoConfig:
     clips_per_prompt: int = 4
     duration_s: float = 4.0
     raters: int = 12
-    target_votes: int = 3
+    target_votes: int = 2
     heldout_prompts: int = 96
     heldout_clips: int = 2
-    dpo: tuple[str, ...] = ("--epochs", "3")
+    dpo: tuple[str, ...] = ("--epochs", "2", "--lr", "5e-4", "--beta", "0.05")
     ppo: tuple[str, ...] = ("--steps", "60")
     seed: int = 0
 
@@ -58,7 +58,7 @@ class DemoConfig:
     def small(policy: Path, out: Path) -> DemoConfig:
         """The same stages in about a minute, on a policy of the test's choosing."""
         return DemoConfig(
-            policy, out, train_prompts=24, clips_per_prompt=2, duration_s=1.0, target_votes=2, heldout_prompts=12,
+            policy, out, train_prompts=24, clips_per_prompt=2, duration_s=1.0, heldout_prompts=12,
             dpo=("--steps", "4"), ppo=("--steps", "2", "--batch-size", "8"),
         )  # fmt: skip
 
@@ -159,7 +159,7 @@ class Demo:
 
         cfg = self.cfg
         manifest = self.out / "samples" / "manifest.jsonl"
-        wanted = ["--target-votes", cfg.target_votes, "--min-listen-ms", 0]
+        wanted = ["--target-votes", cfg.target_votes, "--min-listen-ms", 0, "--all-pairs"]
         self._python(["-m", "feedback_app.campaigns", "--db", self.db, "--name", CAMPAIGN, "--manifest", manifest, *wanted])
         raters = self.out / "raters.json"
         if not raters.is_file():

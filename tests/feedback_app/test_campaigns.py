@@ -11,7 +11,7 @@ from sqlalchemy import select
 from base_models.errors import UserError
 from db.schema import Clip, Pair
 from db.store import open_store
-from feedback_app.campaigns import main, measure, read_rows
+from feedback_app.campaigns import every_pair, main, measure, read_rows
 
 
 def test_stored_gains_make_a_pair_equally_loud_without_overs(make_demo: Callable, tmp_path: Path) -> None:
@@ -43,3 +43,11 @@ def test_a_manifest_that_is_no_json_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "manifest.jsonl").write_text('{"file": "a.wav"}\n\nnot json\n')
     with pytest.raises(UserError, match=r"manifest\.jsonl:3"):
         read_rows(tmp_path / "manifest.jsonl")
+
+
+def test_every_two_clips_of_a_prompt_can_be_compared():
+    rows = [{"prompt_id": p, "sha256": f"{p}{k}"} for p, n in (("a", 4), ("b", 1), ("c", 2)) for k in range(n)]
+    pairs = every_pair(rows)
+    assert len(pairs) == 6 + 0 + 1
+    assert len(set(pairs)) == 7
+    assert all(x[0] == y[0] and x != y for x, y in pairs)

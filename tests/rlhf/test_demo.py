@@ -48,7 +48,7 @@ def test_the_loop_closes(policy_dir, tmp_path):
     assert {"accuracy", "ci", "ceiling"} <= report["reward"].keys()
     for name in ("dpo", "ppo", "shuffled"):
         assert {"gold_win_rate", "ci", "n", "kl", "diversity"} <= report["systems"][name].keys()
-    assert report["votes"] == cfg.train_prompts * (cfg.clips_per_prompt // 2) * cfg.target_votes
+    assert report["votes"] == cfg.train_prompts * (cfg.clips_per_prompt * (cfg.clips_per_prompt - 1) // 2) * cfg.target_votes
     assert report["raters"] == 12
     text = page.read_text()
     local = re.findall(r"<audio[^>]+src='([^']+)'", text)
