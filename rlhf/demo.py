@@ -43,14 +43,14 @@ class DemoConfig:
 
     policy: Path = PRETRAINED
     out: Path = Path("runs/demo")
-    train_prompts: int = 160
+    train_prompts: int = 240
     clips_per_prompt: int = 4
     duration_s: float = 4.0
     raters: int = 12
     target_votes: int = 2
-    heldout_prompts: int = 96
+    heldout_prompts: int = 144
     heldout_clips: int = 2
-    dpo: tuple[str, ...] = ("--epochs", "2", "--lr", "5e-4", "--beta", "0.05")
+    dpo: tuple[str, ...] = ("--epochs", "1.5", "--lr", "5e-4", "--beta", "0.05")
     ppo: tuple[str, ...] = ("--steps", "60")
     seed: int = 0
 
@@ -90,8 +90,7 @@ class Demo:
             Stage("votes", "12 simulated raters vote through the rating app", 60, self.votes),
             Stage("snapshot", "freezing the votes", 1, self.snapshot),
             Stage("reward", "training the reward model", 30, self.reward),
-            Stage("dpo", "training the DPO adapter", 100, lambda: self.dpo("dpo")),
-            Stage("shuffled", "training the control on shuffled votes", 100, lambda: self.dpo("shuffled")),
+            Stage("dpo", "training the DPO adapter, and its control on shuffled votes", 120, self.dpo),
             Stage("ppo", "training the PPO adapter", 200, self.ppo),
             Stage("heldout", "playing held-out prompts with all of them", 180, self.heldout),
             Stage("judge", "the hidden taste compares", 20, self.judge),
@@ -207,10 +206,15 @@ class Demo:
     def reward(self) -> None:
         self._script("train_reward", "--snapshot", self.snapshot_dir, "--policy", self.cfg.policy, "--out", self.out / "reward")
 
-    def dpo(self, name: str) -> None:
-        control = ["--shuffle-votes", self.cfg.seed + 1] if name == "shuffled" else []
-        common = ["--snapshot", self.snapshot_dir, "--policy", self.cfg.policy, "--out", self.out / name, "--licence", LICENCE]
-        self._script("train_dpo", *common, *self.cfg.dpo, *control, *self._resume(self.out / name))
+    def dpo(self) -> None:
+        """The adapter and its control differ in the labels alone; they share the machine's cores and run side by side."""
+        runs = []
+        for name in ("dpo", "shuffled"):
+            control = ["--shuffle-votes", self.cfg.seed + 1] if name == "shuffled" else []
+            common = ["--snapshot", self.snapshot_dir, "--policy", self.cfg.policy, "--out", self.out / name, "--licence", LICENCE]
+            resume = self._resume(self.out / name)
+            runs.append([ROOT / "rlhf" / "train_dpo.py", *common, *self.cfg.dpo, *control, *resume])
+        self._python(*runs)
 
     def ppo(self) -> None:
         frames = round(self.cfg.duration_s * 25)
@@ -301,16 +305,24 @@ class Demo:
     def _script(self, name: str, *arguments: object) -> None:
         self._python([ROOT / "rlhf" / f"{name}.py", *arguments])
 
-    def _python(self, arguments: list[object]) -> None:
-        """Run a Python program of ours; its progress goes to the terminal, and its failure ends the demo with its words."""
-        command = [sys.executable, *map(str, arguments)]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        }
-        code = subprocess.run(command, check=False, env=environment).returncode
-        if code:
-            raise UserError(f"exit code {code} of {' '.join(command[1:4])}", "0", "mend what it says above and call again: it resumes")
+    def _python(self, *programs: list[Any]) -> None:
+        """Run Python programs of ours side by side; their progress goes to the terminal, and a failure ends the demo with its words."""
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        environment = {**os.environ, "PYTHONPATH": path}
+        if len(programs) > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(programs)))
+        commands = [[sys.executable, *map(str, arguments)] for arguments in programs]
+        running = [subprocess.Popen(command, env=environment) for command in commands]
+        try:
+            codes = [process.wait() for process in running]
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        for command, code in zip(commands, codes):
+            if code:
+                got = f"exit code {code} of {' '.join(command[1:4])}"
+                raise UserError(got, "0", "mend what it says above and call again: it resumes")
 
 
 def _minutes(seconds: float) -> str:

@@ -41,7 +41,7 @@ body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,s
 main{max-width:1080px;margin:auto;padding:2rem 1.2rem 4rem}
 h1{font-size:1.9rem;margin:.2rem 0 .3rem} h2{font-size:1.2rem;margin:2.4rem 0 .6rem}
 p{color:var(--soft);margin:.3rem 0 .8rem;max-width:72ch}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:.8rem;margin:1.2rem 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:.8rem;margin:1.2rem 0}
 .tile,.box{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:.9rem 1rem}
 .tile b{display:block;font-size:1.65rem;font-variant-numeric:tabular-nums} .tile span{color:var(--soft);font-size:.85rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums} td,th{padding:.45rem .6rem;border-bottom:1px solid var(--line);
@@ -141,7 +141,8 @@ def _spectrogram(path: Path) -> str:
     _, _, power = signal.spectrogram(wav[0], sample_rate, nperseg=512, noverlap=384)
     figure, axes = plt.subplots(figsize=(2.6, 0.95))
     figure.subplots_adjust(0, 0, 1, 1)
-    axes.imshow(10 * np.log10(power + 1e-10), origin="lower", aspect="auto", cmap="magma", vmin=-90, vmax=-20)
+    decibel = 10 * np.log10(power + 1e-12)
+    axes.imshow(decibel, origin="lower", aspect="auto", cmap="magma", vmin=decibel.max() - 75, vmax=decibel.max())
     axes.axis("off")
     return _png(figure)
 
