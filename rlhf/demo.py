@@ -50,7 +50,7 @@ class DemoConfig:
     target_votes: int = 2
     heldout_prompts: int = 144
     heldout_clips: int = 2
-    dpo: tuple[str, ...] = ("--epochs", "1.5", "--lr", "5e-4", "--beta", "0.05")
+    dpo: tuple[str, ...] = ("--epochs", "1", "--lr", "8e-4", "--beta", "0.03")
     ppo: tuple[str, ...] = ("--steps", "60")
     seed: int = 0
 
