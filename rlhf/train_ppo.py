@@ -92,8 +92,9 @@ class Config:
     """At which clips are played and scored; use the one that listeners will hear."""
     cfg_coef: float = 1.0
     """Guidance under which clips are played and scored; anything but 1 doubles the time."""
-    lr: float = 5e-4
-    """Learning rate of the adapter (Adam)."""
+    lr: float = 1.5e-3
+    """Learning rate of the adapter (Adam). Healthy: 5 to 10 % of the ratios clipped, approx_kl about .005. A third of it learnt nothing
+    from 14 rounds in which this one raised the score of a 10M-parameter base by two standard deviations."""
     critic_lr: float = 1e-3
     """Learning rate of the critic's head."""
     lr_end: float = 0.1
