@@ -51,7 +51,7 @@ class DemoConfig:
     heldout_prompts: int = 144
     heldout_clips: int = 2
     dpo: tuple[str, ...] = ("--epochs", "1", "--lr", "8e-4", "--beta", "0.03")
-    ppo: tuple[str, ...] = ("--steps", "60")
+    ppo: tuple[str, ...] = ("--steps", "60", "--lr", "1e-3")
     seed: int = 0
 
     @staticmethod
