@@ -59,9 +59,7 @@ def kl_to_base(policy: Policy, rows: Sequence[Mapping[str, Any]], codes: torch.T
 def clip_features(policy: Policy, codes: torch.Tensor) -> np.ndarray:
     """Unit embeddings [N, E] in the shared audio-text space."""
     if policy.contrastive is None:
-        raise UserError(
-            f"{policy.path} without contrastive/", "a policy with the shared audio-text space", "train_contrastive.py"
-        )
+        raise UserError(f"{policy.path} without contrastive/", "a policy with the shared audio-text space", "train_contrastive.py")
     with torch.no_grad():
         return torch.cat([policy.contrastive.embed_codes(part) for part in codes.split(64)]).numpy()
 

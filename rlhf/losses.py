@@ -141,9 +141,7 @@ def ppo_value_loss(
     Returns: a scalar loss; the figure `value_clipfrac`.
     """
     _check(mask, values, old_values, returns)
-    values, old_values, returns = (
-        torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values.detach(), returns.detach())
-    )
+    values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values.detach(), returns.detach()))
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     free, bound = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * masked_mean(torch.maximum(free, bound), mask, count)

@@ -45,9 +45,7 @@ def test_padding_of_the_text_changes_nothing(tiny_lm, tiny_conditions, codes):
     longer = Conditions(torch.randn(1, 9, 16), torch.ones(1, 9).bool(), torch.tensor([60.0]))
     both = Conditions.cat([c, longer])
     padded = Conditions(both.text[:3], both.mask[:3], both.tempo_bpm[:3])
-    wide = Conditions(
-        torch.cat([c.text, torch.randn(3, 4, 16)], 1), torch.cat([c.mask, torch.zeros(3, 4).bool()], 1), c.tempo_bpm
-    )
+    wide = Conditions(torch.cat([c.text, torch.randn(3, 4, 16)], 1), torch.cat([c.mask, torch.zeros(3, 4).bool()], 1), c.tempo_bpm)
     for other in (padded, wide):
         torch.testing.assert_close(tiny_lm(codes, other), tiny_lm(codes, c), atol=1e-5, rtol=1e-5)
 
