@@ -59,7 +59,7 @@ class DemoConfig:
         """The same stages in about a minute, on a policy of the test's choosing."""
         return DemoConfig(
             policy, out, train_prompts=24, clips_per_prompt=2, duration_s=1.0, heldout_prompts=12,
-            dpo=("--steps", "4"), ppo=("--steps", "2", "--batch-size", "8"),
+            dpo=("--steps", "6", "--lr", "1e-2"), ppo=("--steps", "2", "--batch-size", "8", "--lr", "1e-2"),
         )  # fmt: skip
 
 

@@ -111,6 +111,8 @@ def compare_gold(gold_file: Path, systems: Sequence[str], base: str = BASE) -> d
             raise UserError(f"{name} and {base} on different prompts or seeds", "the same of both", "sample both with one call")
         keys = sorted(ours)
         mine, other = np.array([ours[k][0] for k in keys]), np.array([theirs[k][0] for k in keys])
+        if (mine == other).all():
+            raise UserError(f"{name} that plays just what {base} plays", "an adapter that changes something", "train it longer")
         rate = win_rate(paired_outcomes(mine, other), [ours[k][1] for k in keys])
         results[name] = {
             "gold_win_rate": rate.decided.value,
