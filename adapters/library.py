@@ -238,11 +238,15 @@ def check_base(adapter: Adapter, base_sha256: str) -> None:
 
 
 def list_adapters(root: str | Path) -> list[Manifest]:
-    """The manifests of all adapters directly under `root`, newest last. A folder without a manifest is no adapter."""
+    """The manifests of all adapters at any depth under `root`, newest last.
+
+    A folder is an adapter when it holds an adapter_config.json: reward models and corpora have manifests of their own.
+    """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no folder {root}", "a folder of adapters", "check the path")
-    found = [_manifest(read_json(path), str(path)) for path in root.glob(f"*/{MANIFEST}")]
+    paths = [path for path in root.rglob(MANIFEST) if (path.parent / PEFT_CONFIG).is_file()]
+    found = [_manifest(read_json(path), str(path)) for path in paths]
     return sorted(found, key=lambda manifest: (manifest.created_at, manifest.name))
 
 

@@ -141,6 +141,9 @@ def test_the_library_lists_and_finds_adapters_by_name(saved):
     _, folder = saved
     (folder.parent / "notes").mkdir()
     assert [m.name for m in list_adapters(folder.parent)] == ["warm"]
+    (folder.parent / "reward").mkdir()
+    (folder.parent / "reward" / "manifest.json").write_text('{"kind": "reward"}')
+    assert [m.name for m in list_adapters(folder.parent)] == ["warm"]
     assert find_adapter(folder.parent, "warm") == folder
     with pytest.raises(UserError, match="no adapter 'cold'"):
         find_adapter(folder.parent, "cold")
