@@ -5,7 +5,7 @@ has not seen.
     runs/reward python rlhf/train_reward.py --preset smoke                    # a toy codec and made-up votes, under a
     minute torchrun --nproc-per-node 2 rlhf/train_reward.py ...          # the same result, bit for bit
 
-    votes -> raters' reliability -> pairs -> frozen features [N, D + R] -> five folds by prompt -> head chosen, calibrated,
+    votes -> raters' reliability -> pairs -> frozen features [N, F] -> five folds by prompt -> head chosen, calibrated,
     judged -> ensemble on all pairs -> reward folder
 
 Every figure comes from pairs whose *prompts* the fitted heads have never met: five folds by prompt; in each, the kind
@@ -65,12 +65,12 @@ from rlhf.reward_model import (
     CANDIDATES,
     Base,
     Head,
+    Lens,
     Pairs,
     RewardModel,
     Share,
     apply,
     best_temperature,
-    descriptors,
     expand,
     features,
     fit,
@@ -103,7 +103,7 @@ class Config:
     reliability: bool = True
     """Weigh votes by how reliable their raters are; else all count alike."""
     shuffle_labels: bool = False
-    """The control: half of the training pairs are turned round. Accuracy is still told against the real votes, and must be one
+    """The control: a coin decides each training pair. Accuracy is still told against the real votes, and must be one
     half."""
     processes: int = 0
     """Refuse to run with any other number of processes; 0 does not ask."""
@@ -130,20 +130,19 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # 2. Features of every clip, once.
     clips = Clips(truth)
-    table, back = clips.tables(base, share, progress=accelerator.is_main_process)
-    lens = make_lens(table, back, clips.prompt)
-    inputs = {head: expand(lens, head, table, back) for head in CANDIDATES}
+    table = clips.table(base, share, progress=accelerator.is_main_process)
+    lens = make_lens(table, clips.prompt)
     pairs, true_pairs = clips.pairs(learnt), clips.pairs(truth)
 
     # 3. Judge by folds of prompts: every margin comes from heads that never met the pair's prompt.
     fold = clips.folds(truth, cfg)
-    losses, chosen = choose_heads(inputs, pairs, fold, cfg, share)
-    margin = unseen_margins(inputs, pairs, true_pairs, fold, chosen, cfg, share)
+    losses, chosen = choose_heads(lens, table, pairs, fold, cfg, share)
+    margin = unseen_margins(lens, table, pairs, true_pairs, fold, chosen, cfg, share)
     baseline = baseline_margins(base, clips, pairs, true_pairs, fold, cfg, share)
     head = CANDIDATES[int(np.argmin(losses))]
 
     # 4. Learn from everything.
-    members, offsets = fit_ensemble(head, inputs[head], pairs, cfg.members, cfg.seed, share)
+    members, offsets = fit_ensemble(head, lens, table, pairs, cfg.members, cfg.seed, share)
     temperature = best_temperature(margin, pairs)
     model = RewardModel(base, head, lens, members, offsets, cfg.lam, temperature)
     model.snapshot_sha256 = snapshot.sha256
@@ -155,8 +154,7 @@ def main(cfg: Config) -> dict[str, Any]:
         "head": asdict(head),
         "held_out_loss": {name(option): round(loss, 4) for option, loss in zip(CANDIDATES, losses)},
         "temperature": temperature,
-        "descriptors": table.shape[1],
-        "backdrop": back.shape[1],
+        "features": table.shape[1],
         "raters": {rater: asdict(q) for rater, q in quality.items()},
         "snapshot_sha256": snapshot.sha256,
         "reward_sha256": model.sha256,
@@ -229,18 +227,16 @@ class Clips:
         self.prompt_number = {prompt_id: index for index, prompt_id in enumerate(ids)}
         self.prompt = torch.tensor([self.prompt_number[p.prompt_id] for _, p in ordered])
 
-    def tables(self, base: Base, share: Share, progress: bool) -> tuple[Tensor, Tensor]:
-        """The frozen features of all clips: descriptors [N, D], backdrop [N, R]."""
+    def table(self, base: Base, share: Share, progress: bool) -> Tensor:
+        """[N, F]: the frozen features of all clips."""
         bar = tqdm(total=len(self.codes), desc="features", unit="clip", disable=not progress, dynamic_ncols=True)
-        width = len(descriptors(base, self.codes[0])[0])
 
         def job(index: int) -> Tensor:
             bar.update()
-            return torch.cat(features(base, self.codes[index], [self.prompts[index]]), dim=1)[0]
+            return features(base, self.codes[index], [self.prompts[index]])[0]
 
         with bar:
-            everything = share(len(self.codes), job)
-        return everything[:, :width], everything[:, width:]
+            return share(len(self.codes), job)
 
     def pairs(self, preferences: Sequence[Preference]) -> Pairs:
         return Pairs(
@@ -257,13 +253,14 @@ class Clips:
         return torch.tensor([fold[p.prompt_id] for p in preferences])
 
 
-def choose_heads(inputs: dict[Head, Tensor], pairs: Pairs, fold: Tensor, cfg: Config, share: Share) -> tuple[list[float], list[Head]]:
+def choose_heads(lens: Lens, table: Tensor, pairs: Pairs, fold: Tensor, cfg: Config, share: Share) -> tuple[list[float], list[Head]]:
     """Held-out loss of every candidate over all folds, and for each fold the head that is best on the *other* folds.
 
     For fold f the candidates are compared on folds g != f with heads that have seen neither f nor g: fold f has no say
     in its own head."""
     outs: list[tuple[int, ...]] = [(f,) for f in range(cfg.folds)] + list(combinations(range(cfg.folds), 2))
     jobs = [(head, out) for head in CANDIDATES for out in outs]
+    inputs = {head: expand(lens, head, table) for head in CANDIDATES}
 
     def job(index: int) -> Tensor:
         head, out = jobs[index]
@@ -289,22 +286,16 @@ def choose_heads(inputs: dict[Head, Tensor], pairs: Pairs, fold: Tensor, cfg: Co
 
 
 def unseen_margins(
-    inputs: dict[Head, Tensor],
-    pairs: Pairs,
-    true_pairs: Pairs,
-    fold: Tensor,
-    chosen: list[Head],
-    cfg: Config,
-    share: Share,
+    lens: Lens, table: Tensor, pairs: Pairs, true_pairs: Pairs, fold: Tensor, chosen: list[Head], cfg: Config, share: Share
 ) -> Tensor:
     """score(chosen) - score(rejected) [N] in the order of `true_pairs`, by ensembles that never met the pair's
     prompt."""
     margin = torch.zeros(len(pairs))
     for f, head in enumerate(chosen):
         held = fold == f
-        members, offsets = fit_ensemble(head, inputs[head], pairs.index(~held), cfg.members, cfg.seed + f + 1, share)
-        scores = torch.stack([apply(head, weights, inputs[head]) for weights in members]) - offsets[:, None]
-        score = pessimistic(scores, cfg.lam)
+        members, offsets = fit_ensemble(head, lens, table, pairs.index(~held), cfg.members, cfg.seed + f + 1, share)
+        inputs = expand(lens, head, table)
+        score = pessimistic(torch.stack([apply(head, weights, inputs) for weights in members]) - offsets[:, None], cfg.lam)
         margin[held] = (score[true_pairs.chosen] - score[true_pairs.rejected])[held]
     return margin
 
@@ -312,8 +303,8 @@ def unseen_margins(
 def baseline_margins(base: Base, clips: Clips, pairs: Pairs, true_pairs: Pairs, fold: Tensor, cfg: Config, share: Share) -> Tensor:
     """The same for a linear model of loudness and length, with squares: what needs no ear."""
     table = share(len(clips.codes), lambda index: loudness_and_length(base, clips.codes[index])[0])
-    head = Head("linear", True, 0, 0.01)
-    inputs = expand(make_lens(table, table, clips.prompt), head, table, None)
+    lens, head = make_lens(table, clips.prompt), Head("quadratic", 3, 3, 0.01)
+    inputs = expand(lens, head, table)
     margin = torch.zeros(len(pairs))
     for f in range(cfg.folds):
         held = fold == f
@@ -379,9 +370,8 @@ def judgement(
 
 
 def name(head: Head) -> str:
-    """A head in words."""
-    squares = " and squares" if head.kind == "linear" and head.squares else ""
-    return f"{head.kind}, descriptors{squares}, {head.parts} parts, l2 {head.l2:g}"
+    squares = f", {head.squares} squared" if head.kind == "quadratic" else ""
+    return f"{head.kind}, {head.parts} parts{squares}, l2 {head.l2:g}"
 
 
 def report(figures: dict[str, Any]) -> str:
@@ -398,7 +388,7 @@ def report(figures: dict[str, Any]) -> str:
         f"ceiling    {best}",
         f"baseline   {figures['baseline']['value']:.3f} by loudness and length alone",
         f"calibrated {figures['ece']:.3f} expected calibration error at temperature {figures['temperature']:.2f}",
-        f"head       {name(Head(**figures['head']))}, over {figures['descriptors']} descriptors and a backdrop of {figures['backdrop']}",
+        f"head       {name(Head(**figures['head']))}, over {figures['features']} features",
         f"raters     {len(figures['raters'])}, of whom {len(silenced)} hardly count: {', '.join(silenced) or '-'}",
     ]
     return "\n".join(lines)

@@ -43,7 +43,7 @@ def codes_of(n, seed=0, frames=10):
 
 
 def world(n_pairs, n_prompts=20, noise=0.0, seed=0, width=12):
-    """Random features, a taste with an optimum in one of them, and votes on pairs of one prompt."""
+    """A table of random features, a taste with an optimum in one of them, and votes on pairs of one prompt."""
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(2 * n_pairs, width, generator=generator)
     gold = 1.5 * table[:, 0] - (table[:, 1] - 0.5).square()
@@ -55,39 +55,36 @@ def world(n_pairs, n_prompts=20, noise=0.0, seed=0, width=12):
     return table, pairs, prompt.repeat_interleave(2)
 
 
-def inputs_of(head, table, prompt):
-    return rm.expand(rm.make_lens(table, table, prompt), head, table, table)
-
-
-def accuracy(head, weights, inputs, pairs):
-    score = rm.apply(head, weights, inputs)
+def accuracy(head, weights, lens, table, pairs):
+    score = rm.apply(head, weights, rm.expand(lens, head, table))
     return (score[pairs.chosen] > score[pairs.rejected]).float().mean().item()
 
 
-@pytest.mark.parametrize("head", rm.CANDIDATES[1:], ids=rm.Head.__str__)
+@pytest.mark.parametrize("head", rm.CANDIDATES[1:], ids=lambda head: f"{head.kind}-{head.squares}")
 def test_head_overfits_twenty_pairs(head):
     table, pairs, prompt = world(20, n_prompts=5)
-    inputs = inputs_of(head, table, prompt)
-    assert accuracy(head, rm.fit(head, inputs, pairs), inputs, pairs) >= 0.95
+    lens = rm.make_lens(table, prompt)
+    weights = rm.fit(head, rm.expand(lens, head, table), pairs)
+    assert accuracy(head, weights, lens, table, pairs) >= 0.95
 
 
-def test_squares_learn_an_optimum_that_a_line_cannot():
+def test_quadratic_head_learns_an_optimum_that_a_linear_one_cannot():
     table, pairs, prompt = world(600)
     seen, held = pairs.index(torch.arange(400)), pairs.index(torch.arange(400, 600))
+    lens = rm.make_lens(table, prompt)
     reached = {}
-    for squares in (False, True):
-        head = rm.Head("linear", squares, 0, 0.001)
-        inputs = inputs_of(head, table, prompt)
-        reached[squares] = accuracy(head, rm.fit(head, inputs, seen), inputs, held)
-    assert reached[True] > 0.85
-    assert reached[True] > reached[False] + 0.05
+    for head in (rm.Head("linear", 12, 0, 0.001), rm.Head("quadratic", 12, 12, 0.001)):
+        weights = rm.fit(head, rm.expand(lens, head, table), seen)
+        reached[head.kind] = accuracy(head, weights, lens, table, held)
+    assert reached["quadratic"] > 0.85
+    assert reached["quadratic"] > reached["linear"] + 0.05
 
 
 def test_soft_labels_of_one_half_teach_nothing():
     table, pairs, prompt = world(50)
     ties = rm.Pairs(pairs.chosen, pairs.rejected, torch.full((50,), 0.5), pairs.weight, pairs.prompt)
-    head = rm.Head("linear", False, 0, 0.01)
-    inputs = inputs_of(head, table, prompt)
+    head = rm.Head("linear", 12, 0, 0.01)
+    inputs = rm.expand(rm.make_lens(table, prompt), head, table)
     assert rm.fit(head, inputs, ties)["linear"].abs().max() < 1e-3
     assert rm.fit(head, inputs, pairs)["linear"].abs().max() > 0.1
 
@@ -96,8 +93,8 @@ def test_linear_head_agrees_with_logistic_regression():
     from sklearn.linear_model import LogisticRegression
 
     table, pairs, prompt = world(200, noise=1.0)
-    head = rm.Head("linear", False, 0, 0.02)
-    inputs = inputs_of(head, table, prompt)
+    head = rm.Head("linear", 12, 0, 0.02)
+    inputs = rm.expand(rm.make_lens(table, prompt), head, table)
     ours = rm.fit(head, inputs, pairs)["linear"]
     difference = (inputs[pairs.chosen] - inputs[pairs.rejected]).numpy()
     sign = torch.ones(200)
@@ -109,23 +106,22 @@ def test_linear_head_agrees_with_logistic_regression():
 
 
 def test_lens_makes_parts_one_wide_within_prompts_whatever_the_prompts_differ_by():
-    back, _, prompt = world(300, n_prompts=10)
-    lens = rm.make_lens(back, back, prompt)
-    parts = ((back - lens.back_mean) / lens.back_scale) @ lens.basis / lens.part_scale
-    within = torch.cat([parts[prompt == p] - parts[prompt == p].mean(0) for p in range(10)])
-    torch.testing.assert_close(within.std(0), torch.ones(12), atol=0.05, rtol=0)
-    shifted = back + 50 * torch.randn(10, 12, generator=torch.Generator().manual_seed(1))[prompt]
-    parts = rm.make_lens(shifted, shifted, prompt).parts(shifted, 12)
+    table, _, prompt = world(300, n_prompts=10)
+    shifted = table + 50 * torch.randn(10, 12, generator=torch.Generator().manual_seed(1))[prompt]
+    parts = rm.make_lens(shifted, prompt).parts(shifted, 12)
     assert parts.abs().max() <= rm.REACH
+    lens = rm.make_lens(table, prompt)
+    centred = (table - lens.mean) / lens.scale @ lens.basis / lens.part_scale
+    within = torch.cat([centred[prompt == p] - centred[prompt == p].mean(0) for p in range(10)])
+    torch.testing.assert_close(within.std(0), torch.ones(12), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("head", rm.CANDIDATES, ids=rm.Head.__str__)
-def test_scores_do_not_run_away_outside_of_what_was_heard(head):
+def test_scores_do_not_run_away_outside_of_what_was_heard():
     table, pairs, prompt = world(200)
-    lens = rm.make_lens(table, table, prompt)
-    weights = rm.fit(head, rm.expand(lens, head, table, table), pairs)
-    away = [distance * torch.ones(1, 12) for distance in (1e3, 1e6)]
-    far, farther = (rm.apply(head, weights, rm.expand(lens, head, point, point)) for point in away)
+    head = rm.Head("quadratic", 12, 8, 0.001)
+    lens = rm.make_lens(table, prompt)
+    weights = rm.fit(head, rm.expand(lens, head, table), pairs)
+    far, farther = (rm.apply(head, weights, rm.expand(lens, head, distance * torch.ones(1, 12))) for distance in (1e3, 1e6))
     torch.testing.assert_close(far, farther)
 
 
@@ -157,77 +153,33 @@ def test_a_disputed_clip_scores_lower_than_an_agreed_one():
 
 def test_features_of_a_clip_do_not_depend_on_its_batch(base):
     codes, prompts = codes_of(5), ["a", "bb", "ccc", "dddd", "e"]
-    for together, single in zip(rm.features(base, codes, prompts), rm.features(base, codes[2:3], prompts[2:3])):
-        torch.testing.assert_close(single[0], together[2], atol=1e-4, rtol=1e-4)
-        assert torch.isfinite(together).all()
+    together = rm.features(base, codes, prompts)
+    torch.testing.assert_close(rm.features(base, codes[2:3], prompts[2:3])[0], together[2], atol=1e-5, rtol=1e-4)
+    assert torch.isfinite(together).all()
 
 
 def test_features_include_the_match_of_prompt_and_sound(base):
     codes = codes_of(1)
-    (sound, one), (same, other) = rm.features(base, codes, ["x"]), rm.features(base, codes, ["a much longer prompt"])
-    assert torch.equal(sound, same)
+    one, other = rm.features(base, codes, ["x"]), rm.features(base, codes, ["a much longer prompt"])
     assert (one != other).sum() == 1
 
 
 def test_a_single_frame_has_finite_features(base):
-    for table in rm.features(base, codes_of(2, frames=1), ["a", "b"]):
-        assert torch.isfinite(table).all()
-
-
-def magnitude_of(wav):
-    return torch.stft(wav, 1024, 160, window=torch.hann_window(1024), return_complex=True).abs().transpose(1, 2)
-
-
-def tone(hertz, duration_s=2.0):
-    return torch.sin(2 * torch.pi * hertz * torch.arange(int(16_000 * duration_s)) / 16_000)[None]
-
-
-def test_descriptors_do_not_hear_the_gain():
-    torch.manual_seed(0)
-    magnitude = magnitude_of(tone(440) + 0.1 * torch.randn(1, 32_000))
-    torch.testing.assert_close(rm.describe(0.1 * magnitude, 16_000), rm.describe(magnitude, 16_000), atol=0.02, rtol=0.01)
-
-
-@pytest.mark.parametrize(("hertz", "octave"), [(6000, 0), (3000, 1), (1500, 2), (700, 3), (90, 6)])
-def test_a_tone_fills_its_octave(hertz, octave):
-    shares = rm.describe(magnitude_of(tone(hertz)), 16_000)[0, : rm.N_OCTAVES]
-    assert int(shares.argmax()) == octave
-    assert shares[octave] > -0.5
-
-
-def test_noise_is_flatter_than_a_tone_and_strokes_are_counted():
-    torch.manual_seed(0)
-    flatness, rate = rm.N_OCTAVES + 2, rm.N_OCTAVES + 3
-    noise, steady = rm.describe(magnitude_of(torch.randn(1, 32_000)), 16_000), rm.describe(magnitude_of(tone(440)), 16_000)
-    assert noise[0, flatness] > steady[0, flatness] + 10
-    beats = torch.exp(-20 * (torch.arange(32_000) / 16_000 % 0.25))
-    struck = rm.describe(magnitude_of(tone(440) * beats), 16_000)
-    assert struck[0, rate] > steady[0, rate]
-
-
-def test_silence_has_finite_descriptors():
-    assert torch.isfinite(rm.describe(torch.zeros(2, 40, 513), 16_000)).all()
-
-
-def test_a_codec_that_is_not_ours_is_heard_through_its_waveform():
-    codec = SimpleNamespace(sample_rate=24_000, decode=lambda codes: tone(1000)[None].repeat(len(codes), 1, 1))
-    table = rm.descriptors(SimpleNamespace(codec=codec), codes_of(2))
-    assert table.shape[0] == 2
-    assert int(table[0, : rm.N_OCTAVES].argmax()) == 3  # 1000 / 16000 * 24000 = 1500 Hz lies in the fourth octave under 12 kHz
+    assert torch.isfinite(rm.features(base, codes_of(2, frames=1), ["a", "b"])).all()
 
 
 @pytest.fixture(scope="module")
 def model(base):
     codes = codes_of(60, seed=1)
-    table, back = rm.features(base, codes, ["p"] * 60)
+    table = rm.features(base, codes, ["p"] * 60)
     prompt = torch.arange(60) // 12
     first = torch.arange(0, 60, 2)
     gold = codes[:, 0].float().mean(1)
     chosen = torch.where(gold[first] > gold[first + 1], first, first + 1)
     pairs = rm.Pairs(chosen, 2 * first + 1 - chosen, torch.ones(30), torch.ones(30), prompt[first])
-    head = rm.Head("linear", True, 8, 0.01)
-    lens = rm.make_lens(table, back, prompt)
-    members, offsets = rm.fit_ensemble(head, rm.expand(lens, head, table, back), pairs, 5, seed=0)
+    head = rm.Head("linear", 16, 0, 0.01)
+    lens = rm.make_lens(table, prompt)
+    members, offsets = rm.fit_ensemble(head, lens, table, pairs, 5, seed=0)
     made = rm.RewardModel(base, head, lens, members, offsets, lam=0.5, temperature=0.7)
     made.snapshot_sha256 = "s" * 64
     return made
@@ -237,7 +189,7 @@ def test_saved_model_scores_the_same(model, base, tmp_path):
     model.save(tmp_path / "reward")
     loaded = rm.load_reward(tmp_path / "reward", base)
     codes = codes_of(4, seed=9)
-    torch.testing.assert_close(loaded.score(codes, ["a"] * 4), model.score(codes, ["a"] * 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(loaded.score(codes, ["a"] * 4), model.score(codes, ["a"] * 4), atol=0, rtol=0)
     assert loaded.sha256 == model.sha256
     assert loaded.snapshot_sha256 == "s" * 64
 
@@ -276,6 +228,6 @@ def test_score_asks_for_one_prompt_a_clip(model):
 
 
 def test_members_differ_and_have_no_offset(model, base):
-    scores = model.member_scores(*rm.features(base, codes_of(60, seed=1), ["p"] * 60))
+    scores = model.member_scores(rm.features(base, codes_of(60, seed=1), ["p"] * 60))
     assert scores.std(0).mean() > 1e-3
     torch.testing.assert_close(scores.mean(1), torch.zeros(5), atol=1e-5, rtol=0)
