@@ -55,6 +55,15 @@ def append_jsonl(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
         handle.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
 
 
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a file with one JSON object a line; empty lines are passed over.
+
+    Only a newline ends a row: text inside one may hold U+2028 and its like, at which `str.splitlines` would cut.
+    """
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -6,6 +6,7 @@ Measures each clip's loudness once, so that every pair is played equally loud.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def measure(path: Path) -> tuple[float, float]:
 def read_rows(manifest_path: Path) -> list[dict[str, Any]]:
     """The rows of a manifest.jsonl. Raises UserError."""
     try:
-        lines = manifest_path.read_text(encoding="utf-8").splitlines()
+        lines = list(io.StringIO(manifest_path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{manifest_path}: {error}", "a manifest.jsonl", "pass the one that sampling wrote") from error
     rows = []

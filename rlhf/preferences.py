@@ -10,6 +10,7 @@ votes are counted, not used. Splits go by prompt, never by pair: two pairs of on
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -183,7 +184,7 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(path.read_text(encoding="utf-8")), start=1):
         try:
             row = json.loads(line)
             missing = [key for key in DEMAND[path.name] if key not in row]

@@ -12,6 +12,7 @@ goes on where it stopped. Rows are written as clips are made; `manifest.jsonl` a
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"no file {path}", "a .jsonl or .txt file of prompts", "check the path")
     prompts: list[Prompt] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(path.read_text(encoding="utf-8")), start=1):
         if not line.strip():
             continue
         try:
@@ -180,7 +181,7 @@ def _read_done(partial: Path, out: Path) -> dict[str, dict[str, Any]]:
     done: dict[str, dict[str, Any]] = {}
     if not partial.is_file():
         return done
-    for line in partial.read_text(encoding="utf-8").splitlines():
+    for line in io.StringIO(partial.read_text(encoding="utf-8")):
         try:
             row = json.loads(line)
         except ValueError:

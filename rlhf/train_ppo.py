@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -482,7 +483,7 @@ def read_prompts(path: Path) -> tuple[list[str], list[float | None]]:
     """Prompts and tempi of a .jsonl file (rows with `prompt`, perhaps `tempo_bpm`) or of a text file, one prompt a line."""
     if not path.is_file():
         raise UserError(f"no file {path}", "prompts, .jsonl or one a line", "check --prompts")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in io.StringIO(path.read_text(encoding="utf-8")) if line.strip()]
     if not lines:
         raise UserError(f"{path} without a prompt", "at least one", "write one prompt a line")
     if path.suffix != ".jsonl":

@@ -8,6 +8,7 @@ gold}], "summary": {system: {n, mean, spread_within_prompt}}}. Nothing that trai
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ def judge(manifests: list[Path]) -> list[dict[str, Any]]:
     """One row a clip, in the order of the manifests, with its gold score."""
     rows = []
     for manifest in manifests:
-        for line in manifest.read_text(encoding="utf-8").splitlines():
+        for line in io.StringIO(manifest.read_text(encoding="utf-8")):
             if not line.strip():
                 continue
             clip = json.loads(line)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,13 @@ from base_models.codec import load_codec
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import PRETRAINED, load_policy
+from db.export import export_snapshot
+from db.store import open_store
 from rlhf import cli
-from rlhf.demo import Demo, DemoConfig
-from rlhf.sample_pairs import Settings, clip_seed, read_prompts, sample
+from rlhf.demo import ROOT, Demo, DemoConfig
+from rlhf.preferences import load_snapshot, training_pairs
+from rlhf.sample_pairs import Settings, clip_seed, read_prompts, sample, write_prompts
+from rlhf.train_ppo import read_prompts as ppo_prompts
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +151,28 @@ def test_unusable_prompts_are_told_with_their_place(tmp_path, name, content, mat
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=match):
         read_prompts(tmp_path / name)
+
+
+def test_a_prompt_with_unicode_line_separators_keeps_its_row_all_the_way(policy_dir, tmp_path):
+    """JSON lines end at a newline alone; U+2028, U+0085 and form feeds are text."""
+    text = "sad\u2028piano\u0085slow\x0cwaltz"
+    write_prompts(tmp_path / "p.jsonl", [{"prompt": text, "prompt_id": "p"}])
+    prompts = read_prompts(tmp_path / "p.jsonl")
+    assert [p.prompt for p in prompts] == [text]
+    assert ppo_prompts(tmp_path / "p.jsonl") == ([text], [None])
+    manifest = sample(load_policy(policy_dir), prompts, tmp_path / "s", Settings(n=2, duration_s=1.0), "base")
+    with open_store(f"sqlite:///{tmp_path / 'e.db'}") as store:
+        code = [sys.executable, "-m", "feedback_app.campaigns", "--db", f"sqlite:///{tmp_path / 'e.db'}", "--name", "c"]
+        subprocess.run([*code, "--manifest", str(manifest), "--min-listen-ms", "0"], check=True, cwd=ROOT)
+        rater = store.sign_in("ada", store.add_rater("ada"))
+        assert rater is not None
+        offer = store.next_assignment(rater.id)
+        assert offer is not None
+        assert offer.prompt == text
+        store.submit_vote(rater.id, offer.assignment_id, "a", idempotency_key="key-1")
+        export_snapshot(store, "c", tmp_path / "snapshots", "c")
+    snapshot = load_snapshot(tmp_path / "snapshots" / "c")
+    assert [p.prompt for p in training_pairs(snapshot, n_q=4, card=1024)] == [text]
 
 
 def test_generate_writes_a_mastered_track_and_repeats_it(policy_dir, tmp_path, capsys):
