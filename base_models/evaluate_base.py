@@ -18,7 +18,6 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import json
 import logging
 import math
 import time
@@ -36,6 +35,7 @@ from base_models.codec import Codec
 from base_models.conditions import Conditions
 from base_models.corpus.captions import demo_prompts
 from base_models.corpus.tokens import TokenisedCorpus, load_tokens
+from base_models.corpus.waves import read_rows
 from base_models.lm import MusicLM
 from base_models.measures import GenreProbe, estimate_tempo, tempo_matches
 from base_models.policy import PRETRAINED, Policy, load_policy
@@ -153,7 +153,7 @@ def bits(lm: MusicLM, corpus: TokenisedCorpus, policy: Policy, cfg: Config) -> d
 def main(cfg: Config) -> dict[str, Any]:
     policy = load_policy(cfg.policy)
     corpus = load_tokens(cfg.tokens)
-    rows = [json.loads(line) for line in (cfg.corpus / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(cfg.corpus)
     sample_rate = policy.codec.sample_rate
 
     # 1. A probe that has heard real music only.

@@ -79,7 +79,6 @@ class Demo:
     def __init__(self, cfg: DemoConfig) -> None:
         self.cfg, self.out = cfg, cfg.out
         self.db = f"sqlite:///{(cfg.out / 'encore.db').resolve()}"
-        self.began = time.monotonic()
 
     # ---- the loop over stages ----------------------------------------------------------------------------------------
 
@@ -137,11 +136,11 @@ class Demo:
 
     def prompts(self) -> dict[str, Any]:
         cfg = self.cfg
-        for name, split, n in (("train", "train", cfg.train_prompts), ("heldout", "heldout", cfg.heldout_prompts)):
+        for split, n in (("train", cfg.train_prompts), ("heldout", cfg.heldout_prompts)):
             rows = demo_prompts(n, split, seed=cfg.seed)
             for i, row in enumerate(rows):
-                row["prompt_id"] = f"{name}-{i:04d}"
-            write_prompts(self.out / f"prompts_{name}.jsonl", rows)
+                row["prompt_id"] = f"{split}-{i:04d}"
+            write_prompts(self.out / f"prompts_{split}.jsonl", rows)
         return {"train": cfg.train_prompts, "heldout": cfg.heldout_prompts}
 
     def samples(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ the simulated listeners' hidden taste, which runs in a process of its own); the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,13 @@ import torch
 
 from adapters.library import load_adapter, unload_adapters
 from adapters.lora import adapter_disabled
-from base_models.checkpoint import read_json, write_json
+from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.policy import Policy
 from rlhf.metrics import diversity, mean_ci, paired_outcomes, win_rate
 from rlhf.sample_pairs import Prompt, Settings, sample
 
 BASE = "base"
-
-
-def read_manifest(path: Path) -> list[dict[str, Any]]:
-    """Rows of a samples manifest."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def read_codes(manifest: Path, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
@@ -82,7 +76,7 @@ def evaluate(
             unload_adapters(policy.lm)
             hashes = [m.adapter_sha256 for m in load_adapter(policy, systems[name])]
         manifest = sample(policy, prompts, out / name, settings, name, hashes)
-        rows = read_manifest(manifest)
+        rows = read_jsonl(manifest)
         codes = read_codes(manifest, rows)
         ids = [row["prompt_id"] for row in rows]
         varied = diversity(clip_features(policy, codes), ids)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.library import read_adapter
+from base_models.checkpoint import read_jsonl
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, load_policy
 from rlhf.preferences import content_sha256
@@ -37,7 +38,7 @@ def _snapshot_lines(runs: Path, sha256: str) -> list[str]:
         return [f"  snapshot {sha256}  not found below {runs}"]
     content = json.loads((found / "snapshot.json").read_text(encoding="utf-8"))
     state = "unchanged" if content_sha256(found) == sha256 else "CHANGED since it was frozen"
-    clips = [json.loads(line) for line in (found / "clips.jsonl").read_text(encoding="utf-8").splitlines() if line]
+    clips = read_jsonl(found / "clips.jsonl")
     licences = sorted({str(clip.get("licence")) for clip in clips})
     consents = sorted({str(clip.get("consent")) for clip in clips})
     return [

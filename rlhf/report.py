@@ -24,8 +24,7 @@ from scipy import signal
 
 from base_models.atomic import atomic_file
 from base_models.audio import read_audio
-from base_models.checkpoint import write_json
-from rlhf.evaluate_models import BASE, read_manifest
+from base_models.checkpoint import read_jsonl, write_json
 
 COLOURS = {"base": "#64748b", "dpo": "#2563eb", "ppo": "#d9480f", "shuffled": "#94a3b8"}
 NAMES = {"base": "Base", "dpo": "DPO", "ppo": "PPO", "shuffled": "Shuffled votes (control)"}
@@ -108,7 +107,7 @@ def _win_rates(systems: dict[str, Any]) -> str:
 
 def _curves(out: Path) -> list[str]:
     pictures = []
-    ppo = _rows(out / "ppo" / "metrics.jsonl")
+    ppo = _metrics(out / "ppo")
     for key, title, ylabel in (
         ("score", "PPO: reward model's score of what is played", "score"),
         ("kl", "PPO: KL to the base", "nats a clip"),
@@ -121,7 +120,7 @@ def _curves(out: Path) -> list[str]:
     figure, axes = _axes("DPO: loss", "update", "nats")
     drawn = False
     for name in ("dpo", "shuffled"):
-        points = [(row["step"], row["loss"]) for row in _rows(out / name / "metrics.jsonl") if row.get("loss") is not None]
+        points = [(row["step"], row["loss"]) for row in _metrics(out / name) if row.get("loss") is not None]
         if points:
             axes.plot(*zip(*points), color=COLOURS[name], linewidth=1.4, label=NAMES[name])
             drawn = True
@@ -132,8 +131,9 @@ def _curves(out: Path) -> list[str]:
     return pictures
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line] if path.is_file() else []
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return read_jsonl(path) if path.is_file() else []
 
 
 def _spectrogram(path: Path) -> str:
@@ -219,7 +219,7 @@ def _tracks(tracks: dict[str, Any]) -> str:
 
 
 def _examples(out: Path) -> str:
-    manifests = {name: read_manifest(out / "heldout" / name / "manifest.jsonl") for name in HEARD}
+    manifests = {name: read_jsonl(out / "heldout" / name / "manifest.jsonl") for name in HEARD}
     first: dict[str, list[dict[str, Any]]] = {}
     for name in HEARD:
         for row in manifests[name]:
@@ -230,7 +230,7 @@ def _examples(out: Path) -> str:
     for rows in list(first.values())[:EXAMPLES]:
         cells = []
         for row in rows:
-            path = f"heldout/{BASE if row['system'] == BASE else row['system']}/{row['file']}"
+            path = f"heldout/{row['system']}/{row['file']}"
             cells.append(f"<td><img alt='Spectrogram' src='{_spectrogram(out / path)}'>{_player(path)}</td>")
         body.append(f"<tr><td class='prompt'>{html.escape(rows[0]['prompt'])}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th>{NAMES[name]}</th>" for name in HEARD)
