@@ -125,7 +125,8 @@ class Stepper:
         decoder: Any = lm.decoder.model.decoder
         self.device = decoder.layer_norm.weight.device
         self.n_heads = lm.config.n_heads
-        memory, mask = lm.memory(cond.to(self.device))
+        cond = cond.to(self.device)
+        memory, mask = lm.memory(cond)
         B, M, D = memory.shape
         self.width, self.head_width = D, D // self.n_heads
         self.mask = mask[:, None, None, :]
@@ -133,7 +134,7 @@ class Stepper:
         self.head = torch.cat([effective_weight(head) for head in lm.decoder.lm_heads])  # [K * V, D]
         self.n_q, self.norm, self.time = lm.n_q, decoder.layer_norm, 0
         self.books = torch.arange(lm.n_q, device=self.device)
-        self.positions = decoder.embed_positions(torch.zeros((1, lm.n_q, max_steps), dtype=torch.long, device=self.device))
+        self.positions = lm.positions(cond, max_steps)  # [1 or B, S, D]
         self.layers = []
         for layer in decoder.layers:
             own, cross = layer.self_attn, layer.encoder_attn
@@ -158,7 +159,7 @@ class Stepper:
     def step(self, tokens: Tensor) -> Tensor:
         """tokens [B, K] of the step before (the special token at first) -> trunk state [B, d] that predicts the next."""
         B, now = len(tokens), self.time
-        x = self.embedding[self.books, tokens].sum(1) + self.positions[now]
+        x = self.embedding[self.books, tokens].sum(1) + self.positions[:, now]
         for layer in self.layers:
             norm_self, norm_cross, norm_ff = layer["norms"]
             q, k, v = F.linear(norm_self(x), layer["qkv"]).view(B, 3, self.n_heads, self.head_width).unbind(1)

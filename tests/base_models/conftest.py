@@ -12,7 +12,7 @@ from base_models.lm import MusicLM, MusicLMConfig
 @pytest.fixture
 def tiny_lm() -> MusicLM:
     torch.manual_seed(0)
-    config = MusicLMConfig(n_q=4, card=32, d_model=32, n_layers=2, n_heads=2, d_ff=64, text_dim=16)
+    config = MusicLMConfig(n_q=4, card=32, d_model=32, n_layers=2, n_heads=2, d_ff=64, text_dim=16, beat_clock=True)
     return MusicLM(config).eval()
 
 

@@ -58,6 +58,23 @@ def test_tempo_and_text_both_reach_the_codes(tiny_lm, tiny_conditions, codes):
     assert not torch.allclose(tiny_lm(codes, c.null())[1], tiny_lm(codes, c)[1])
 
 
+def test_the_beat_clock_turns_once_a_beat_and_only_where_a_tempo_is_known(tiny_lm, tiny_conditions):
+    c = Conditions(tiny_conditions.text, tiny_conditions.mask, torch.tensor([75.0, float("nan"), 150.0]))
+    plain = tiny_lm.decoder.model.decoder.embed_positions(torch.zeros(1, 1, 200))
+    clock = tiny_lm.positions(c, 200) - plain  # 25 frames a second: 20 a beat at 75 BPM, 10 at 150
+    assert clock[1].abs().max() == 0
+    torch.testing.assert_close(clock[2, :100], clock[0, :200:2], atol=1e-4, rtol=0)
+    all_hands = 20 * 24  # frames after which 8 beats and 3 beats are both over
+    again = tiny_lm.positions(c, all_hands + 5) - tiny_lm.decoder.model.decoder.embed_positions(torch.zeros(1, 1, all_hands + 5))
+    torch.testing.assert_close(again[0, all_hands:], again[0, :5], atol=1e-3, rtol=0)
+    assert not torch.allclose(again[0, 20:25], again[0, :5], atol=0.1)  # the bar's hands have not come round after one beat
+
+
+def test_a_clock_without_a_tempo_is_refused():
+    with pytest.raises(ValueError, match="runs by the tempo"):
+        MusicLM(MusicLMConfig(d_model=32, n_layers=1, n_heads=2, d_ff=64, tempo=False, beat_clock=True))
+
+
 def test_unconditional_rows_are_all_alike(tiny_lm, tiny_conditions, codes):
     same = codes[:1].expand(3, -1, -1)
     out = tiny_lm(same, tiny_conditions.null())

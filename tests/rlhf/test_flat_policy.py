@@ -27,7 +27,7 @@ K, V, T = 4, 16, 7
 @pytest.fixture
 def lm() -> MusicLM:
     torch.manual_seed(0)
-    return MusicLM(MusicLMConfig(n_q=K, card=V, d_model=32, n_layers=2, n_heads=2, d_ff=48, text_dim=12)).eval()
+    return MusicLM(MusicLMConfig(n_q=K, card=V, d_model=32, n_layers=2, n_heads=2, d_ff=48, text_dim=12, beat_clock=True)).eval()
 
 
 @pytest.fixture
