@@ -1,10 +1,11 @@
 """The tables behind the votes.
 
-    campaign -> pair(clip_x, clip_y) -> assignment(rater, sides as shown, lease) -> vote
+    campaign -> pair(clip_x, clip_y) -> assignment(rater, sides as shown, lease) -> vote -> aspects, span marks
+    invitation -> rater -> consents, quality        snapshot -> the raters whose votes are in it
 
 Two rules carry the rest. A vote belongs to exactly one assignment (a unique constraint, so a double submit dies in the
 database and not in a race). And `pair.n_open` counts leases plus counted votes, so that one conditional UPDATE both
-claims a slot and keeps every pair at or below its target.
+claims a slot and keeps every pair at or below its target. Gold pairs and blind repeats take no slots: they tell of the rater.
 
 Sides are stored as they were shown; `db.export` turns them back. Audio stays outside: `uri`, `sha256`, `size_bytes`.
 """
@@ -26,12 +27,17 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 CHOICES = ("a", "b", "tie", "both_bad")
 """What a vote may say, as shown on the page. A skip is not a vote: it frees the slot."""
+ASPECTS = ("prompt_fit", "musicality", "sound_quality")
+"""What a vote may judge apart, from -2 (A much better) to 2 (B much better), as shown."""
+CHOOSERS = ("least_voted", "random", "informative")
+"""How a campaign chooses the next pair: the least voted first, any that waits, or where a vote tells most."""
 
 
 def utc_now() -> datetime:
@@ -92,16 +98,34 @@ class Campaign(Base):
     target_votes: Mapped[int]
     min_listen_ms: Mapped[int]
     status: Mapped[str] = mapped_column(String(8), default="open")
+    chooser: Mapped[str] = mapped_column(String(16), default="least_voted", server_default="least_voted")
+    random_floor: Mapped[float] = mapped_column(default=0.2, server_default="0.2")
+    """Share of `informative` choices that are uniform over what waits, so that every pair keeps a known propensity."""
+    gold_rate: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """Share of assignments that are pairs with a known answer, once the rater has some left to meet."""
+    repeat_rate: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """Share of assignments that are one of the rater's own earlier pairs, sides turned."""
+    aspects: Mapped[list[str]] = mapped_column(default=list, server_default="[]")
+    """Which of ASPECTS the page asks for beside the vote."""
+    invited_only: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Whether only raters with a `Membership` are handed its pairs."""
+    practice: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Whether new raters rehearse first. A rehearsal is played on the page alone and stores no vote."""
+    owner_id: Mapped[int | None] = mapped_column(ForeignKey("rater.id"))
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     __table_args__ = (
         CheckConstraint("target_votes >= 1", name="target"),
         CheckConstraint("min_listen_ms >= 0", name="min_listen"),
-        CheckConstraint("status in ('open','closed')", name="status"),
+        CheckConstraint("status in ('open','paused','closed')", name="status"),
+        CheckConstraint("chooser in ('least_voted','random','informative')", name="chooser"),
+        CheckConstraint("random_floor > 0 and random_floor <= 1", name="random_floor"),
+        CheckConstraint("gold_rate >= 0 and repeat_rate >= 0 and gold_rate + repeat_rate <= 0.5", name="rates"),
     )
 
 
 class Rater(Base):
-    """A person who listens. The access code is stored hashed; `session_epoch` ends old sessions when it moves on."""
+    """A person who listens, or who owns campaigns. The access code is stored hashed; `session_epoch` ends old sessions when it
+    moves on. `external`: imported with votes from elsewhere, cannot sign in. `erased`: asked to be forgotten."""
 
     __tablename__ = "rater"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -110,11 +134,49 @@ class Rater(Base):
     role: Mapped[str] = mapped_column(String(8), default="rater")
     status: Mapped[str] = mapped_column(String(8), default="active")
     session_epoch: Mapped[int] = mapped_column(default=0)
+    screen: Mapped[dict[str, Any] | None]
+    """What the headphone and level check found: {passed, right, trials, at}."""
+    practised_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     __table_args__ = (
-        CheckConstraint("role in ('rater','admin')", name="role"),
-        CheckConstraint("status in ('active','blocked')", name="status"),
+        CheckConstraint("role in ('rater','owner')", name="role"),
+        CheckConstraint("status in ('active','blocked','external','erased')", name="status"),
     )
+
+
+class Invitation(Base):
+    """A link that lets `max_uses` people become raters, of one campaign or of all. Stored hashed, like an access code."""
+
+    __tablename__ = "invitation"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    token_sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    campaign_id: Mapped[int | None] = mapped_column(ForeignKey("campaign.id"))
+    note: Mapped[str | None] = mapped_column(Text)
+    max_uses: Mapped[int]
+    n_used: Mapped[int] = mapped_column(default=0)
+    expires_at: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    __table_args__ = (CheckConstraint("n_used >= 0 and n_used <= max_uses", name="uses"),)
+
+
+class Membership(Base):
+    """A rater who was invited to a campaign, and by which link."""
+
+    __tablename__ = "membership"
+    campaign_id: Mapped[int] = mapped_column(ForeignKey("campaign.id"), primary_key=True)
+    rater_id: Mapped[int] = mapped_column(ForeignKey("rater.id"), primary_key=True)
+    invitation_id: Mapped[int | None] = mapped_column(ForeignKey("invitation.id"))
+
+
+class Consent(Base):
+    """What a rater answered to one version of the consent page. The newest answer counts; none is ever changed."""
+
+    __tablename__ = "consent"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    rater_id: Mapped[int] = mapped_column(ForeignKey("rater.id"), index=True)
+    version: Mapped[str] = mapped_column(String(32))
+    accepted: Mapped[bool]
+    at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
 class Prompt(Base):
@@ -170,6 +232,8 @@ class Pair(Base):
     gold: Mapped[str | None] = mapped_column(String(1))
     target_votes: Mapped[int]
     n_open: Mapped[int] = mapped_column(default=0)
+    priority: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    """How much a vote would tell here, relative to other pairs; renewed from the votes while a campaign runs."""
     __table_args__ = (
         UniqueConstraint("campaign_id", "clip_x_id", "clip_y_id"),
         CheckConstraint("clip_x_id < clip_y_id", name="ordered"),
@@ -187,6 +251,8 @@ class Assignment(Base):
     pair_id: Mapped[int] = mapped_column(ForeignKey("pair.id"))
     rater_id: Mapped[int] = mapped_column(ForeignKey("rater.id"))
     rep: Mapped[int] = mapped_column(default=0)
+    kind: Mapped[str] = mapped_column(String(8), default="normal", server_default="normal")
+    """`normal` holds a slot of its pair; `gold` and `repeat` hold none."""
     swapped: Mapped[bool]
     policy: Mapped[str] = mapped_column(String(32))
     propensity: Mapped[float]
@@ -197,6 +263,7 @@ class Assignment(Base):
     __table_args__ = (
         UniqueConstraint("pair_id", "rater_id", "rep"),
         CheckConstraint("status in ('leased','voted','skipped','expired')", name="status"),
+        CheckConstraint("kind in ('normal','gold','repeat')", name="kind"),
         Index("ix_assignment_rater", "rater_id", "status"),
         Index("ix_assignment_lease", "status", "expires_at"),
     )
@@ -215,7 +282,15 @@ class Vote(Base):
     comment: Mapped[str | None] = mapped_column(Text)
     listen_a_ms: Mapped[int]
     listen_b_ms: Mapped[int]
+    coverage_a: Mapped[float | None]
+    """Share of side A that was heard at least once, 0 to 1, by the player's clock."""
+    coverage_b: Mapped[float | None]
     events: Mapped[list[list[Any]]]
+    client_ms: Mapped[int | None] = mapped_column(BigInteger)
+    """The client's own clock at the vote (Unix ms), to tell skewed clocks from short listening."""
+    ui_version: Mapped[str | None] = mapped_column(String(32))
+    source: Mapped[str | None] = mapped_column(String(64))
+    """Where an imported vote came from; none for our own page and API."""
     excluded_reason: Mapped[str | None] = mapped_column(String(32))
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     __table_args__ = (
@@ -223,4 +298,84 @@ class Vote(Base):
         CheckConstraint("choice in ('a','b','tie','both_bad')", name="choice"),
         CheckConstraint("confidence between 1 and 3", name="confidence"),
         CheckConstraint("listen_a_ms >= 0 and listen_b_ms >= 0", name="listen"),
+        CheckConstraint("coverage_a between 0 and 1 and coverage_b between 0 and 1", name="coverage"),
     )
+
+
+class VoteAspect(Base):
+    """One aspect of a vote, as shown: -2 A is much better, 0 alike, 2 B is much better."""
+
+    __tablename__ = "vote_aspect"
+    vote_id: Mapped[int] = mapped_column(ForeignKey("vote.id"), primary_key=True)
+    aspect: Mapped[str] = mapped_column(String(32), primary_key=True)
+    score: Mapped[int]
+    __table_args__ = (CheckConstraint("score between -2 and 2", name="score"),)
+
+
+class SpanMark(Base):
+    """A stretch of one side, as shown, that a rater marked: "bad here"."""
+
+    __tablename__ = "span_mark"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    vote_id: Mapped[int] = mapped_column(ForeignKey("vote.id"), index=True)
+    side: Mapped[str] = mapped_column(String(1))
+    t0_ms: Mapped[int]
+    t1_ms: Mapped[int]
+    tag: Mapped[str] = mapped_column(String(32))
+    __table_args__ = (
+        CheckConstraint("side in ('a','b')", name="side"),
+        CheckConstraint("t0_ms >= 0 and t1_ms > t0_ms", name="span"),
+    )
+
+
+class RaterQuality(Base):
+    """How far a rater can be relied on in one campaign, as of the last look. Shares are none where nothing was asked."""
+
+    __tablename__ = "rater_quality"
+    campaign_id: Mapped[int] = mapped_column(ForeignKey("campaign.id"), primary_key=True)
+    rater_id: Mapped[int] = mapped_column(ForeignKey("rater.id"), primary_key=True)
+    as_of: Mapped[datetime]
+    n_votes: Mapped[int]
+    n_gold: Mapped[int]
+    gold_accuracy: Mapped[float | None]
+    n_repeat: Mapped[int]
+    repeat_agreement: Mapped[float | None]
+    left_share: Mapped[float | None]
+    """Of decided votes, those for side A; .5 is fair."""
+    coverage: Mapped[float | None]
+    """Mean share of both sides that was heard."""
+    reliability: Mapped[float | None]
+    """Slope of the rater's votes in Davidson's model; 1 is the mean rater, 0 is noise."""
+
+
+class Snapshot(Base):
+    """An export that was made of a campaign's votes, so that what was trained on whose votes can be told."""
+
+    __tablename__ = "snapshot"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    campaign_id: Mapped[int] = mapped_column(ForeignKey("campaign.id"))
+    n_votes: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class SnapshotRater(Base):
+    """A rater whose votes stand in a snapshot."""
+
+    __tablename__ = "snapshot_rater"
+    snapshot_id: Mapped[int] = mapped_column(ForeignKey("snapshot.id"), primary_key=True)
+    rater_id: Mapped[int] = mapped_column(ForeignKey("rater.id"), primary_key=True)
+    n_votes: Mapped[int]
+
+
+class Audit(Base):
+    """What an owner did, and when. Rows are only ever added."""
+
+    __tablename__ = "audit"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
+    actor_id: Mapped[int | None] = mapped_column(ForeignKey("rater.id"))
+    """None: the command line on the server itself."""
+    action: Mapped[str] = mapped_column(String(64))
+    detail: Mapped[dict[str, Any]]

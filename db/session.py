@@ -64,8 +64,11 @@ def _shown(url: URL) -> str:
     return url.render_as_string(hide_password=True)
 
 
-def make_engine(url: str | URL, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
-    """An engine whose SQLite transactions are real ones. Connections with option `writes` begin IMMEDIATE."""
+def make_engine(url: str | URL, busy_timeout_s: float = BUSY_TIMEOUT_S, foreign_keys: bool = True) -> Engine:
+    """An engine whose SQLite transactions are real ones. Connections with option `writes` begin IMMEDIATE.
+
+    Args: foreign_keys: whether SQLite enforces them; off only to make a table anew that others point to.
+    """
     parsed = parse_url(url) if isinstance(url, str) else url
     try:
         if parsed.get_backend_name() != "sqlite":
@@ -78,7 +81,7 @@ def make_engine(url: str | URL, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engin
     @event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # the driver must not begin behind our back; _begin does
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"foreign_keys={'ON' if foreign_keys else 'OFF'}"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
@@ -160,10 +163,13 @@ def upgrade(url: str, revision: str = "head") -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"folder {folder}: {error.strerror}", "a writable folder", "choose another") from error
-    engine = make_engine(parsed)
+    engine = make_engine(parsed, foreign_keys=False)
     try:
         with told_in_words(parsed), engine.execution_options(writes=True).begin() as connection:
             _upgrade(connection, revision)
+            if parsed.get_backend_name() == "sqlite" and (broken := connection.exec_driver_sql("pragma foreign_key_check").all()):
+                got = f"{len(broken)} rows that point nowhere, the first in {broken[0][0]}"
+                raise StoreError(got, "a database without loose ends", "restore it from a backup")
     finally:
         engine.dispose()
 

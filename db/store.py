@@ -124,8 +124,8 @@ class Store:
         """Makes a rater and returns the access code, this once: only its hash is stored. Raises ConflictError if taken."""
         if not 1 <= len(handle) <= 64 or not handle.isprintable() or handle != handle.strip():
             raise StoreError(f"handle {handle!r}", "1 to 64 printable characters", "choose another handle")
-        if role not in ("rater", "admin"):
-            raise StoreError(f"role {role!r}", "rater or admin", "choose one of them")
+        if role not in ("rater", "owner"):
+            raise StoreError(f"role {role!r}", "rater or owner", "choose one of them")
         token = secrets.token_urlsafe(16)
         try:
             with self.write() as session:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import create_engine, inspect, select, text
+from sqlalchemy.exc import IntegrityError
 
 from db.errors import StoreError, UnavailableError
-from db.schema import Base
+from db.schema import Assignment, Base, Campaign, Rater, Vote
 from db.session import make_engine, parse_url, upgrade
 from db.store import Store, open_store
 
@@ -51,6 +52,37 @@ def test_upgrade_twice_keeps_what_is_stored(db_url: str) -> None:
         token = store.add_rater("ada")
     with open_store(db_url) as store:
         assert store.sign_in("ada", token) is not None
+
+
+def test_votes_of_the_first_schema_come_through_the_second(db_url: str) -> None:
+    upgrade(db_url, "0001")
+    old = make_engine(db_url)
+    at = "'2026-01-01 00:00:00'"
+    with old.begin() as connection:
+        for statement in (
+            f"insert into campaign values (1, 'c', 1, 0, 'open', {at})",
+            f"insert into rater values (1, 'ada', 'x', 'rater', 'active', 0, {at})",
+            f"insert into rater values (2, 'own', 'y', 'admin', 'active', 0, {at})",
+            "insert into prompt values (1, 'p', 'sad piano', 'h', 'train')",
+            *(
+                "insert into clip (id, prompt_id, sha256, uri, size_bytes, duration_ms, sample_rate, system, adapters, gen, created_at) "
+                f"values ({i}, 1, 's{i}', 'u', 1, 1000, 16000, 'base', '[]', '{{}}', {at})"
+                for i in (1, 2)
+            ),
+            "insert into pair values (1, 1, 1, 1, 2, 0, 0, null, 1, 1)",
+            f"insert into assignment values ('as1', 1, 1, 0, 1, 'least-voted-24', 1.0, 'voted', null, {at}, {at})",
+            f"insert into vote values (1, 'as1', 1, 'key-00001', 'a', 2, 'fine', 5, 6, '[]', null, {at})",
+        ):
+            connection.execute(text(statement))
+    old.dispose()
+    with open_store(db_url) as store, store.read() as session:
+        vote = session.scalars(select(Vote)).one()
+        assert (vote.choice, vote.confidence, vote.comment, vote.coverage_a) == ("a", 2, "fine", None)
+        assert session.scalars(select(Assignment)).one().kind == "normal"
+        assert [rater.role for rater in session.scalars(select(Rater).order_by(Rater.id))] == ["rater", "owner"]
+        assert session.scalars(select(Campaign)).one().chooser == "least_voted"
+    with open_store(db_url) as store, pytest.raises(IntegrityError), store.write() as session:
+        session.execute(text("delete from rater where id = 1"))  # the vote points to it: foreign keys hold after the rebuild
 
 
 def test_a_database_of_a_newer_encore_is_refused(db_url: str) -> None:
