@@ -347,8 +347,17 @@ def decided(pairs: Iterable[Preference]) -> list[Preference]:
 
 
 def shuffled(pairs: Sequence[Preference], seed: int) -> list[Preference]:
-    """The control: in every pair a coin decides who was chosen. Whatever is learnt from these is no taste."""
-    coins = np.random.default_rng(seed).random(len(pairs)) < 0.5
+    """The control: in half of the pairs chosen and rejected change places. Whatever is learnt from these is no taste.
+
+    Exactly half, and of each prompt's pairs half (give or take one), drawn at random: independent coins would by luck leave more
+    true labels than false ones. One shuffle still is one draw: what it teaches points somewhere, so judge the control over several.
+    """
+    rng = np.random.default_rng(seed)
+    rank = rng.permutation(len(pairs))
+    prompts = sorted({pair.prompt_id for pair in pairs})
+    place = dict(zip(prompts, rng.permutation(len(prompts))))
+    order = sorted(range(len(pairs)), key=lambda row: (place[pairs[row].prompt_id], rank[row]))
+    turned = set(order[int(rng.integers(2)) :: 2])
     return [
         replace(
             pair,
@@ -357,9 +366,9 @@ def shuffled(pairs: Sequence[Preference], seed: int) -> list[Preference]:
             chosen_sha256=pair.rejected_sha256,
             rejected_sha256=pair.chosen_sha256,
         )
-        if coin
+        if row in turned
         else pair
-        for pair, coin in zip(pairs, coins)
+        for row, pair in enumerate(pairs)
     ]
 
 

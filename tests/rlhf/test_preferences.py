@@ -215,12 +215,24 @@ def test_fewer_prompts_than_folds_is_an_error():
         prompt_folds(["a", "b"], 3)
 
 
-def test_shuffling_turns_about_half_of_the_pairs_and_keeps_the_clips(snapshot_of):
+def test_shuffling_turns_half_of_the_pairs_of_every_prompt_and_keeps_the_clips(snapshot_of):
     pairs = training_pairs(load_snapshot(snapshot_of([(i, "a", "x", {}) for i in range(200)], n_pairs=200)))
     control = shuffled(pairs, seed=1)
-    turned = sum(a.chosen_sha256 != b.chosen_sha256 for a, b in zip(pairs, control))
-    assert 75 <= turned <= 125
+    turned = [before.chosen_sha256 != after.chosen_sha256 for before, after in zip(pairs, control)]
+    assert sum(turned) == 100
+    by_prompt = {}
+    for pair, was_turned in zip(pairs, turned):
+        by_prompt.setdefault(pair.prompt_id, []).append(was_turned)
+    assert all(sum(group) == 1 for group in by_prompt.values())  # two pairs a prompt: one of them
     for before, after in zip(pairs, control):
         assert {before.chosen_sha256, before.rejected_sha256} == {after.chosen_sha256, after.rejected_sha256}
         if before.chosen_sha256 != after.chosen_sha256:
             np.testing.assert_array_equal(before.chosen_codes, after.rejected_codes)
+
+
+def test_another_seed_turns_other_pairs(snapshot_of):
+    pairs = training_pairs(load_snapshot(snapshot_of([(i, "a", "x", {}) for i in range(40)], n_pairs=40)))
+    one, same, other = (
+        [before.chosen_sha256 != after.chosen_sha256 for before, after in zip(pairs, shuffled(pairs, seed))] for seed in (1, 1, 2)
+    )
+    assert one == same != other
