@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import func, select, text, update
@@ -24,7 +25,7 @@ from db.campaigns import CampaignSummary, Measure, check_rows, clip_columns, reg
 from db.errors import ConflictError, NotFoundError, RefusedError, StoreError
 from db.schema import CHOICES, Assignment, Campaign, Clip, Pair, Prompt, Rater, Setting, Vote, utc_now
 from db.session import BUSY_TIMEOUT_S, Transactions, make_engine, parse_url, upgrade
-from db.voting import AUDIO_FILE, Offer, Receipt, next_offer, submit
+from db.voting import AUDIO_FILE, Mark, Offer, Receipt, next_offer, submit
 
 LEASE_S = 30 * 60
 """How long a rater may think before the slot goes to somebody else."""
@@ -221,16 +222,33 @@ class Store:
         confidence: int | None = None,
         comment: str | None = None,
         events: Sequence[Sequence[Any]] = (),
+        aspects: Mapping[str, int] = MappingProxyType({}),
+        marks: Sequence[Mark] = (),
+        coverage_a: float | None = None,
+        coverage_b: float | None = None,
+        client_ms: int | None = None,
+        ui_version: str | None = None,
         clock: Callable[[], datetime] = utc_now,
     ) -> Receipt:
         """Stores a vote, once; returns after the commit. Sent again, or from a second tab, the first one stands.
 
         A vote whose lease ran out takes a free slot if there is one; else it is kept, excluded as `late`.
-        Raises: NotFoundError for another rater's assignment; RefusedError after too little listening, or more than
-            the clock allows; ConflictError for a key that was used for another assignment.
+
+        Args:
+            aspects: score by aspect, -2 (A much better) to 2 (B much better), as shown; only those the campaign asks for.
+            marks: stretches of a side, as shown, inside its clip.
+            coverage_a, coverage_b: share of each side that was heard at least once, 0 to 1.
+            client_ms: the client's own clock, Unix ms.
+
+        Raises: NotFoundError for another rater's assignment; RefusedError after too little listening, more than the
+            clock allows, or for an aspect, mark or coverage that cannot be; ConflictError for a key that was used for
+            another assignment. Nothing is stored then.
         """
         if choice not in (*CHOICES, "skip"):
             raise RefusedError(f"choice {choice!r}", f"one of {(*CHOICES, 'skip')}", "correct it")
+        for coverage in (coverage_a, coverage_b):
+            if coverage is not None and not 0 <= coverage <= 1:
+                raise RefusedError(f"coverage {coverage}", "a share from 0 to 1", "report what was really heard")
         vote = {
             "assignment_id": assignment_id,
             "rater_id": rater_id,
@@ -240,11 +258,15 @@ class Store:
             "comment": comment or None,
             "listen_a_ms": listen_a_ms,
             "listen_b_ms": listen_b_ms,
+            "coverage_a": coverage_a,
+            "coverage_b": coverage_b,
             "events": [list(event) for event in events],
+            "client_ms": client_ms,
+            "ui_version": ui_version,
         }
         try:
             with self.write() as session:
-                return submit(session, vote, clock())
+                return submit(session, vote, aspects, marks, clock())
         except IntegrityError as error:
             got = f"idempotency key {idempotency_key!r}, used for another pair"
             raise ConflictError(got, "a new key for each pair", "draw a new key and send again") from error

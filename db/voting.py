@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,12 +16,14 @@ from sqlalchemy import BindParameter, CursorResult, String, bindparam, case, exi
 from sqlalchemy.orm import Session, aliased
 
 from db.errors import NotFoundError, RefusedError
-from db.schema import Assignment, Campaign, Clip, Pair, Prompt, Rater, Vote
+from db.schema import Assignment, Campaign, Clip, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
 
 WINDOW = 24
 """A pair is drawn from this many of the least-voted ones, so that raters spread out."""
 CLOCK_SLACK_MS = 2000
 """How far the listening a player reports may exceed the time since the pair was handed out."""
+MARK_SLACK_MS = 100
+"""How far a mark may reach past the end of its clip: decoders pad. It is stored as ending there."""
 OPEN_COUNT_CAP = 1000
 """`Progress.open` is counted no further than this."""
 
@@ -34,8 +37,21 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A stretch [t0_ms, t1_ms) of side a or b, as shown, and what is wrong there."""
+
+    side: str
+    t0_ms: int
+    t1_ms: int
+    tag: str
+
+
+@dataclass(frozen=True)
 class Offer:
-    """A pair in front of a rater. Says nothing of what made the clips."""
+    """A pair in front of a rater. Says nothing of what made the clips.
+
+    `aspects`: what the campaign asks for beside the vote. `practice`: whether it wants new raters to rehearse first.
+    """
 
     assignment_id: str
     campaign: str
@@ -46,6 +62,8 @@ class Offer:
     min_listen_ms: int
     expires_at: datetime
     progress: Progress
+    aspects: tuple[str, ...] = ()
+    practice: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,8 @@ OFFER = (
         Prompt.text,
         Campaign.name,
         Campaign.min_listen_ms,
+        Campaign.aspects,
+        Campaign.practice,
         _x.duration_ms.label("x_ms"),
         _y.duration_ms.label("y_ms"),
     )
@@ -140,7 +160,9 @@ ASKED = (
         Assignment.status,
         Assignment.issued_at,
         Assignment.pair_id,
+        Assignment.swapped,
         Campaign.min_listen_ms,
+        Campaign.aspects,
         _x.duration_ms.label("x_ms"),
         _y.duration_ms.label("y_ms"),
     )
@@ -154,6 +176,8 @@ ASKED = (
 STORED_VOTE = select(Vote.id, Vote.choice, Vote.excluded_reason).where(Vote.assignment_id == _assignment)
 ADD_ASSIGNMENT = insert(Assignment)
 ADD_VOTE = insert(Vote).returning(Vote.id)
+ADD_ASPECTS = insert(VoteAspect)
+ADD_MARKS = insert(SpanMark)
 AUDIO_FILE = (
     select(Clip.uri, Clip.sha256, Clip.size_bytes)
     .select_from(Assignment)
@@ -195,6 +219,8 @@ def next_offer(session: Session, rater_id: int, campaign: str | None, now: datet
             done=session.scalar(COUNT_VOTES, scope) or 0,
             open=(session.scalar(COUNT_WAITING, scope) or 0) + 1,  # the one on the table is open too
         ),
+        aspects=tuple(row.aspects),
+        practice=row.practice,
     )
 
 
@@ -227,7 +253,7 @@ def _claim(session: Session, scope: dict[str, Any], now: datetime, lease: timede
     return None
 
 
-def submit(session: Session, vote: dict[str, Any], now: datetime) -> Receipt:
+def submit(session: Session, vote: dict[str, Any], aspects: Mapping[str, int], marks: Sequence[Mark], now: datetime) -> Receipt:
     """Stores `vote` (columns of `Vote`, or choice `skip`) unless one stands already. Inside a write transaction."""
     assignment = {"assignment": vote["assignment_id"]}
     asked = session.execute(ASKED, assignment | {"rater": vote["rater_id"]}).one_or_none()
@@ -253,11 +279,45 @@ def submit(session: Session, vote: dict[str, Any], now: datetime) -> Receipt:
     if sum(heard_ms) > elapsed_ms + CLOCK_SLACK_MS:
         expected = f"at most the {elapsed_ms:.0f} ms since the pair was handed out"
         raise RefusedError(f"{sum(heard_ms)} ms of listening", expected, "report what was really heard")
+    check_aspects(aspects, asked.aspects)
+    lengths_ms = (asked.y_ms, asked.x_ms) if asked.swapped else (asked.x_ms, asked.y_ms)
+    ends_ms = [check_mark(mark, dict(zip("ab", lengths_ms, strict=True))) for mark in marks]
     late = asked.status == "expired" and not _changed(session, TAKE_SLOT, pair=asked.pair_id)
     reason = "late" if late else None
     vote_id = session.scalars(ADD_VOTE, [vote | {"excluded_reason": reason, "created_at": now}]).one()
+    if aspects:
+        session.execute(ADD_ASPECTS, [{"vote_id": vote_id, "aspect": aspect, "score": score} for aspect, score in aspects.items()])
+    if marks:
+        rows = [
+            {"vote_id": vote_id, "side": mark.side, "t0_ms": mark.t0_ms, "t1_ms": end_ms, "tag": mark.tag}
+            for mark, end_ms in zip(marks, ends_ms, strict=True)
+        ]
+        session.execute(ADD_MARKS, rows)
     session.execute(FINISH, assignment | {"now_status": "voted", "now_note": None})
     return Receipt(vote_id, False, vote["choice"], reason)
+
+
+def check_aspects(aspects: Mapping[str, int], asked_for: Sequence[str]) -> None:
+    """Raises RefusedError for an aspect the campaign does not ask for, or a score outside -2 to 2."""
+    for aspect, score in aspects.items():
+        if aspect not in asked_for:
+            expected = f"only {', '.join(asked_for)}" if asked_for else "none in this campaign"
+            raise RefusedError(f"aspect {aspect!r}", expected, "leave it out")
+        if not -2 <= score <= 2:
+            raise RefusedError(f"{aspect} {score}", "a whole number from -2 (A is better) to 2 (B is better)", "correct it")
+
+
+def check_mark(mark: Mark, lengths_ms: Mapping[str, int]) -> int:
+    """Where a mark on side a or b of these lengths ends, ms. Raises RefusedError for one outside its clip or without a tag."""
+    if mark.side not in lengths_ms:
+        raise RefusedError(f"a mark on side {mark.side!r}", "side a or b", "correct it")
+    if not mark.tag or len(mark.tag) > 32 or not mark.tag.isprintable():
+        raise RefusedError(f"a mark with tag {mark.tag!r}", "1 to 32 printable characters", "correct it")
+    end_ms = min(mark.t1_ms, lengths_ms[mark.side])
+    if not 0 <= mark.t0_ms < end_ms or mark.t1_ms > end_ms + MARK_SLACK_MS:
+        got = f"a mark from {mark.t0_ms} to {mark.t1_ms} ms on side {mark.side}"
+        raise RefusedError(got, f"a stretch inside its {lengths_ms[mark.side]} ms", "mark what can be heard")
+    return end_ms
 
 
 def _changed(session: Session, statement: Any, **parameters: Any) -> bool:

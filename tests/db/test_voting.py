@@ -11,11 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from db.errors import ConflictError, NotFoundError, RefusedError
-from db.schema import Assignment, Pair, Vote, utc_now
+from db.schema import Assignment, Campaign, Pair, SpanMark, Vote, VoteAspect, utc_now
 from db.store import Store
+from db.voting import Mark
 
 
 @pytest.fixture
@@ -87,6 +88,62 @@ class TestAVote:
         (rater,) = add_raters(1)
         with pytest.raises(RefusedError):
             store.submit_vote(rater, store.next_assignment(rater).assignment_id, "c", idempotency_key="key-0001")
+
+
+class TestAVoteMaySay:
+    @pytest.fixture
+    def held(self, store: Store, campaign: str, add_raters: Callable) -> tuple[int, str]:
+        with store.write() as session:
+            session.execute(update(Campaign).values(aspects=["musicality", "prompt_fit"], practice=True))
+        (rater,) = add_raters(1)
+        offer = store.next_assignment(rater)
+        assert (offer.aspects, offer.practice) == (("musicality", "prompt_fit"), True)
+        return rater, offer.assignment_id
+
+    def test_aspects_marks_and_coverage_beside_its_choice(self, store: Store, held: tuple[int, str]) -> None:
+        said = {"aspects": {"musicality": -2, "prompt_fit": 1}, "marks": [Mark("b", 0, 1500, "noise"), Mark("a", 5900, 6080, "cut")]}
+        more = {"coverage_a": 0.5, "coverage_b": 1.0, "client_ms": 1_800_000_000_000, "ui_version": "7"}
+        for _ in range(2):  # the second time it stands already
+            store.submit_vote(*held, "a", idempotency_key="key-0001", **said, **more)
+        with store.read() as session:
+            vote = session.scalars(select(Vote)).one()
+            assert {name: getattr(vote, name) for name in more} == more
+            aspects = session.execute(select(VoteAspect.aspect, VoteAspect.score).order_by(VoteAspect.score)).all()
+            assert aspects == [("musicality", -2), ("prompt_fit", 1)]
+            marks = session.execute(select(SpanMark.side, SpanMark.t0_ms, SpanMark.t1_ms, SpanMark.tag).order_by(SpanMark.id)).all()
+            assert marks == [("b", 0, 1500, "noise"), ("a", 5900, 6000, "cut")]  # a decoder's padding is no part of the clip
+
+    @pytest.mark.parametrize(
+        ("said", "names"),
+        [
+            ({"aspects": {"sound_quality": 1}}, "sound_quality"),
+            ({"aspects": {"musicality": 3}}, "-2"),
+            ({"marks": [Mark("c", 0, 10, "noise")]}, "side"),
+            ({"marks": [Mark("a", 0, 10, "")]}, "tag"),
+            ({"marks": [Mark("a", 10, 10, "noise")]}, "6000 ms"),
+            ({"marks": [Mark("a", -1, 10, "noise")]}, "6000 ms"),
+            ({"marks": [Mark("a", 0, 6101, "noise")]}, "6000 ms"),
+            ({"coverage_a": 1.01}, "coverage"),
+            ({"coverage_b": float("nan")}, "coverage"),
+        ],
+    )
+    def test_nothing_that_cannot_be(self, store: Store, held: tuple[int, str], said: dict, names: str) -> None:
+        with pytest.raises(RefusedError, match=names):
+            store.submit_vote(*held, "a", idempotency_key="key-0001", **said)
+        assert count_votes(store) == 0
+
+    def test_where_in_a_clip_by_the_side_as_shown(self, store: Store, make_rows: Callable, tmp_path: Path, add_raters: Callable) -> None:
+        rows = make_rows(1)
+        rows[0]["duration_s"] = 1.5
+        store.create_campaign("short", rows, tmp_path / "clips", target_votes=12, min_listen_ms=0)
+        for rater in add_raters(12):
+            offer = store.next_assignment(rater)
+            short = next(s for s in "ab" if store.audio_file(offer.assignment_id, s, rater).uri.endswith("_base.wav"))
+            mark = Mark(short, 1600, 3000, "noise")
+            with pytest.raises(RefusedError, match="1500 ms"):
+                store.submit_vote(rater, offer.assignment_id, "a", idempotency_key="key-0001", marks=[mark])
+            mark = Mark("ab"[short == "a"], 1600, 3000, "noise")
+            store.submit_vote(rater, offer.assignment_id, "a", idempotency_key="key-0001", marks=[mark])
 
 
 @pytest.mark.usefixtures("campaign")
