@@ -73,10 +73,15 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically."""
+    """Write tensors as safetensors, atomically. A full disk is the OSError that it is."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        safetensors.torch.save_file(plain, temporary, metadata=metadata)
+        try:
+            safetensors.torch.save_file(plain, temporary, metadata=metadata)
+        except safetensors.SafetensorError as error:
+            if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

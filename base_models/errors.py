@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(Exception):
     """Bad input, said so that it can be mended. The command line prints it and exits with `exit_code`.
@@ -14,3 +16,23 @@ class UserError(Exception):
     def __init__(self, got: str, expected: str, remedy: str) -> None:
         self.got, self.expected, self.remedy = got, expected, remedy
         super().__init__(f"got {got}; expected {expected}; remedy: {remedy}")
+
+
+DISK_TROUBLE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EFBIG: "raise the limit on file sizes",
+    errno.EROFS: "choose a folder on a disk that can be written",
+    errno.EACCES: "mend its permissions, or choose another folder",
+    errno.EPERM: "mend its permissions, or choose another folder",
+    errno.EIO: "check the disk",
+}
+
+
+def disk_trouble(error: OSError) -> UserError | None:
+    """A disk that is full, read-only or not ours, in words; None for any other error of the system (a bug, say)."""
+    remedy = DISK_TROUBLE.get(error.errno or 0)
+    if remedy is None:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return UserError(f"{where}{error.strerror}", "a place that can be written, with room", f"{remedy}, then call again")

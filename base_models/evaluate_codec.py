@@ -26,7 +26,6 @@ from base_models import settings
 from base_models.checkpoint import write_json
 from base_models.codec import Codec, load_codec
 from base_models.corpus.waves import load_waves
-from base_models.errors import UserError
 from base_models.measures import log_mel_l1, opus_roundtrip
 
 
@@ -98,8 +97,4 @@ def main(cfg: Config) -> dict[str, float | list[float]]:
 
 
 if __name__ == "__main__":
-    try:
-        print(json.dumps(main(settings.parse(Config)), indent=2))
-    except UserError as error:
-        print(f"evaluate_codec: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    settings.run(main, Config, show=lambda figures: json.dumps(figures, indent=2))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
+from tqdm import tqdm
 
-from base_models.errors import UserError
+from base_models.errors import UserError, disk_trouble
 
 Config = TypeVar("Config")
+Result = TypeVar("Result")
 
 
 def parse(
@@ -53,13 +56,28 @@ def parse(
     return tyro.cli(config_class, args=rest, default=default, description=description)
 
 
-def run(main: Callable[[Config], Any], config_class: type[Config], presets: Mapping[str, Mapping[str, Any]] | None = None) -> NoReturn:
-    """A script's last line: parse, run, and end with exit code 2 and one line on stderr where the input is bad."""
+def run(
+    main: Callable[[Config], Result],
+    config_class: type[Config],
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    show: Callable[[Result], str] | None = None,
+) -> NoReturn:
+    """A script's last line: parse, run, print what `show` says of the result (on the first process alone).
+
+    Bad input and a disk in trouble end it with exit code 2 and one line on stderr.
+    """
     try:
-        main(parse(config_class, presets))
+        try:
+            result = main(parse(config_class, presets))
+        except OSError as error:
+            if (trouble := disk_trouble(error)) is None:
+                raise
+            raise trouble from error
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)  # on a line of its own, also under a progress bar
         sys.exit(error.exit_code)
+    if show is not None and int(os.environ.get("RANK", "0")) == 0:
+        print(show(result))
     sys.exit(0)
 
 

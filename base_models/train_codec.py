@@ -255,9 +255,4 @@ def _save_state(cfg: Config, step: int, codec: MagnitudeCodec, optimizer, elapse
 
 
 if __name__ == "__main__":
-    try:
-        folder = main(settings.parse(Config, PRESETS))
-    except UserError as error:
-        print(f"train_codec: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    print(f"codec in {folder}")
+    settings.run(main, Config, PRESETS, show=lambda folder: f"codec in {folder}")

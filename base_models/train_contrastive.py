@@ -261,8 +261,4 @@ def _save_state(cfg: Config, step: int, model: AudioTextModel, optimizer, elapse
 
 
 if __name__ == "__main__":
-    try:
-        print(json.dumps(main(settings.parse(Config, PRESETS)), indent=2))
-    except UserError as error:
-        print(f"train_contrastive: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    settings.run(main, Config, PRESETS, show=lambda figures: json.dumps(figures, indent=2))

@@ -44,7 +44,7 @@ from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import PRETRAINED, load_policy
 from base_models.sampling import generate
-from base_models.settings import parse, to_mapping
+from base_models.settings import run, to_mapping
 from rlhf.flat_dpo import FlatDPOTrainer, PreferenceCollator, preference_rows, reference_logps
 from rlhf.flat_policy import PAD, FlatCausalLM
 from rlhf.preferences import Preference, decided, load_snapshot, shuffled, split_by_prompt, training_pairs
@@ -371,8 +371,4 @@ class Recorder(TrainerCallback):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(Config, PRESETS))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(main, Config, PRESETS)

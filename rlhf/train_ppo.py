@@ -25,7 +25,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -51,7 +50,7 @@ from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig, disable_functional_dropout
 from base_models.policy import PRETRAINED, load_policy
-from base_models.settings import parse, to_mapping
+from base_models.settings import run, to_mapping
 from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer
 from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo_policy_loss, ppo_value_loss
 from rlhf.rollout import Critic, Rollout, Score, judge, play, prompt_of, sample_seed, score_steps
@@ -598,10 +597,4 @@ def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
-        figures = main(parse(Config, PRESETS))
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(json.dumps(figures, indent=2))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(main, Config, PRESETS, show=lambda figures: json.dumps(figures, indent=2))

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -46,7 +45,7 @@ from base_models.checkpoint import write_json
 from base_models.codec import CodecConfig, MagnitudeCodec
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, load_policy
-from base_models.settings import parse, to_mapping
+from base_models.settings import run, to_mapping
 from rlhf import metrics, raters
 from rlhf.preferences import (
     TIE,
@@ -461,11 +460,4 @@ def write_toy_snapshot(folder: Path, base_sha256: str, seed: int, n_prompts: int
 
 
 if __name__ == "__main__":
-    try:
-        settings = parse(Config, PRESETS)
-        told = main(settings)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(report(told))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(main, Config, PRESETS, show=report)
