@@ -1,23 +1,89 @@
-"""A samples manifest, checked: rows that can be believed, files that are what they say, pairs worth hearing."""
+"""A samples manifest, checked: rows that can be believed, files that are what they say, pairs worth hearing.
+
+rows of a manifest -> check_rows -> create: clips, pairs, gold pairs, rules and an audit entry in one transaction
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from db import storage
 from db.errors import ConflictError, StoreError
 from db.gains import pair_gains_db
-from db.schema import Campaign, Clip, Pair, Prompt
+from db.schema import ASPECTS, CHOOSERS, Audit, Campaign, Clip, Pair, Prompt
+
+if TYPE_CHECKING:
+    from db.store import Store
 
 Measure = Callable[[Path], tuple[float, float]]
 """path -> (integrated loudness LUFS, true peak dBFS)."""
+MAX_CLIP_S = 3600.0
+SPOILED = "gold: spoiled"
+"""The system of clips that were spoiled on purpose, to be one half of a gold pair."""
+LIMITS = {"prompt": 20_000, "prompt_id": 128, "system": 128, "split": 32, "genre": 64, "licence": 128, "consent": 128, "policy_sha256": 64}
+"""The longest text of each field, in characters."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a campaign asks. Raises StoreError for rules that no campaign can have."""
+
+    target_votes: int = 3
+    """Votes wanted for each pair."""
+    min_listen_ms: int = 3000
+    """Listening asked for on each side."""
+    chooser: str = "least_voted"
+    """One of CHOOSERS."""
+    random_floor: float = 0.2
+    """Share of `informative` choices that are drawn uniformly."""
+    gold_rate: float = 0.0
+    """Share of assignments with a known answer."""
+    repeat_rate: float = 0.0
+    """Share of assignments that are the rater's own earlier pairs, sides turned."""
+    aspects: tuple[str, ...] = ()
+    """Which of ASPECTS are asked for."""
+    invited_only: bool = False
+    practice: bool = False
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.target_votes <= 1000 and 0 <= self.min_listen_ms <= 600_000):
+            got = f"target_votes={self.target_votes}, min_listen_ms={self.min_listen_ms}"
+            raise StoreError(got, "target_votes in 1..1000 and min_listen_ms in 0..600000", "correct them")
+        if self.chooser not in CHOOSERS:
+            raise StoreError(f"chooser {self.chooser!r}", f"one of {', '.join(CHOOSERS)}", "choose one of them")
+        if not 0 < self.random_floor <= 1:
+            raise StoreError(f"random_floor={self.random_floor}", "a share in (0, 1]", "correct it")
+        if not (self.gold_rate >= 0 and self.repeat_rate >= 0 and self.gold_rate + self.repeat_rate <= 0.5):
+            got = f"gold_rate={self.gold_rate}, repeat_rate={self.repeat_rate}"
+            raise StoreError(got, "shares of 0 or more, together at most .5", "lower them")
+        if len(set(self.aspects)) < len(self.aspects) or not set(self.aspects) <= set(ASPECTS):
+            raise StoreError(f"aspects {list(self.aspects)}", f"some of {', '.join(ASPECTS)}, each once", "choose among them")
+
+    def columns(self) -> dict[str, Any]:
+        return asdict(self) | {"aspects": list(self.aspects)}
+
+
+def rules_of(campaign: Campaign) -> Rules:
+    """The rules that a stored campaign has now."""
+    return Rules(
+        campaign.target_votes,
+        campaign.min_listen_ms,
+        campaign.chooser,
+        campaign.random_floor,
+        campaign.gold_rate,
+        campaign.repeat_rate,
+        tuple(campaign.aspects),
+        campaign.invited_only,
+        campaign.practice,
+    )
 
 
 @dataclass(frozen=True)
@@ -27,7 +93,9 @@ class CampaignSummary:
     name: str
     n_clips: int
     n_pairs: int
+    """Without gold pairs."""
     n_new_pairs: int
+    n_gold: int = 0
 
 
 class ClipKey(NamedTuple):
@@ -43,8 +111,9 @@ class Row:
     """One manifest row whose file was found and whose bytes have the stated hash."""
 
     sha256: str
-    path: Path
-    codes_path: Path | None
+    uri: str
+    codes_uri: str | None
+    size_bytes: int
     prompt: str
     prompt_id: str
     split: str
@@ -55,35 +124,65 @@ class Row:
         return ClipKey(self.prompt_id, hashlib.sha256(self.prompt.encode()).hexdigest(), self.sha256)
 
 
-def check_rows(rows: Iterable[Mapping[str, Any]], base_dir: Path) -> dict[ClipKey, Row]:
-    """Rows by key, in order; a clip listed twice is one. Raises StoreError naming the first row that is wrong."""
+def check_rows(rows: Iterable[Mapping[str, Any]], base_dir: str | Path, what: str = "manifest") -> dict[ClipKey, Row]:
+    """Rows by key, in order; a clip listed twice is one. Raises StoreError naming the first row that is wrong.
+
+    Args: base_dir: the folder that `file` and `codes_file` are relative to, local or an address that fsspec knows.
+    """
     checked: dict[ClipKey, Row] = {}
     for number, fields in enumerate(rows, start=1):
-        where = f"manifest row {number}"
+        where = f"{what} row {number}"
+        if not isinstance(fields, Mapping):
+            raise StoreError(f"{where}: {type(fields).__name__}", "a JSON object", "write the manifest anew")
         for key in ("file", "sha256", "prompt", "prompt_id", "system", "duration_s", "sample_rate"):
             if fields.get(key) in (None, ""):
                 raise StoreError(f"{where} without {key!r}", "a row as `encore sample` writes it", "write the manifest anew")
-        path = _inside(base_dir, str(fields["file"]), where)
+        for key, longest in LIMITS.items():
+            check_text(fields.get(key), f"{where}: {key}", longest)
+        uri = _inside(str(base_dir), str(fields["file"]), where)
         codes = fields.get("codes_file")
         row = Row(
             sha256=str(fields["sha256"]),
-            path=path,
-            codes_path=_inside(base_dir, str(codes), where) if codes else None,
+            uri=uri,
+            codes_uri=_inside(str(base_dir), str(codes), where) if codes else None,
+            size_bytes=storage.size_bytes(uri),
             prompt=str(fields["prompt"]),
             prompt_id=str(fields["prompt_id"]),
             split=str(fields.get("split") or "train"),
             fields=fields,
         )
-        found = _file_sha256(path)
+        found = storage.sha256(uri)
         if found != row.sha256:
-            got = f"{where}: {path} with sha256 {found[:12]}"
+            got = f"{where}: {uri} with sha256 {found[:12]}"
             raise StoreError(got, f"sha256 {row.sha256[:12]}", "sample again; the file was changed after it was listed")
-        if not 0 < float(fields["duration_s"]) < 3600:
-            raise StoreError(f"{where}: duration_s {fields['duration_s']}", "a length in (0, 3600) s", "drop the row")
+        if not 0 < _number(fields, "duration_s", where) < MAX_CLIP_S:
+            raise StoreError(f"{where}: duration_s {fields['duration_s']}", f"a length in (0, {MAX_CLIP_S:.0f}) s", "drop the row")
+        if not 1000 <= _number(fields, "sample_rate", where) <= 768_000:
+            raise StoreError(f"{where}: sample_rate {fields['sample_rate']}", "a rate in Hz, 1000 to 768000", "correct the row")
+        for key, lowest, highest in (("seed", -(2**63), 2**63 - 1), ("tempo_bpm", 0, 10_000), ("lufs", -math.inf, 100)):
+            if fields.get(key) is not None and not lowest <= _number(fields, key, where) <= highest:
+                raise StoreError(f"{where}: {key} {fields[key]!r}", f"a number in {lowest}..{highest}", "correct the row")
         checked.setdefault(row.key, row)
     if not checked:
-        raise StoreError("an empty manifest", "one row a clip", "sample some clips first")
+        raise StoreError(f"an empty {what}", "one row a clip", "sample some clips first")
     return checked
+
+
+def check_text(text: object, what: str, longest: int) -> None:
+    """Raises StoreError unless `text` is None or fits in a text column of any database."""
+    if text is None:
+        return
+    if not isinstance(text, str | int | float | bool) or len(str(text)) > longest:
+        raise StoreError(f"{what} of {len(str(text))} characters", f"a text of at most {longest}", "shorten it")
+    if "\x00" in str(text) or any("\ud800" <= letter <= "\udfff" for letter in str(text)):
+        raise StoreError(f"{what} with a letter that no database takes", "text without NUL and lone surrogates", "mend the text")
+
+
+def _number(fields: Mapping[str, Any], key: str, where: str) -> float:
+    value = fields[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise StoreError(f"{where}: {key} {value!r}", "a number", "correct the row")
+    return value
 
 
 def clip_columns(row: Row, measure: Measure | None) -> dict[str, Any]:
@@ -92,16 +191,17 @@ def clip_columns(row: Row, measure: Measure | None) -> dict[str, Any]:
     if fields.get("lufs") is not None and fields.get("true_peak_dbfs") is not None:
         lufs, true_peak_dbfs = float(fields["lufs"]), float(fields["true_peak_dbfs"])
     elif measure is not None:
-        lufs, true_peak_dbfs = measure(row.path)
+        with storage.local_copy(row.uri) as path:
+            lufs, true_peak_dbfs = measure(path)
     else:
         remedy = "pass measure=, or add lufs and true_peak_dbfs to the rows"
-        raise StoreError(f"{row.path.name} with no loudness", "a measured loudness", remedy)
+        raise StoreError(f"{row.uri} with no loudness", "a measured loudness", remedy)
     audible = math.isfinite(lufs) and math.isfinite(true_peak_dbfs) and lufs > -70.0
     return {
         "sha256": row.sha256,
-        "uri": str(row.path),
-        "codes_uri": str(row.codes_path) if row.codes_path else None,
-        "size_bytes": row.path.stat().st_size,
+        "uri": row.uri,
+        "codes_uri": row.codes_uri,
+        "size_bytes": row.size_bytes,
         "duration_ms": max(1, round(float(fields["duration_s"]) * 1000)),
         "sample_rate": int(fields["sample_rate"]),
         "lufs": lufs if audible else None,
@@ -118,6 +218,10 @@ def clip_columns(row: Row, measure: Measure | None) -> dict[str, Any]:
     }
 
 
+PairOf = tuple[str, str] | tuple[ClipKey, ClipKey]
+"""Two clips that meet: by sha256, or by key where the same bytes answer several prompts."""
+
+
 def choose_pairs(keys: Iterable[ClipKey]) -> list[tuple[ClipKey, ClipKey]]:
     """Clips of one prompt meet two by two, in order, each once; an odd one out waits for more samples."""
     by_prompt: dict[tuple[str, str], list[ClipKey]] = {}
@@ -126,54 +230,118 @@ def choose_pairs(keys: Iterable[ClipKey]) -> list[tuple[ClipKey, ClipKey]]:
     return [(clips[i], clips[i + 1]) for clips in by_prompt.values() for i in range(0, len(clips) - 1, 2)]
 
 
-def named_pairs(keys: Iterable[ClipKey], pairs: Iterable[tuple[str, str]]) -> list[tuple[ClipKey, ClipKey]]:
-    """Pairs given by sha256, found among the clips. Raises StoreError where they are not two clips of one prompt."""
+def pairs_of_systems(rows: Mapping[ClipKey, Row]) -> list[tuple[ClipKey, ClipKey]]:
+    """For each prompt, the k-th clip of one system meets the k-th clip of every other."""
+    by_prompt: dict[tuple[str, str], dict[str, list[ClipKey]]] = {}
+    for key, row in rows.items():
+        by_prompt.setdefault((key.prompt_id, key.text_sha256), {}).setdefault(str(row.fields["system"]), []).append(key)
+    pairs = []
+    for systems in by_prompt.values():
+        names = list(systems)
+        for i, one in enumerate(names):
+            pairs += [pair for other in names[i + 1 :] for pair in zip(systems[one], systems[other], strict=False)]
+    return pairs
+
+
+def named_pairs(keys: Iterable[ClipKey], pairs: Iterable[PairOf]) -> list[tuple[ClipKey, ClipKey]]:
+    """Pairs given by sha256 or key, found among the clips. Raises StoreError where they are not two clips of one prompt."""
     by_sha: dict[str, list[ClipKey]] = {}
     for key in keys:
         by_sha.setdefault(key.sha256, []).append(key)
     found = []
-    for sha_x, sha_y in pairs:
-        for sha in (sha_x, sha_y):
+    for pair in pairs:
+        ends = []
+        for clip in pair:
+            sha = clip.sha256 if isinstance(clip, ClipKey) else clip
             if sha not in by_sha:
                 raise StoreError(f"a pair with clip {sha[:12]}", "a clip of the manifest", "add its row or drop the pair")
-        both = [(x, y) for x in by_sha[sha_x] for y in by_sha[sha_y] if x[:2] == y[:2] and x != y]
+            ends.append([clip] if isinstance(clip, ClipKey) else by_sha[sha])
+        both = [(x, y) for x in ends[0] for y in ends[1] if x[:2] == y[:2] and x != y]
         if not both:
-            got = f"the pair {sha_x[:12]}, {sha_y[:12]}"
+            got = f"the pair {ends[0][0].sha256[:12]}, {ends[1][0].sha256[:12]}"
             raise StoreError(got, "two different clips of one prompt", "drop or mend the pair")
         found.append(both[0])
     return found
 
 
-def register(
-    session: Session,
+def create(
+    store: Store,
     name: str,
     rows: Mapping[ClipKey, Row],
-    columns: Mapping[ClipKey, dict[str, Any]],
-    pairs: Sequence[tuple[str, str]] | None,
-    target_votes: int,
-    min_listen_ms: int,
+    rules: Rules,
+    *,
+    pairs: Sequence[PairOf] | None = None,
+    gold: Sequence[PairOf] = (),
+    measure: Measure | None = None,
+    owner_id: int | None = None,
+    keep_rules: bool = False,
 ) -> CampaignSummary:
-    """Stores what is new of a campaign. Runs inside a write transaction; raises StoreError, and nothing is stored."""
-    campaign = session.scalar(select(Campaign).where(Campaign.name == name))
-    if campaign is None:
-        campaign = Campaign(name=name, target_votes=target_votes, min_listen_ms=min_listen_ms)
-        session.add(campaign)
-        session.flush()
-    elif (campaign.target_votes, campaign.min_listen_ms) != (target_votes, min_listen_ms):
-        rules = f"target_votes={campaign.target_votes}, min_listen_ms={campaign.min_listen_ms}"
-        raise ConflictError(f"other rules for campaign {name!r}", rules, "repeat them, or choose another name")
+    """Registers checked rows under a name. The same call again adds nothing; more rows add their pairs.
+
+    Args:
+        pairs: which clips meet. Default: clips of one prompt, each once, in order.
+        gold: pairs with a known answer, (the better, the worse). They take no votes from the others.
+        owner_id: who does this; None on the server's command line.
+        keep_rules: whether a campaign of that name keeps its own rules, but for target_votes and min_listen_ms.
+
+    Raises: StoreError for a pair that cannot be, nothing to pair, or a campaign of that name with other rules.
+        Nothing is stored then.
+    """
+    if not name or len(name) > 128 or not name.isprintable() or name != name.strip():
+        raise StoreError(f"campaign name {name!r}", "1 to 128 printable characters", "choose another name")
+    with store.read() as session:
+        prompts = select(Prompt.key, Prompt.text_sha256, Clip.sha256).join(Clip, Clip.prompt_id == Prompt.id)
+        known = {(key, text_sha256, sha256) for key, text_sha256, sha256 in session.execute(prompts)}
+    columns = {key: clip_columns(row, measure) for key, row in rows.items() if key not in known}
+    with store.write() as session:
+        campaign = session.scalar(select(Campaign).where(Campaign.name == name))
+        if campaign is None:
+            campaign = Campaign(name=name, owner_id=owner_id, **rules.columns())
+            session.add(campaign)
+            session.flush()
+        else:
+            _same_rules(campaign, rules, keep_rules)
+        summary = _register(session, campaign, rows, columns, pairs, gold)
+        detail = {"campaign_id": campaign.id, "n_clips": summary.n_clips, "n_new_pairs": summary.n_new_pairs, "n_gold": summary.n_gold}
+        session.add(Audit(actor_id=owner_id, action="campaign.fill", detail=detail))
+        return summary
+
+
+def _same_rules(campaign: Campaign, rules: Rules, keep_rules: bool) -> None:
+    have, asked = rules_of(campaign).columns(), rules.columns()
+    compared = ("target_votes", "min_listen_ms") if keep_rules else tuple(asked)
+    if other := [key for key in compared if have[key] != asked[key]]:
+        stands = ", ".join(f"{key}={have[key]}" for key in other)
+        raise ConflictError(f"other rules for campaign {campaign.name!r}", stands, "repeat them, or choose another name")
+
+
+def _register(
+    session: Session,
+    campaign: Campaign,
+    rows: Mapping[ClipKey, Row],
+    columns: Mapping[ClipKey, dict[str, Any]],
+    pairs: Sequence[PairOf] | None,
+    gold: Sequence[PairOf],
+) -> CampaignSummary:
     clips = {key: _add_clip(session, row, columns.get(key)) for key, row in rows.items()}
     session.flush()
-    here = select(Pair.clip_x_id, Pair.clip_y_id).where(Pair.campaign_id == campaign.id)
-    have = {(clip_x_id, clip_y_id) for clip_x_id, clip_y_id in session.execute(here)}
-    paired = {clip_id for pair in have for clip_id in pair}
-    unpaired = [key for key, clip in clips.items() if clip.id not in paired]
-    wanted = choose_pairs(unpaired) if pairs is None else named_pairs(clips, pairs)
-    n_new = sum(_add_pair(session, campaign, clips[x], clips[y], have) for x, y in wanted)
-    if not have:
+    here = select(Pair.clip_x_id, Pair.clip_y_id, Pair.gold).where(Pair.campaign_id == campaign.id)
+    have = {(x_id, y_id): answer for x_id, y_id, answer in session.execute(here)}
+    known_answers = named_pairs(clips, gold)
+    if pairs is None:
+        paired = {clip_id for pair, answer in have.items() if answer is None for clip_id in pair}
+        spoiled = {worse for _, worse in known_answers} | {key for key, row in rows.items() if row.fields["system"] == SPOILED}
+        wanted = choose_pairs(key for key, clip in clips.items() if clip.id not in paired and key not in spoiled)
+    else:
+        wanted = named_pairs(clips, pairs)
+    n_new = sum(_add_pair(session, campaign, clips[x], clips[y], have, known=False) for x, y in wanted)
+    for better, worse in known_answers:
+        _add_pair(session, campaign, clips[better], clips[worse], have, known=True)
+    answers = [answer for answer in have.values() if answer is not None]
+    if len(answers) == len(have):
         expected = "at least one prompt with two different clips"
         raise StoreError(f"no pair among {len(rows)} clips", expected, "sample with -n 2 or more")
-    return CampaignSummary(name, len(clips), len(have), n_new)
+    return CampaignSummary(campaign.name, len(clips), len(have) - len(answers), n_new, len(answers))
 
 
 def _add_clip(session: Session, row: Row, columns: dict[str, Any] | None) -> Clip:
@@ -189,14 +357,19 @@ def _add_clip(session: Session, row: Row, columns: dict[str, Any] | None) -> Cli
         clip = Clip(prompt_id=prompt.id, **columns)
         session.add(clip)
     else:
-        clip.uri = str(row.path)  # the newest place at which these very bytes were seen
-        clip.codes_uri = str(row.codes_path) if row.codes_path else clip.codes_uri
+        clip.uri = row.uri  # the newest place at which these very bytes were seen
+        clip.codes_uri = row.codes_uri or clip.codes_uri
     return clip
 
 
-def _add_pair(session: Session, campaign: Campaign, one: Clip, two: Clip, have: set[tuple[int, int]]) -> bool:
+def _add_pair(session: Session, campaign: Campaign, one: Clip, two: Clip, have: dict[tuple[int, int], str | None], *, known: bool) -> bool:
+    """Adds the pair unless it is there; `known`: `one` is the right answer. Raises ConflictError for two answers."""
     x, y = sorted((one, two), key=lambda clip: clip.id)
+    answer = ("x" if one is x else "y") if known else None
     if (x.id, y.id) in have:
+        if have[x.id, y.id] != answer:
+            got = f"the pair {x.sha256[:12]}, {y.sha256[:12]} with two answers"
+            raise ConflictError(got, "a pair that is either gold or to be rated", "drop it from one of the lists")
         return False
     gain_x_db, gain_y_db = pair_gains_db(x.lufs, x.true_peak_dbfs, y.lufs, y.true_peak_dbfs)
     session.add(
@@ -207,26 +380,18 @@ def _add_pair(session: Session, campaign: Campaign, one: Clip, two: Clip, have: 
             clip_y_id=y.id,
             gain_x_db=gain_x_db,
             gain_y_db=gain_y_db,
+            gold=answer,
             target_votes=campaign.target_votes,
         )
     )
-    have.add((x.id, y.id))
+    have[x.id, y.id] = answer
     return True
 
 
-def _inside(base_dir: Path, name: str, where: str) -> Path:
-    base = base_dir.resolve()
-    path = (base / name).resolve()
-    if Path(name).is_absolute() or not path.is_relative_to(base):
+def _inside(base_dir: str, name: str, where: str) -> str:
+    uri = storage.inside(base_dir, name)
+    if uri is None:
         raise StoreError(f"{where}: path {name!r}", f"a path inside {base_dir}", "list files relative to the manifest")
-    if not path.is_file():
-        raise StoreError(f"{where}: no file {path}", "a file that exists", "sample again, or drop the row")
-    return path
-
-
-def _file_sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}", "a readable file", "check its permissions") from error
+    if not storage.is_file(uri):
+        raise StoreError(f"{where}: no file {uri}", "a file that exists", "sample again, or drop the row")
+    return uri

@@ -21,9 +21,9 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from db.campaigns import CampaignSummary, Measure, check_rows, clip_columns, register
+from db.campaigns import CampaignSummary, Measure, Rules, check_rows, create
 from db.errors import ConflictError, NotFoundError, RefusedError, StoreError
-from db.schema import CHOICES, Assignment, Campaign, Clip, Pair, Prompt, Rater, Setting, Vote, utc_now
+from db.schema import CHOICES, Assignment, Campaign, Pair, Rater, Setting, Vote, utc_now
 from db.session import BUSY_TIMEOUT_S, Transactions, make_engine, parse_url, upgrade
 from db.voting import AUDIO_FILE, Mark, Offer, Receipt, next_offer, submit
 
@@ -106,18 +106,8 @@ class Store:
         Raises: StoreError for a missing or altered file, a path outside `base_dir`, a pair that cannot be, nothing to
             pair, or a campaign of that name with other rules. Nothing is stored then.
         """
-        if not name or len(name) > 128 or not name.isprintable():
-            raise StoreError(f"campaign name {name!r}", "1 to 128 printable characters", "choose another name")
-        if target_votes < 1 or min_listen_ms < 0:
-            got = f"target_votes={target_votes}, min_listen_ms={min_listen_ms}"
-            raise StoreError(got, "target_votes >= 1 and min_listen_ms >= 0", "correct them")
-        rows = check_rows(manifest_rows, Path(base_dir))
-        with self.read() as session:
-            prompts = select(Prompt.key, Prompt.text_sha256, Clip.sha256).join(Clip, Clip.prompt_id == Prompt.id)
-            known = {(key, text_sha256, sha256) for key, text_sha256, sha256 in session.execute(prompts)}
-        columns = {key: clip_columns(row, measure) for key, row in rows.items() if key not in known}
-        with self.write() as session:
-            return register(session, name, rows, columns, pairs, target_votes, min_listen_ms)
+        rules = Rules(target_votes, min_listen_ms)
+        return create(self, name, check_rows(manifest_rows, base_dir), rules, pairs=pairs, measure=measure, keep_rules=True)
 
     # ---------------------------------------------------------------- raters
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
+from db.campaigns import SPOILED, Rules, check_rows, create, pairs_of_systems
 from db.errors import ConflictError, StoreError
 from db.schema import Campaign, Clip, Pair
 from db.store import Store
@@ -140,3 +141,62 @@ def test_a_prompt_of_5000_characters_and_one_of_emoji_are_taken(store: Store, ma
     store.create_campaign("c", rows, tmp_path / "clips")
     rater = store.sign_in("ada", store.add_rater("ada"))
     assert store.next_assignment(rater.id).prompt in ("x" * 5000, "🎺🎷")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("duration_s", "six"), ("duration_s", 7200.0), ("duration_s", float("nan")), ("sample_rate", 0), ("sample_rate", "16k"),
+        ("prompt", "nul \x00"), ("prompt", "lone \ud800"), ("prompt", {"a": 1}), ("prompt_id", "x" * 129), ("system", "x" * 129),
+        ("genre", "x" * 65), ("seed", 2**70), ("seed", "many"), ("tempo_bpm", "fast"), ("file", "../0_base.wav"), ("file", "/etc/passwd"),
+    ],
+)  # fmt: skip
+def test_a_row_with_an_unfit_field_is_named_and_nothing_is_stored(
+    store: Store, make_rows: Callable, tmp_path: Path, field: str, value: object
+) -> None:
+    rows = make_rows(2)
+    rows[3] |= {field: value}
+    with pytest.raises(StoreError, match="manifest row 4"):
+        store.create_campaign("c", rows, tmp_path / "clips")
+    with store.read() as session:
+        assert session.scalar(select(func.count()).select_from(Campaign)) == 0
+
+
+def test_sql_and_html_in_every_text_are_kept_as_they_are(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    text = "'); drop table vote; -- <img src=x onerror=alert(1)> ${1}"
+    rows = [row | {"prompt": text, "prompt_id": text, "licence": text} for row in make_rows(1)]
+    assert store.create_campaign(text, rows, tmp_path / "clips").n_pairs == 1
+    with store.read() as session:
+        assert {clip.licence for clip in session.scalars(select(Clip))} == {text}
+
+
+def test_systems_meet_clip_by_clip(make_rows: Callable, tmp_path: Path) -> None:
+    rows = check_rows(make_rows(2, systems=("a", "b", "c")) + make_rows(1, systems=("a", "b"), salt="again"), tmp_path / "clips")
+    met = [(rows[x].fields["system"], rows[y].fields["system"]) for x, y in pairs_of_systems(rows)]
+    assert sorted(met) == sorted([("a", "b"), ("a", "c"), ("b", "c")] * 2 + [("a", "b")])
+
+
+def test_a_gold_pair_knows_the_better_clip_and_takes_no_clip_from_the_others(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = check_rows([*make_rows(2), *make_rows(1, systems=(SPOILED,))], tmp_path / "clips")
+    keys = list(rows)
+    for better, worse in [(keys[0], keys[4]), (keys[0], keys[4])]:  # twice: nothing new
+        made = create(store, "c", rows, Rules(gold_rate=0.1), gold=[(better, worse)])
+        assert (made.n_pairs, made.n_gold) == (2, 1)
+    with store.read() as session:
+        (gold,) = session.scalars(select(Pair).where(Pair.gold.is_not(None)))
+        worse = session.get(Clip, gold.clip_y_id if gold.gold == "x" else gold.clip_x_id)
+        assert worse.system == SPOILED
+    with pytest.raises(ConflictError, match="two answers"):
+        create(store, "c", rows, Rules(gold_rate=0.1), gold=[(keys[4], keys[0])])
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"target_votes": 0}, {"min_listen_ms": -1}, {"chooser": "best"}, {"random_floor": 0.0}, {"gold_rate": 0.4, "repeat_rate": 0.2},
+        {"gold_rate": float("nan")}, {"aspects": ("beauty",)}, {"aspects": ("musicality", "musicality")},
+    ],
+)  # fmt: skip
+def test_rules_that_cannot_be_are_refused(rules: dict) -> None:
+    with pytest.raises(StoreError, match="remedy"):
+        Rules(**rules)
