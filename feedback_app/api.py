@@ -133,7 +133,8 @@ def audio(request: Request, token: str, rater: SignedIn) -> Response:
     """The bytes of one side of this rater's pair. Understands ranges."""
     tickets: Tickets = request.app.state.tickets
     ticket = tickets.read(token, rater.id)
-    return audio_response(_store(request).audio_file(ticket.assignment_id, ticket.side, rater.id), token)
+    found = _store(request).audio_file(ticket.assignment_id, ticket.side, rater.id)
+    return audio_response(found, token, request.headers.get("range"))
 
 
 @router.post("/votes", status_code=201, response_model=ReceiptView, responses={200: {"model": ReceiptView}})

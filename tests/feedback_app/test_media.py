@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import select
 
+from db.schema import Clip
+from db.store import Store
 from feedback_app.media import Ticket, Tickets
 
 
@@ -74,5 +78,46 @@ def test_a_clip_that_is_gone_or_changed_is_410(ada: TestClient, demo: object, ch
     for path in demo.folder.glob("*.wav"):
         change(path)
     answer = ada.get(address)
+    assert answer.status_code == 410
+    assert "telling-name" not in answer.text
+
+
+@pytest.fixture
+def moved(demo: object, store: Store, tmp_path: Path) -> Path:
+    """The campaign's clips now lie in a zip, which is no local file system."""
+    archive = tmp_path / "telling-name.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed, store.write() as session:
+        for clip in session.scalars(select(Clip)):
+            packed.write(clip.uri, Path(clip.uri).name)
+            clip.uri = f"zip://{Path(clip.uri).name}::{archive}"
+    return archive
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [(None, slice(None)), ("bytes=0-9", slice(0, 10)), ("bytes=100-", slice(100, None)), ("bytes=-7", slice(-7, None)),
+     ("bytes=0-99999999", slice(None)), ("bytes=1-2,5-6", slice(None)), ("bytes=9-3", slice(None)), ("lines=1-2", slice(None))],
+)  # fmt: skip
+def test_a_clip_in_another_store_has_ranges_too(ada: TestClient, moved: Path, demo: object, asked: str | None, part: slice) -> None:
+    answer = ada.get(ada.get("/api/v1/pairs/next").json()["audio"]["a"], headers={"Range": asked} if asked else {})
+    whole = next(content for content in (path.read_bytes() for path in demo.folder.glob("*.wav")) if content[part] == answer.content)
+    partial = asked is not None and answer.headers.get("content-range")
+    assert answer.status_code == (206 if partial else 200)
+    assert bool(partial) == (asked is not None and asked.startswith("bytes=") and "," not in asked and asked != "bytes=9-3")
+    if partial:
+        assert answer.headers["content-range"].endswith(f"/{len(whole)}")
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert (answer.headers["content-type"], answer.headers["accept-ranges"]) == ("audio/wav", "bytes")
+    assert "telling" not in str(answer.headers)
+
+
+@pytest.mark.parametrize("asked", ["bytes=99999999-", "bytes=-0"])
+def test_a_range_beyond_the_end_of_another_stores_clip_is_416(ada: TestClient, moved: Path, asked: str) -> None:
+    assert ada.get(ada.get("/api/v1/pairs/next").json()["audio"]["a"], headers={"Range": asked}).status_code == 416
+
+
+def test_a_store_that_is_gone_is_410_and_is_not_named(ada: TestClient, moved: Path) -> None:
+    moved.unlink()
+    answer = ada.get(ada.get("/api/v1/pairs/next").json()["audio"]["a"])
     assert answer.status_code == 410
     assert "telling-name" not in answer.text
