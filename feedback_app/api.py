@@ -22,7 +22,7 @@ from db.schema import ASPECTS
 from db.store import RaterIdentity, Store
 from db.voting import Mark
 from feedback_app import consent
-from feedback_app.assignment import Aspect, PairView, next_pair
+from feedback_app.assignment import PairView, next_pair
 from feedback_app.auth import COOKIE, SESSION_MAX_AGE_S, Sessions, SignedIn, same_origin
 from feedback_app.guard import Guard
 from feedback_app.limits import Limits
@@ -31,6 +31,7 @@ from feedback_app.media import Tickets, audio_response
 NoNul = r"^[^\x00]*$"
 Milliseconds = Annotated[int, Field(ge=0, le=24 * 3600 * 1000)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+AspectName = Annotated[str, Field(min_length=1, max_length=32, pattern=NoNul)]
 Code = Annotated[str, Field(min_length=1, max_length=128)]
 Event = tuple[Milliseconds, Annotated[str, StringConstraints(max_length=12, pattern=NoNul)], Literal["a", "b"], Milliseconds]
 
@@ -132,7 +133,7 @@ class Ballot(BaseModel):
     confidence: int | None = Field(None, ge=1, le=3, description="1 guess, 2 fairly sure, 3 sure")
     comment: str | None = Field(None, max_length=2000, pattern=NoNul)
     events: list[Event] = Field([], max_length=500, description="(ms since shown, what, side, playhead ms)")
-    aspects: dict[Aspect, Annotated[int, Field(ge=-2, le=2)]] = Field(
+    aspects: dict[AspectName, Annotated[int, Field(ge=-2, le=2)]] = Field(
         {}, max_length=len(ASPECTS), description="-2 A is much better, 0 alike, 2 B is much better; only what the pair's `aspects` names"
     )
     marks: list[MarkView] = Field([], max_length=100, description="where something is wrong, as shown")

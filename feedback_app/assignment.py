@@ -34,6 +34,8 @@ class PairView(BaseModel):
     gain_db: Gains
     duration_s: float
     min_listen_ms: int
+    aspects: list[str] = Field(description="what this campaign asks for beside the vote; optional to answer")
+    practice: bool = Field(description="whether this campaign wants new raters to rehearse first")
     progress: ProgressView
 
 
@@ -56,5 +58,7 @@ def _view(offer: Offer, tickets: Tickets, rater: RaterIdentity) -> PairView:
         gain_db=Gains(a=offer.gain_a_db, b=offer.gain_b_db),
         duration_s=offer.duration_ms / 1000,
         min_listen_ms=offer.min_listen_ms,
+        aspects=list(offer.aspects),
+        practice=offer.practice,
         progress=ProgressView(done=offer.progress.done, open=offer.progress.open),
     )

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
-from db.schema import Vote
+from db.schema import Campaign, SpanMark, Vote, VoteAspect
 from db.store import Store
 
 
@@ -47,7 +47,8 @@ def test_a_rater_walks_through_all_pairs(ada: TestClient, store: Store) -> None:
 def test_a_pair_has_the_agreed_shape(ada: TestClient) -> None:
     pair = ada.get("/api/v1/pairs/next?campaign=c").json()
     assert set(pair) == {
-        "assignment_id", "campaign", "prompt", "audio", "gain_db", "duration_s", "min_listen_ms", "progress",
+        "assignment_id", "campaign", "prompt", "audio", "gain_db", "duration_s", "min_listen_ms", "aspects", "practice",
+        "progress",
     }  # fmt: skip
     assert set(pair["audio"]) == set(pair["gain_db"]) == {"a", "b"}
     assert abs(pair["gain_db"]["a"] - pair["gain_db"]["b"]) == pytest.approx(12.04, abs=0.2)  # 0.1 against 0.4
@@ -65,6 +66,27 @@ def test_a_vote_sent_twice_is_answered_200_and_stored_once(ada: TestClient, stor
     with store.read() as session:
         row = session.scalars(select(Vote)).one()
         assert (row.confidence, row.comment, row.events) == (2, "warm", [[10, "play", "a", 0]])
+
+
+def test_aspects_marks_coverage_and_clock_are_stored_as_shown(ada: TestClient, store: Store) -> None:
+    with store.write() as session:
+        session.execute(update(Campaign).values(aspects=["prompt_fit", "sound_quality"]))
+    pair = ada.get("/api/v1/pairs/next").json()
+    assert (pair["aspects"], pair["practice"]) == (["prompt_fit", "sound_quality"], False)
+    more = {
+        "aspects": {"sound_quality": -2},
+        "marks": [{"side": "b", "t0_ms": 100, "t1_ms": 400, "tag": "noise"}, {"side": "a", "t0_ms": 0, "t1_ms": 50}],
+        "coverage": {"a": 0.25, "b": 1.0},
+        "client_ms": 1_800_000_000_123,
+        "ui_version": "abc123",
+    }
+    assert vote(ada, pair, "key-00001", **more).status_code == 201
+    with store.read() as session:
+        stored = session.scalars(select(Vote)).one()
+        assert (stored.coverage_a, stored.coverage_b, stored.client_ms, stored.ui_version) == (0.25, 1.0, 1_800_000_000_123, "abc123")
+        assert [(row.aspect, row.score) for row in session.scalars(select(VoteAspect))] == [("sound_quality", -2)]
+        marks = session.scalars(select(SpanMark).order_by(SpanMark.id))
+        assert [(m.side, m.t0_ms, m.t1_ms, m.tag) for m in marks] == [("b", 100, 400, "noise"), ("a", 0, 50, "bad")]
 
 
 def test_a_skip_is_no_vote(ada: TestClient, store: Store) -> None:
@@ -85,6 +107,15 @@ def test_a_skip_is_no_vote(ada: TestClient, store: Store) -> None:
         {"comment": "x" * 2001},
         {"comment": "nul \x00"},
         {"events": [[0, "play", "c", 0]]},
+        {"aspects": {"musicality": 3}},
+        {"aspects": {"musicality": 1}},
+        {"aspects": {"taste'; drop table vote; --": 1}},
+        {"marks": [{"side": "c", "t0_ms": 0, "t1_ms": 9}]},
+        {"marks": [{"side": "a", "t0_ms": 9, "t1_ms": 9}]},
+        {"marks": [{"side": "a", "t0_ms": 0, "t1_ms": 99999}]},
+        {"marks": [{"side": "a", "t0_ms": 0, "t1_ms": 9, "tag": "x" * 33}]},
+        {"coverage": {"a": 1.01, "b": 0}},
+        {"client_ms": -1},
     ],
 )
 def test_a_ballot_that_makes_no_sense_is_422(ada: TestClient, store: Store, wrong: dict) -> None:
@@ -159,9 +190,11 @@ def test_an_unknown_campaign_is_404(ada: TestClient) -> None:
 
 def test_the_schema_names_every_endpoint_and_health_is_open(api: FastAPI) -> None:
     client = TestClient(api)
-    assert set(client.get("/openapi.json").json()["paths"]) == {
-        "/api/v1/login", "/api/v1/logout", "/api/v1/pairs/next", "/api/v1/audio/{token}", "/api/v1/votes",
-        "/api/v1/stats", "/healthz",
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if not path.startswith("/api/v1/owner")} == {
+        "/api/v1/invitation", "/api/v1/join", "/api/v1/consent", "/api/v1/me", "/api/v1/me/invitation", "/api/v1/me/consent",
+        "/api/v1/me/screen", "/api/v1/me/practice", "/api/v1/login", "/api/v1/logout", "/api/v1/pairs/next", "/api/v1/audio/{token}",
+        "/api/v1/votes", "/api/v1/stats", "/healthz",
     }  # fmt: skip
     assert client.get("/healthz").json() == {"ok": True, "database": "sqlite"}
 
