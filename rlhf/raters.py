@@ -1,7 +1,6 @@
 """Who among the raters can be relied on, how far they agree, and how right a model can be at all.
 
     votes -> agreement -> ceiling          votes -> EM -> accuracy a_r per rater -> weight log(a_r / (1 - a_r))
-    votes on systems -> Davidson's model -> strengths, ties, side bias
 
 Nothing here asks what was played: it uses only who said what about which pair.
 """
@@ -15,9 +14,8 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
-from rlhf.preferences import TIE, Vote, X, Y
+from rlhf.preferences import Vote, X, Y
 
 Array = NDArray[np.float64]
 
@@ -134,51 +132,3 @@ def reliability(votes: Sequence[Vote], prior: float = 0.7, prior_votes: float = 
 def weights(qualities: Mapping[str, RaterQuality]) -> dict[str, float]:
     """rater -> weight, as rlhf.preferences.training_pairs takes it."""
     return {rater: quality.weight for rater, quality in qualities.items()}
-
-
-# ---- systems ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Davidson:
-    """Strengths of systems in nats (mean 0), the propensity to tie and the advantage of side x."""
-
-    strengths: dict[str, float]
-    tie: float
-    side_bias: float
-
-
-def fit_davidson(games: Sequence[tuple[str, str, str]], shrinkage: float = 0.01) -> Davidson:
-    """Davidson (1970): P(x) : P(y) : P(tie) = pi_x e^(b/2) : pi_y e^(-b/2) : nu sqrt(pi_x pi_y), by penalised maximum
-    likelihood.
-
-    Args: games: (system x, system y, choice "x" | "y" | "tie"); others are skipped. shrinkage: weight of sum
-        strengths^2 / 2, which keeps the estimate finite for a system that always wins."""
-    used = [game for game in games if game[2] in (X, Y, TIE) and game[0] != game[1]]
-    names = sorted({name for x, y, _ in used for name in (x, y)})
-    number = {name: index for index, name in enumerate(names)}
-    x = np.array([number[game[0]] for game in used], dtype=int)
-    y = np.array([number[game[1]] for game in used], dtype=int)
-    outcome = np.array([(X, Y, TIE).index(game[2]) for game in used], dtype=int)
-    rows = np.arange(len(used))
-
-    def loss(theta: Array) -> tuple[float, Array]:
-        strength, log_tie, bias = theta[:-2], theta[-2], theta[-1]
-        logits = np.stack([strength[x] + bias / 2, strength[y] - bias / 2, log_tie + (strength[x] + strength[y]) / 2], axis=1)
-        top = logits.max(axis=1, keepdims=True)
-        p = np.exp(logits - top)
-        normaliser = p.sum(axis=1, keepdims=True)
-        value = float((np.log(normaliser) + top).sum() - logits[rows, outcome].sum())
-        slope = p / normaliser
-        slope[rows, outcome] -= 1
-        gradient = np.zeros_like(theta)
-        np.add.at(gradient, x, slope[:, 0] + slope[:, 2] / 2)
-        np.add.at(gradient, y, slope[:, 1] + slope[:, 2] / 2)
-        gradient[-2] = slope[:, 2].sum()
-        gradient[-1] = (slope[:, 0] - slope[:, 1]).sum() / 2
-        return value + shrinkage * float(theta @ theta) / 2, gradient + shrinkage * theta
-
-    start = np.zeros(len(names) + 2)
-    best = minimize(loss, start, jac=True, method="L-BFGS-B").x
-    strengths = best[:-2] - best[:-2].mean()
-    return Davidson({name: float(strengths[i]) for name, i in number.items()}, float(np.exp(best[-2])), float(best[-1]))
