@@ -1,23 +1,22 @@
-"""Codes -> how much the raters would like the clip: frozen features, a small head, an ensemble that knows what it does
-not know.
+"""Codes -> how much the raters would like the clip: frozen features, a small head, an ensemble that knows what it does not know.
 
-    codes [B, K, T] -> frozen features [B, F] -> standardise -> principal parts of the differences within a prompt [B,
-    P] -> E heads -> (mean - lam * spread) / temperature [B]
+    codes [B, K, T] -> blocks of frozen features [B, F] -> standardise within prompts -> E heads
+                    -> (mean - lam * spread) / temperature [B]
 
-A few hundred votes cannot teach a network to listen, so nothing that listens is trained here: the features are the
-shared audio-text space (base_models.contrastive), statistics of the codec's latents and, where the codec is ours, of
-the magnitudes that it is about to play. Only a head of some hundred numbers learns, with a strong pull towards zero, as
-a Bradley-Terry model: sigmoid(score(a) - score(b)) is the probability that a is preferred. Five heads see bootstraps of
-the prompts; where they disagree, lam makes the score cautious, which is what keeps a policy from walking where no vote
-has been (Coste et al. 2024, arXiv:2310.02743).
+A few hundred votes cannot teach a network to listen, so nothing that listens is trained here: the features are statistics of the
+magnitudes that the codec is about to play (where the codec is ours), statistics of its latents, and the shared audio-text space
+(base_models.contrastive). What learns is a head: a linear one, or a Gaussian process over the features, whose score returns to
+the mean where no clip has been heard (Chu and Ghahramani 2005, "Preference learning with Gaussian processes", ICML; its posterior
+mode). Which blocks and which head is settled by held-out votes. Five heads see bootstraps of the prompts; where they disagree,
+lam makes the score cautious, which keeps a policy from walking where no vote has been (Coste et al. 2024, arXiv:2310.02743).
 
 Deliberately not here: the taste of any rater, a waveform, or a gradient to the codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,7 +30,12 @@ from base_models.errors import UserError
 from rlhf.losses import bradley_terry_loss
 
 REACH = 4.0
-"""Parts are cut off at so many standard deviations: a square must not run away where no clip has been heard."""
+"""Features are cut off at so many spreads within a prompt: no score runs away where no clip has been heard."""
+LANDMARKS = 1024
+"""A Gaussian process is spanned by at most so many clips (Williams and Seeger 2001, "Using the Nystroem method"); fewer are exact."""
+LATENTS, MAGNITUDES, SHARED = "latents", "magnitudes", "shared"
+Table = Mapping[str, Tensor]
+"""Blocks of features by name, [N, F] each."""
 
 
 class Base(Protocol):
@@ -90,19 +94,32 @@ def magnitude_statistics(magnitude: Tensor, n_bands: int = 24) -> Tensor:
     )
 
 
+def blocks_of(base: Base) -> tuple[str, ...]:
+    """The blocks of features that this base can give."""
+    known = {LATENTS: True, MAGNITUDES: isinstance(base.codec, MagnitudeCodec), SHARED: base.contrastive is not None}
+    return tuple(name for name, there in known.items() if there)
+
+
 @torch.no_grad()
-def features(base: Base, codes: Tensor, prompts: Sequence[str]) -> Tensor:
-    """codes [B, K, T], prompts [B] -> the frozen features [B, F] that a head sees. F depends on the base only."""
+def features(base: Base, codes: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """codes [B, K, T], prompts [B] -> the frozen features that a head sees, by block [B, F]; F depends on the base only.
+
+    Args: blocks: which to compute; default: all that the base can give.
+    """
     if len(prompts) != len(codes):
         raise ValueError(f"{len(codes)} clips and {len(prompts)} prompts")
-    parts = [over_time(base.codec.latents(codes))]
-    if isinstance(base.codec, MagnitudeCodec):
-        parts.append(magnitude_statistics(_magnitudes(base.codec, codes)))
-    if base.contrastive is not None:
-        heard = base.contrastive.embed_codes(codes)
-        said = base.contrastive.embed_text(list(prompts)).to(heard)
-        parts += [base.contrastive.features(codes), (heard * said).sum(1, keepdim=True)]
-    return torch.cat([part.float() for part in parts], dim=1)
+    made: dict[str, Tensor] = {}
+    for block in blocks_of(base) if blocks is None else blocks:
+        if block == LATENTS:
+            made[block] = over_time(base.codec.latents(codes)).float()
+        elif block == MAGNITUDES:
+            assert isinstance(base.codec, MagnitudeCodec)
+            made[block] = magnitude_statistics(_magnitudes(base.codec, codes)).float()
+        else:
+            heard = base.contrastive.embed_codes(codes)
+            said = base.contrastive.embed_text(list(prompts)).to(heard)
+            made[block] = torch.cat([base.contrastive.features(codes), (heard * said).sum(1, keepdim=True)], dim=1).float()
+    return made
 
 
 @torch.no_grad()
@@ -148,122 +165,111 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Head:
-    """One way from features to a score."""
+    """One way from features to a score, with how far scores are expected to range before any vote was heard."""
 
-    kind: Literal["linear", "quadratic", "mlp"] = "quadratic"
-    parts: int = 64
-    """Principal parts that are kept."""
-    squares: int = 8
-    """quadratic: the first so many parts also enter as squares and products, for tastes with an optimum."""
-    l2: float = 0.01
-    """Price of the sum of squared weights; weight decay for the mlp."""
-    hidden: int = 32
+    kind: Literal["linear", "kernel"]
+    blocks: tuple[str, ...]
+    """The blocks of features it reads; each weighs alike, however many features it has."""
+    prior: float
+    """Standard deviation of a score (kernel) or of a weight (linear) before any vote, in nats."""
+    length: float = 2.0
+    """kernel: the distance over which scores stay alike; 1 is one spread within a prompt in every feature."""
 
 
-CANDIDATES = (
-    Head("linear", 64, 0, 0.01),
-    Head("linear", 64, 0, 0.03),
-    Head("quadratic", 64, 8, 0.01),
-    Head("quadratic", 64, 8, 0.03),
-    Head("quadratic", 64, 16, 0.02),
-    Head("mlp", 24, 0, 0.5),
-)
+def candidates(blocks: Sequence[str]) -> tuple[Head, ...]:
+    """The heads that held-out votes choose among, for a base that gives these blocks."""
+    groups = [tuple(blocks)] + [(MAGNITUDES,)] * (MAGNITUDES in blocks and len(blocks) > 1)
+    return tuple(
+        head
+        for group in groups
+        for head in (
+            Head("linear", group, 0.6),
+            Head("kernel", group, 1.0, 2.0),
+            Head("kernel", group, 2.0, 1.5),
+            Head("kernel", group, 4.0, 2.0),
+        )
+    )
 
 
 @dataclass(frozen=True)
 class Lens:
-    """What turns features into parts: mean, scale [F], basis [F, P], part scale [P]."""
+    """What turns a head's features into what it is linear in. mean, spread, share [F]; landmarks [M, F]; whiten [M, P]."""
 
     mean: Tensor
-    scale: Tensor
-    basis: Tensor
-    part_scale: Tensor
+    spread: Tensor
+    """How far clips of one prompt lie apart."""
+    share: Tensor
+    """What a feature weighs; the squares sum to 1, alike for every block."""
+    landmarks: Tensor
+    """Standardised clips that span a kernel head; none for a linear one."""
+    whiten: Tensor
+    """K(landmarks, landmarks) to the power -1/2."""
 
-    def parts(self, table: Tensor, n: int) -> Tensor:
-        """[B, F] -> [B, n], about 1 wide within a prompt, cut off at REACH."""
-        white = ((table - self.mean) / self.scale) @ self.basis[:, :n] / self.part_scale[:n]
-        return white.clamp(-REACH, REACH)
+    def standard(self, rows: Tensor) -> Tensor:
+        """[B, F] -> [B, F], all features together about 1 wide within a prompt."""
+        return ((rows - self.mean) / self.spread).clamp(-REACH, REACH) * self.share
 
 
-def make_lens(table: Tensor, prompt: Tensor, n: int = 64) -> Lens:
-    """Principal parts of the differences *within* prompts, since only these are ever compared. No vote is used.
+def joined(table: Table, blocks: Sequence[str]) -> Tensor:
+    """Blocks side by side: [N, F]."""
+    return torch.cat([table[block] for block in blocks], dim=1)
 
-    Args: table [N, F]. prompt [N] long: which prompt a clip answers.
+
+def make_lens(head: Head, table: Table, prompt: Tensor) -> Lens:
+    """Standardise by what clips differ by *within* prompts, since only these are ever compared. No vote is used.
+
+    Args: table: blocks [N, F]. prompt [N] long: which prompt a clip answers.
     """
-    mean, scale = table.mean(0), table.std(0, correction=0).clamp_min(1e-4)
-    standard = (table - mean) / scale
+    rows = joined(table, head.blocks)
     count = torch.zeros(int(prompt.max()) + 1).index_add_(0, prompt, torch.ones(len(prompt))).clamp_min(1)
-    centre = torch.zeros(len(count), table.shape[1]).index_add_(0, prompt, standard) / count[:, None]
-    within = standard - centre[prompt]
-    covariance = (within.T @ within / max(1, len(table) - len(count))).double()
-    values, vectors = torch.linalg.eigh(covariance)
-    n = min(n, table.shape[1])
-    basis = vectors.flip(1)[:, :n]
-    basis = basis * torch.sign(basis.gather(0, basis.abs().argmax(0, keepdim=True)))  # a sign, not the solver's whim
-    return Lens(mean, scale, basis.float(), values.flip(0)[:n].clamp_min(1e-4).sqrt().float())
+    centre = torch.zeros(len(count), rows.shape[1]).index_add_(0, prompt, rows) / count[:, None]
+    spread = (rows - centre[prompt]).square().mean(0).sqrt()
+    floor = 1e-3 * rows.std(0, correction=0) + 1e-6  # a feature that is constant within prompts tells nothing
+    share = torch.cat([torch.full((table[block].shape[1],), (table[block].shape[1] * len(head.blocks)) ** -0.5) for block in head.blocks])
+    nothing = rows.new_zeros((0, 0))
+    lens = Lens(rows.mean(0), torch.maximum(spread, floor), share, nothing, nothing)
+    if head.kind == "linear":
+        return lens
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:LANDMARKS].sort().values
+    landmarks = lens.standard(rows[chosen])
+    values, vectors = torch.linalg.eigh(_kernel(landmarks, landmarks, head.length).double())
+    kept = values > 1e-6 * values[-1]
+    return replace(lens, landmarks=landmarks, whiten=(vectors[:, kept] / values[kept].sqrt()).float().contiguous())
 
 
-def expand(lens: Lens, head: Head, table: Tensor) -> Tensor:
-    """[B, F] -> what the head is linear in [B, P'] (for the mlp: its input)."""
-    parts = lens.parts(table, head.parts)
-    if head.kind != "quadratic":
-        return parts
-    first = parts[:, : head.squares] / 2
-    i, j = torch.triu_indices(first.shape[1], first.shape[1])
-    return torch.cat([parts, first[:, i] * first[:, j]], dim=1)
+def _kernel(one: Tensor, other: Tensor, length: float) -> Tensor:
+    """exp(-|a - b|^2 / (2 length^2)): [B, F], [M, F] -> [B, M]."""
+    return torch.exp(-torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").square() / (2 * length**2))
 
 
-Weights = dict[str, Tensor]
+def expand(lens: Lens, head: Head, table: Table) -> Tensor:
+    """Blocks [B, F] -> what the head is linear in [B, P]."""
+    standard = lens.standard(joined(table, head.blocks))
+    return standard if head.kind == "linear" else _kernel(standard, lens.landmarks, head.length) @ lens.whiten
 
 
-def apply(head: Head, weights: Weights, inputs: Tensor) -> Tensor:
-    """inputs [B, P'] -> score [B]."""
-    if head.kind == "mlp":
-        return torch.tanh(inputs @ weights["into"] + weights["bias"]) @ weights["out"]
-    return inputs @ weights["linear"]
+def fit(head: Head, inputs: Tensor, pairs: Pairs) -> Tensor:
+    """The most probable weights [P]: Bradley-Terry likelihood, soft labels p, a normal prior; convex, by L-BFGS to the end.
 
+    Weights are scaled to a mean of 1 over the pairs that have any, so that they say whom to believe more and not how many
+    votes there are. Bradley and Terry 1952.
+    """
+    there = pairs.weight > 0
+    loudness = pairs.weight / pairs.weight[there].mean().clamp_min(1e-12)
+    difference = inputs[pairs.chosen] - inputs[pairs.rejected]
+    weights = torch.zeros(inputs.shape[1], requires_grad=True)
+    solver = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
-def fit(head: Head, inputs: Tensor, pairs: Pairs, seed: int = 0) -> Weights:
-    """Minimise the weighted Bradley-Terry loss plus l2; a function of its arguments alone.
+    def closure() -> Tensor:
+        solver.zero_grad()
+        margin = difference @ weights
+        loss = (loudness * bradley_terry_loss(margin, torch.zeros_like(margin), pairs.p)).sum()
+        value = (loss + weights.square().sum() / (2 * head.prior**2)) / len(pairs)
+        value.backward()
+        return value
 
-    linear and quadratic are convex (L-BFGS to the end); the mlp takes 200 steps of AdamW with dropout from a seeded
-    start. Bradley & Terry 1952; soft labels p for ties and for several raters."""
-    generator = torch.Generator().manual_seed(seed)
-    width = inputs.shape[1]
-    if head.kind == "mlp":
-        weights = {
-            "into": torch.randn(width, head.hidden, generator=generator) / width**0.5,
-            "bias": torch.zeros(head.hidden),
-            "out": torch.randn(head.hidden, generator=generator) / head.hidden**0.5,
-        }
-    else:
-        weights = {"linear": torch.zeros(width)}
-    for tensor in weights.values():
-        tensor.requires_grad_(True)
-    weight = pairs.weight / pairs.weight.sum().clamp_min(1e-12)
-
-    def loss(table: Tensor) -> Tensor:
-        score = apply(head, weights, table)
-        return (weight * bradley_terry_loss(score[pairs.chosen], score[pairs.rejected], pairs.p)).sum()
-
-    if head.kind == "mlp":
-        adam = torch.optim.AdamW(weights.values(), lr=3e-3, weight_decay=head.l2)
-        for _ in range(200):
-            adam.zero_grad()
-            keep = torch.rand(inputs.shape, generator=generator) > 0.3
-            loss(inputs * keep / 0.7).backward()
-            adam.step()
-    else:
-        newton = torch.optim.LBFGS(weights.values(), max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            newton.zero_grad()
-            value = loss(inputs) + head.l2 * weights["linear"].square().sum()
-            value.backward()
-            return value
-
-        newton.step(closure)
-    return {name: tensor.detach() for name, tensor in weights.items()}
+    solver.step(closure)
+    return weights.detach()
 
 
 def bootstrap(pairs: Pairs, seed: int) -> Pairs:
@@ -304,37 +310,33 @@ class RewardModel:
     score(codes, prompts) -> [B], in calibrated nats: sigmoid(score(a) - score(b)) is how probably a is preferred to b.
     """
 
-    def __init__(
-        self, base: Base, head: Head, lens: Lens, members: Sequence[Weights], offsets: Tensor, lam: float, temperature: float
-    ) -> None:
-        self.base, self.head, self.lens, self.members = base, head, lens, list(members)
+    def __init__(self, base: Base, head: Head, lens: Lens, members: Tensor, offsets: Tensor, lam: float, temperature: float) -> None:
+        self.base, self.head, self.lens = base, head, lens
+        self.members = members
+        """[E, P]: the heads' weights."""
         self.offsets = offsets
         """[E]: each head's mean over the clips it was fitted on; heads are only defined up to a constant."""
         self.lam, self.temperature = lam, temperature
         self.snapshot_sha256: str | None = None
         """The votes it was fitted on."""
 
-    def member_scores(self, table: Tensor) -> Tensor:
-        """Features [B, F] -> [E, B], each head about 0 on the clips it was fitted on."""
-        inputs = expand(self.lens, self.head, table)
-        return torch.stack([apply(self.head, member, inputs) for member in self.members]) - self.offsets[:, None]
+    def member_scores(self, table: Table) -> Tensor:
+        """Features, blocks [B, F] -> [E, B], each head about 0 on the clips it was fitted on."""
+        return self.members @ expand(self.lens, self.head, table).T - self.offsets[:, None]
 
-    def score_features(self, table: Tensor) -> Tensor:
-        """Features [B, F] -> (mean - lam * spread over the heads) / temperature [B]."""
+    def score_features(self, table: Table) -> Tensor:
+        """Features, blocks [B, F] -> (mean - lam * spread over the heads) / temperature [B]."""
         return pessimistic(self.member_scores(table), self.lam) / self.temperature
 
     @torch.no_grad()
     def score(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
         """codes [B, K, T] and their prompts -> score [B] on the codes' device."""
-        table = features(self.base, codes, prompts)
-        return self.score_features(table.cpu()).to(codes.device)
+        table = features(self.base, codes, prompts, self.head.blocks)
+        return self.score_features({block: rows.cpu() for block, rows in table.items()}).to(codes.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        state = {f"lens.{name}": getattr(self.lens, name) for name in ("mean", "scale", "basis", "part_scale")}
-        for index, member in enumerate(self.members):
-            state |= {f"member.{index}.{name}": tensor for name, tensor in member.items()}
-        state["offsets"] = self.offsets
-        return state
+        state = {f"lens.{field.name}": getattr(self.lens, field.name) for field in fields(self.lens)}
+        return {**state, "members": self.members, "offsets": self.offsets}
 
     @property
     def sha256(self) -> str:
@@ -352,7 +354,6 @@ class RewardModel:
             "snapshot_sha256": self.snapshot_sha256,
             "reward_sha256": self.sha256,
             "head": asdict(self.head),
-            "members": len(self.members),
             "lam": self.lam,
             "temperature": self.temperature,
         }
@@ -395,12 +396,9 @@ def load_reward(folder: str | Path, base: Base) -> RewardModel:
     state = load_tensors(folder / "model.safetensors")
     if tensors_sha256(state) != manifest["reward_sha256"]:
         raise UserError(f"{folder} with changed weights", f"hash {manifest['reward_sha256'][:12]}", "train or copy it again")
-    members = [
-        {name.split(".", 2)[2]: tensor for name, tensor in state.items() if name.startswith(f"member.{index}.")}
-        for index in range(manifest["members"])
-    ]
-    lens = Lens(*(state[f"lens.{name}"] for name in ("mean", "scale", "basis", "part_scale")))
-    model = RewardModel(base, Head(**manifest["head"]), lens, members, state["offsets"], manifest["lam"], manifest["temperature"])
+    lens = Lens(**{field.name: state[f"lens.{field.name}"] for field in fields(Lens)})
+    head = Head(**{**manifest["head"], "blocks": tuple(manifest["head"]["blocks"])})
+    model = RewardModel(base, head, lens, state["members"], state["offsets"], manifest["lam"], manifest["temperature"])
     model.snapshot_sha256 = manifest["snapshot_sha256"]
     return model
 
@@ -414,32 +412,8 @@ def alone(n: int, job: Callable[[int], Tensor]) -> Tensor:
     return torch.stack([job(index) for index in range(n)])
 
 
-def fit_ensemble(
-    head: Head, lens: Lens, table: Tensor, pairs: Pairs, n_members: int, seed: int, share: Share = alone
-) -> tuple[list[Weights], Tensor]:
-    """Members fitted on bootstraps of the prompts, and their offsets [E]. The result does not depend on `share`."""
-    inputs = expand(lens, head, table)
-    shapes = fit_shapes(head, inputs.shape[1])
-
-    def member(index: int) -> Tensor:
-        weights = fit(head, inputs, bootstrap(pairs, seed * 1000 + index) if n_members > 1 else pairs, seed * 1000 + index)
-        return torch.cat([tensor.flatten() for tensor in weights.values()])
-
-    flat = share(n_members, member)
-    members = [
-        {name: piece.reshape(shapes[name]) for name, piece in zip(shapes, row.split([s.numel() for s in shapes.values()]))} for row in flat
-    ]
+def fit_ensemble(head: Head, inputs: Tensor, pairs: Pairs, n_members: int, seed: int, share: Share = alone) -> tuple[Tensor, Tensor]:
+    """inputs [N, P] -> members [E, P] fitted on bootstraps of the prompts, and their offsets [E]. Whatever `share` is."""
+    members = share(n_members, lambda index: fit(head, inputs, bootstrap(pairs, seed * 1000 + index) if n_members > 1 else pairs))
     used = torch.unique(torch.cat([pairs.chosen, pairs.rejected]))
-    offsets = torch.stack([apply(head, weights, inputs[used]).mean() for weights in members])
-    return members, offsets
-
-
-def fit_shapes(head: Head, width: int) -> dict[str, torch.Size]:
-    """Names and shapes of what `fit` returns, in its order."""
-    if head.kind == "mlp":
-        return {
-            "into": torch.Size([width, head.hidden]),
-            "bias": torch.Size([head.hidden]),
-            "out": torch.Size([head.hidden]),
-        }
-    return {"linear": torch.Size([width])}
+    return members, (members @ inputs[used].T).mean(1)

@@ -5,7 +5,7 @@ has not seen.
     runs/reward python rlhf/train_reward.py --preset smoke                    # a toy codec and made-up votes, under a
     minute torchrun --nproc-per-node 2 rlhf/train_reward.py ...          # the same result, bit for bit
 
-    votes -> raters' reliability -> pairs -> frozen features [N, F] -> five folds by prompt -> head chosen, calibrated,
+    votes -> raters' reliability -> pairs -> blocks of frozen features [N, F] -> five folds by prompt -> head chosen, calibrated,
     judged -> ensemble on all pairs -> reward folder
 
 Every figure comes from pairs whose *prompts* the fitted heads have never met: five folds by prompt; in each, the kind
@@ -26,7 +26,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -61,15 +61,15 @@ from rlhf.preferences import (
     training_pairs,
 )
 from rlhf.reward_model import (
-    CANDIDATES,
     Base,
     Head,
-    Lens,
     Pairs,
     RewardModel,
     Share,
-    apply,
+    Table,
     best_temperature,
+    blocks_of,
+    candidates,
     expand,
     features,
     fit,
@@ -130,20 +130,21 @@ def main(cfg: Config) -> dict[str, Any]:
     # 2. Features of every clip, once.
     clips = Clips(truth)
     table = clips.table(base, share, progress=accelerator.is_main_process)
-    lens = make_lens(table, clips.prompt)
+    lenses = {head: make_lens(head, table, clips.prompt) for head in candidates(blocks_of(base))}
+    inputs = {head: expand(lens, head, table) for head, lens in lenses.items()}
     pairs, true_pairs = clips.pairs(learnt), clips.pairs(truth)
 
     # 3. Judge by folds of prompts: every margin comes from heads that never met the pair's prompt.
     fold = clips.folds(truth, cfg)
-    losses, chosen = choose_heads(lens, table, pairs, fold, cfg, share)
-    margin = unseen_margins(lens, table, pairs, true_pairs, fold, chosen, cfg, share)
+    losses, chosen = choose_heads(inputs, pairs, fold, cfg, share)
+    margin = unseen_margins(inputs, pairs, true_pairs, fold, chosen, cfg, share)
     baseline = baseline_margins(base, clips, pairs, true_pairs, fold, cfg, share)
-    head = CANDIDATES[int(np.argmin(losses))]
+    head = min(losses, key=lambda option: losses[option])
 
     # 4. Learn from everything.
-    members, offsets = fit_ensemble(head, lens, table, pairs, cfg.members, cfg.seed, share)
+    members, offsets = fit_ensemble(head, inputs[head], pairs, cfg.members, cfg.seed, share)
     temperature = best_temperature(margin, pairs)
-    model = RewardModel(base, head, lens, members, offsets, cfg.lam, temperature)
+    model = RewardModel(base, head, lenses[head], members, offsets, cfg.lam, temperature)
     model.snapshot_sha256 = snapshot.sha256
 
     # 5. Tell.
@@ -151,9 +152,9 @@ def main(cfg: Config) -> dict[str, Any]:
     figures = {
         **judgement(snapshot, truth, true_pairs, margin.numpy(), calibrated.numpy(), baseline.numpy(), cfg.seed),
         "head": asdict(head),
-        "held_out_loss": {name(option): round(loss, 4) for option, loss in zip(CANDIDATES, losses)},
+        "held_out_loss": {name(option): round(loss, 4) for option, loss in losses.items()},
         "temperature": temperature,
-        "features": table.shape[1],
+        "features": lenses[head].mean.numel(),
         "raters": {rater: asdict(q) for rater, q in quality.items()},
         "snapshot_sha256": snapshot.sha256,
         "reward_sha256": model.sha256,
@@ -226,16 +227,20 @@ class Clips:
         self.prompt_number = {prompt_id: index for index, prompt_id in enumerate(ids)}
         self.prompt = torch.tensor([self.prompt_number[p.prompt_id] for _, p in ordered])
 
-    def table(self, base: Base, share: Share, progress: bool) -> Tensor:
-        """[N, F]: the frozen features of all clips."""
+    def table(self, base: Base, share: Share, progress: bool) -> Table:
+        """The frozen features of all clips: blocks [N, F]."""
         bar = tqdm(total=len(self.codes), desc="features", unit="clip", disable=not progress, dynamic_ncols=True)
+        width: dict[str, int] = {}
 
         def job(index: int) -> Tensor:
             bar.update()
-            return features(base, self.codes[index], [self.prompts[index]])[0]
+            made = features(base, self.codes[index], [self.prompts[index]])
+            width.update({block: rows.shape[1] for block, rows in made.items()})
+            return torch.cat([rows[0] for rows in made.values()])
 
         with bar:
-            return share(len(self.codes), job)
+            whole = share(len(self.codes), job)
+        return dict(zip(width, whole.split(list(width.values()), dim=1)))
 
     def pairs(self, preferences: Sequence[Preference]) -> Pairs:
         return Pairs(
@@ -252,20 +257,20 @@ class Clips:
         return torch.tensor([fold[p.prompt_id] for p in preferences])
 
 
-def choose_heads(lens: Lens, table: Tensor, pairs: Pairs, fold: Tensor, cfg: Config, share: Share) -> tuple[list[float], list[Head]]:
+def choose_heads(
+    inputs: Mapping[Head, Tensor], pairs: Pairs, fold: Tensor, cfg: Config, share: Share
+) -> tuple[dict[Head, float], list[Head]]:
     """Held-out loss of every candidate over all folds, and for each fold the head that is best on the *other* folds.
 
-    For fold f the candidates are compared on folds g != f with heads that have seen neither f nor g: fold f has no say
-    in its own head."""
+    For fold f the candidates are compared on folds g != f with heads that have seen neither f nor g: fold f has no say in its own
+    head. Args: inputs: what each head is linear in [N, P]."""
     outs: list[tuple[int, ...]] = [(f,) for f in range(cfg.folds)] + list(combinations(range(cfg.folds), 2))
-    jobs = [(head, out) for head in CANDIDATES for out in outs]
-    inputs = {head: expand(lens, head, table) for head in CANDIDATES}
+    jobs = [(head, out) for head in inputs for out in outs]
 
     def job(index: int) -> Tensor:
         head, out = jobs[index]
         seen = ~torch.isin(fold, torch.tensor(out))
-        weights = fit(head, inputs[head], pairs.index(seen), cfg.seed)
-        score = apply(head, weights, inputs[head])
+        score = inputs[head] @ fit(head, inputs[head], pairs.index(seen))
         return score[pairs.chosen] - score[pairs.rejected]
 
     margins = dict(zip(jobs, share(len(jobs), job)))
@@ -275,39 +280,37 @@ def choose_heads(lens: Lens, table: Tensor, pairs: Pairs, fold: Tensor, cfg: Con
         return log_loss(margins[head, out][rows], pairs.index(rows)) if bool(rows.any()) else 0.0
 
     size = [float(pairs.weight[fold == f].sum()) for f in range(cfg.folds)]
-    total = [sum(size[f] * loss(head, (f,), f) for f in range(cfg.folds)) / sum(size) for head in CANDIDATES]
+    total = {head: sum(size[f] * loss(head, (f,), f) for f in range(cfg.folds)) / sum(size) for head in inputs}
     chosen = []
     for f in range(cfg.folds):
         others = [g for g in range(cfg.folds) if g != f]
-        inner = [sum(size[g] * loss(head, (min(f, g), max(f, g)), g) for g in others) for head in CANDIDATES]
-        chosen.append(CANDIDATES[int(np.argmin(inner))])
+        inner = {head: sum(size[g] * loss(head, (min(f, g), max(f, g)), g) for g in others) for head in inputs}
+        chosen.append(min(inner, key=lambda head: inner[head]))
     return total, chosen
 
 
 def unseen_margins(
-    lens: Lens, table: Tensor, pairs: Pairs, true_pairs: Pairs, fold: Tensor, chosen: list[Head], cfg: Config, share: Share
+    inputs: Mapping[Head, Tensor], pairs: Pairs, true_pairs: Pairs, fold: Tensor, chosen: list[Head], cfg: Config, share: Share
 ) -> Tensor:
-    """score(chosen) - score(rejected) [N] in the order of `true_pairs`, by ensembles that never met the pair's
-    prompt."""
+    """score(chosen) - score(rejected) [N] in the order of `true_pairs`, by ensembles that never met the pair's prompt."""
     margin = torch.zeros(len(pairs))
     for f, head in enumerate(chosen):
         held = fold == f
-        members, offsets = fit_ensemble(head, lens, table, pairs.index(~held), cfg.members, cfg.seed + f + 1, share)
-        inputs = expand(lens, head, table)
-        score = pessimistic(torch.stack([apply(head, weights, inputs) for weights in members]) - offsets[:, None], cfg.lam)
+        members, offsets = fit_ensemble(head, inputs[head], pairs.index(~held), cfg.members, cfg.seed + f + 1, share)
+        score = pessimistic(members @ inputs[head].T - offsets[:, None], cfg.lam)
         margin[held] = (score[true_pairs.chosen] - score[true_pairs.rejected])[held]
     return margin
 
 
 def baseline_margins(base: Base, clips: Clips, pairs: Pairs, true_pairs: Pairs, fold: Tensor, cfg: Config, share: Share) -> Tensor:
-    """The same for a linear model of loudness and length, with squares: what needs no ear."""
-    table = share(len(clips.codes), lambda index: loudness_and_length(base, clips.codes[index])[0])
-    lens, head = make_lens(table, clips.prompt), Head("quadratic", 3, 3, 0.01)
-    inputs = expand(lens, head, table)
+    """The same for a Gaussian process over loudness and length: what needs no ear."""
+    table = {"loudness": share(len(clips.codes), lambda index: loudness_and_length(base, clips.codes[index])[0])}
+    head = Head("kernel", ("loudness",), 1.0)
+    inputs = expand(make_lens(head, table, clips.prompt), head, table)
     margin = torch.zeros(len(pairs))
     for f in range(cfg.folds):
         held = fold == f
-        score = apply(head, fit(head, inputs, pairs.index(~held)), inputs)
+        score = inputs @ fit(head, inputs, pairs.index(~held))
         margin[held] = (score[true_pairs.chosen] - score[true_pairs.rejected])[held]
     return margin
 
@@ -369,13 +372,14 @@ def judgement(
 
 
 def name(head: Head) -> str:
-    squares = f", {head.squares} squared" if head.kind == "quadratic" else ""
-    return f"{head.kind}, {head.parts} parts{squares}, l2 {head.l2:g}"
+    reach = f", length {head.length:g}" if head.kind == "kernel" else ""
+    return f"{head.kind} on {' + '.join(head.blocks)}{reach}, prior {head.prior:g}"
 
 
 def report(figures: dict[str, Any]) -> str:
     """What the script prints."""
     low, high = figures["ci"]
+    head = Head(**{**figures["head"], "blocks": tuple(figures["head"]["blocks"])})
     ceiling = figures["ceiling"]
     best = "unknown: no pair has two votes" if ceiling is None else f"{ceiling:.3f} (raters agree in {figures['agreement']:.3f})"
     excluded = ", ".join(f"{n} {reason}" for reason, n in figures["n_excluded"].items()) or "none"
@@ -387,7 +391,7 @@ def report(figures: dict[str, Any]) -> str:
         f"ceiling    {best}",
         f"baseline   {figures['baseline']['value']:.3f} by loudness and length alone",
         f"calibrated {figures['ece']:.3f} expected calibration error at temperature {figures['temperature']:.2f}",
-        f"head       {name(Head(**figures['head']))}, over {figures['features']} features",
+        f"head       {name(head)}, over {figures['features']} features",
         f"raters     {len(figures['raters'])}, of whom {len(silenced)} hardly count: {', '.join(silenced) or '-'}",
     ]
     return "\n".join(lines)
