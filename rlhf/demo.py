@@ -137,7 +137,8 @@ class Demo:
     def prompts(self) -> dict[str, Any]:
         cfg = self.cfg
         for split, n in (("train", cfg.train_prompts), ("heldout", cfg.heldout_prompts)):
-            rows = demo_prompts(n, split, seed=cfg.seed)
+            # The held-out seed is another one: settings were once compared on prompts of the first.
+            rows = demo_prompts(n, split, seed=cfg.seed + (split == "heldout"))
             for i, row in enumerate(rows):
                 row["prompt_id"] = f"{split}-{i:04d}"
             write_prompts(self.out / f"prompts_{split}.jsonl", rows)
