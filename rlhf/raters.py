@@ -10,41 +10,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from db import quality
+from db.quality import Agreement, ceiling
 from rlhf.preferences import Vote, X, Y
+
+__all__ = ["Agreement", "RaterQuality", "agreement", "ceiling", "reliability", "weights"]
 
 Array = NDArray[np.float64]
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Two raters on the same pair: how often do they name the same side?"""
-
-    rate: float
-    """Of the couples of decided votes on one pair, by different raters."""
-    n: int
-    """Such couples."""
-    ceiling: float
-    """The best accuracy against a single rater's votes (see `ceiling`)."""
-    ci: tuple[float, float]
-    """95 % interval of the ceiling, pairs resampled."""
-
-
-def ceiling(agreement: float) -> float:
-    """(1 + sqrt(2 a - 1)) / 2: the most that any model can agree with one rater, when two raters agree in a share a of
-    pairs.
-
-    If a rater hears the better clip with probability q, two agree with a = q^2 + (1 - q)^2; solved for q. With a q that
-    differs from pair to pair this is an upper bound (Jensen). An agreement of 1/2 or less leaves nothing to be learnt:
-    1/2."""
-    return (1 + float(np.sqrt(max(0.0, 2 * agreement - 1)))) / 2
 
 
 def agreement(votes: Sequence[Vote], n_boot: int = 1000, seed: int = 0) -> Agreement | None:
@@ -53,19 +32,8 @@ def agreement(votes: Sequence[Vote], n_boot: int = 1000, seed: int = 0) -> Agree
     for vote in votes:
         if vote.choice in (X, Y) and not vote.gold and not vote.repeat:
             by_pair[vote.pair_id][vote.rater] = vote.clip_x if vote.choice == X else vote.clip_y
-    counts = []
-    for said in by_pair.values():
-        couples = [one == other for one, other in combinations(said.values(), 2)]
-        if couples:
-            counts.append((sum(couples), len(couples)))
-    if not counts:
-        return None
-    same, total = np.array(counts, dtype=float).T
-    draws = np.random.default_rng(seed).integers(0, len(counts), (n_boot, len(counts)))
-    ceilings = [ceiling(rate) for rate in same[draws].sum(1) / total[draws].sum(1)]
-    rate = float(same.sum() / total.sum())
-    low, high = np.percentile(ceilings, [2.5, 97.5])
-    return Agreement(rate, int(total.sum()), ceiling(rate), (float(low), float(high)))
+    firsts = ((sum(clip == min(said.values()) for clip in said.values()), len(said)) for said in by_pair.values())
+    return quality.agreement(((n, of - n) for n, of in firsts), n_boot, seed)
 
 
 # ---- reliability -----------------------------------------------------------------------------------------------------
