@@ -12,12 +12,12 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import func, select, text, update
+from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -25,10 +25,15 @@ from db.campaigns import CampaignSummary, Measure, Rules, check_rows, create
 from db.errors import ConflictError, NotFoundError, RefusedError, StoreError
 from db.schema import CHOICES, Assignment, Campaign, Pair, Rater, Setting, Vote, utc_now
 from db.session import BUSY_TIMEOUT_S, Transactions, make_engine, parse_url, upgrade
-from db.voting import AUDIO_FILE, Mark, Offer, Receipt, next_offer, submit
+from db.voting import AUDIO_FILE, Mark, Offer, Receipt, expire_leases, next_offer, submit
 
 LEASE_S = 30 * 60
 """How long a rater may think before the slot goes to somebody else."""
+EXPIRE_EVERY = timedelta(seconds=1)
+"""How often leases that ran out are looked for; and always before a rater is told that nothing is left."""
+IN_SESSION = select(Rater.id, Rater.handle, Rater.role, Rater.session_epoch).where(
+    Rater.id == bindparam("rater"), Rater.status == "active", Rater.session_epoch == bindparam("epoch")
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class Store:
         self.engine = make_engine(self.url, busy_timeout_s)
         transactions = Transactions(self.engine, busy_timeout_s)
         self.read, self.write = transactions.read, transactions.write
+        self.read_core, self.write_core = transactions.read_core, transactions.write_core
+        self._next_expiry = datetime.min.replace(tzinfo=UTC)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -158,12 +165,8 @@ class Store:
 
     def rater_in_session(self, rater_id: int, session_epoch: int) -> RaterIdentity | None:
         """The active rater of a session that has not been ended, or None."""
-        with self.read() as session:
-            row = session.execute(
-                select(Rater.id, Rater.handle, Rater.role, Rater.session_epoch).where(
-                    Rater.id == rater_id, Rater.status == "active", Rater.session_epoch == session_epoch
-                )
-            ).one_or_none()
+        with self.read_core() as connection:
+            row = connection.execute(IN_SESSION, {"rater": rater_id, "epoch": session_epoch}).one_or_none()
             return RaterIdentity(*row) if row else None
 
     def end_sessions(self, rater_id: int) -> None:
@@ -188,14 +191,25 @@ class Store:
         Raises: NotFoundError for an unknown campaign.
         """
         lease = timedelta(seconds=lease_s)
-        with self.write() as session:
-            return next_offer(session, rater_id, campaign, clock(), lease, rng or random.SystemRandom())
+        rng, now = rng or random.SystemRandom(), clock()
+        if now >= self._next_expiry:
+            self._expire(now)
+        while True:
+            with self.write_core() as connection:
+                offer = next_offer(connection, rater_id, campaign, now, lease, rng)
+            if offer is not None or not self._expire(now):
+                return offer
+
+    def _expire(self, now: datetime) -> int:
+        self._next_expiry = now + EXPIRE_EVERY
+        with self.write_core() as connection:
+            return expire_leases(connection, now)
 
     def audio_file(self, assignment_id: str, side: str, rater_id: int) -> AudioFile:
         """The file behind side a or b of this rater's assignment, as shown. Raises NotFoundError."""
         where = {"assignment": assignment_id, "rater": rater_id, "side_b": side == "b"}
-        with self.read() as session:
-            row = session.execute(AUDIO_FILE, where).one_or_none()
+        with self.read_core() as connection:
+            row = connection.execute(AUDIO_FILE, where).one_or_none()
         if row is None or side not in ("a", "b"):
             raise NotFoundError("an unknown assignment", "one that was handed to this rater", "ask for the next pair")
         return AudioFile(*row)
@@ -236,6 +250,8 @@ class Store:
         """
         if choice not in (*CHOICES, "skip"):
             raise RefusedError(f"choice {choice!r}", f"one of {(*CHOICES, 'skip')}", "correct it")
+        if confidence not in (None, 1, 2, 3):
+            raise RefusedError(f"confidence {confidence}", "1, 2, 3 or none", "correct it")
         for coverage in (coverage_a, coverage_b):
             if coverage is not None and not 0 <= coverage <= 1:
                 raise RefusedError(f"coverage {coverage}", "a share from 0 to 1", "report what was really heard")
@@ -255,8 +271,8 @@ class Store:
             "ui_version": ui_version,
         }
         try:
-            with self.write() as session:
-                return submit(session, vote, aspects, marks, clock())
+            with self.write_core() as connection:
+                return submit(connection, vote, aspects, marks, clock())
         except IntegrityError as error:
             got = f"idempotency key {idempotency_key!r}, used for another pair"
             raise ConflictError(got, "a new key for each pair", "draw a new key and send again") from error

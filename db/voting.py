@@ -1,10 +1,12 @@
 """One pair, one rater, one vote: leases, slots and the order of things inside a transaction.
 
-The statements are built once, at import: building them afresh cost three times as much CPU as running them.
+The statements are built once, at import, and run without the ORM: building them afresh cost three times as much CPU as running them.
+`db.choice` says which pair; here it is leased. A gold pair or a blind repeat takes no slot and looks like any other pair.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,19 +14,18 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BindParameter, CursorResult, String, bindparam, case, exists, func, insert, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import BindParameter, Connection, bindparam, case, exists, func, insert, select, update
+from sqlalchemy.orm import aliased
 
+from db.choice import REPEAT_GAP, WAITING, AnyRow, draw
 from db.errors import NotFoundError, RefusedError
-from db.schema import Assignment, Campaign, Clip, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
+from db.schema import Assignment, Campaign, Clip, Membership, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
 
-WINDOW = 24
-"""A pair is drawn from this many of the least-voted ones, so that raters spread out."""
 CLOCK_SLACK_MS = 2000
 """How far the listening a player reports may exceed the time since the pair was handed out."""
 MARK_SLACK_MS = 100
 """How far a mark may reach past the end of its clip: decoders pad. It is stored as ending there."""
-OPEN_COUNT_CAP = 1000
+OPEN_COUNT_CAP = 200
 """`Progress.open` is counted no further than this."""
 
 
@@ -78,82 +79,74 @@ class Receipt:
 
 _x, _y = aliased(Clip), aliased(Clip)
 _rater: BindParameter[int] = bindparam("rater")
-_campaign: BindParameter[str | None] = bindparam("campaign", type_=String())
 _now: BindParameter[datetime] = bindparam("now")
 _pair: BindParameter[int] = bindparam("pair")
 _assignment: BindParameter[str] = bindparam("assignment")
-_in_scope = (_campaign.is_(None) & (Campaign.status == "open")) | (Campaign.name == _campaign)
 
 # PostgreSQL: one rater's requests queue on this row, so two tabs get one lease. SQLite holds its write lock anyway.
-LOCK_RATER = select(Rater.id).where(Rater.id == _rater).with_for_update()
-CAMPAIGN_EXISTS = select(Campaign.id).where(Campaign.name == _campaign)
-HELD_LEASE = (
-    select(Assignment.id)
-    .join(Pair, Pair.id == Assignment.pair_id)
-    .join(Campaign, Campaign.id == Pair.campaign_id)
-    .where(Assignment.rater_id == _rater, Assignment.status == "leased", Assignment.expires_at > _now, _in_scope)
-    .limit(1)
-)
-STALE_LEASES = (
-    select(Assignment.id, Assignment.pair_id).where(Assignment.status == "leased", Assignment.expires_at <= _now).order_by(Assignment.id)
-)
-EXPIRE_LEASE = (
-    update(Assignment)
-    .where(Assignment.id == _assignment, Assignment.status == "leased")
-    .values(status="expired")
-    .execution_options(synchronize_session=False)
-)
-# Neither answered nor skipped by this rater; a lease of the rater's own that ran out may come again.
-_answered = exists().where(Assignment.pair_id == Pair.id, Assignment.rater_id == _rater, Assignment.status != "expired")
-_waiting = (
-    select(Pair.id)
-    .join(Campaign, Campaign.id == Pair.campaign_id)
-    .where(Pair.n_open < Pair.target_votes, Campaign.status == "open", _in_scope, ~_answered)
-)
-LEAST_VOTED = _waiting.order_by(Pair.campaign_id, Pair.n_open, Pair.id).limit(WINDOW)
-COUNT_WAITING = select(func.count()).select_from(_waiting.limit(OPEN_COUNT_CAP).subquery())
-COUNT_VOTES = select(func.count()).select_from(Vote).where(Vote.rater_id == _rater)
-# One conditional UPDATE checks and claims in a single step, on one row.
-TAKE_SLOT = (
-    update(Pair)
-    .where(Pair.id == _pair, Pair.n_open < Pair.target_votes)
-    .values(n_open=Pair.n_open + 1)
-    .execution_options(synchronize_session=False)
-)
-FREE_SLOT = update(Pair).where(Pair.id == _pair).values(n_open=Pair.n_open - 1).execution_options(synchronize_session=False)
-OWN_ASSIGNMENT = select(Assignment.id).where(Assignment.pair_id == _pair, Assignment.rater_id == _rater)
-RENEW_LEASE = (
-    update(Assignment)
-    .where(Assignment.id == _assignment)
-    .values(status="leased", expires_at=bindparam("until"))
-    .execution_options(synchronize_session=False)
-)
-FINISH = (
-    update(Assignment)
-    .where(Assignment.id == _assignment)
-    .values(status=bindparam("now_status"), note=bindparam("now_note"))
-    .execution_options(synchronize_session=False)
-)
-OFFER = (
+LOCK_RATER = select(Rater.id).where(Rater.id == _rater).with_for_update(key_share=True)
+_admits = ~Campaign.invited_only | exists().where(Membership.campaign_id == Campaign.id, Membership.rater_id == _rater)
+_campaigns = select(
+    Campaign.id,
+    Campaign.name,
+    Campaign.status,
+    Campaign.chooser,
+    Campaign.random_floor,
+    Campaign.gold_rate,
+    Campaign.repeat_rate,
+    Campaign.min_listen_ms,
+    Campaign.aspects,
+    Campaign.practice,
+).where(_admits)
+OPEN_CAMPAIGNS = _campaigns.where(Campaign.status == "open").order_by(Campaign.id)
+NAMED_CAMPAIGN = _campaigns.where(Campaign.name == bindparam("name"))
+_offers = (
     select(
+        Assignment.id,
         Assignment.swapped,
+        Assignment.kind,
         Assignment.expires_at,
+        Pair.campaign_id,
         Pair.gain_x_db,
         Pair.gain_y_db,
         Prompt.text,
-        Campaign.name,
-        Campaign.min_listen_ms,
-        Campaign.aspects,
-        Campaign.practice,
         _x.duration_ms.label("x_ms"),
         _y.duration_ms.label("y_ms"),
     )
     .join(Pair, Pair.id == Assignment.pair_id)
     .join(Prompt, Prompt.id == Pair.prompt_id)
-    .join(Campaign, Campaign.id == Pair.campaign_id)
     .join(_x, _x.id == Pair.clip_x_id)
     .join(_y, _y.id == Pair.clip_y_id)
+)
+OFFER = _offers.where(Assignment.id == _assignment)
+HELD = _offers.where(Assignment.rater_id == _rater, Assignment.status == "leased", Assignment.expires_at > _now)
+# A lease that a vote holds right now is left to that vote; waiting for it could end in a deadlock.
+STALE_LEASES = (
+    select(Assignment.id, Assignment.pair_id, Assignment.kind)
+    .where(Assignment.status == "leased", Assignment.expires_at <= _now)
+    .with_for_update(skip_locked=True)
+)
+EXPIRE_LEASE = update(Assignment).where(Assignment.id == _assignment).values(status="expired")
+# One conditional UPDATE checks and claims in a single step, on one row.
+TAKE_SLOT = update(Pair).where(Pair.id == _pair, Pair.n_open < Pair.target_votes).values(n_open=Pair.n_open + 1)
+FREE_SLOT = update(Pair).where(Pair.id == _pair).values(n_open=Pair.n_open - 1)
+RENEW_LEASE = (
+    update(Assignment)
     .where(Assignment.id == _assignment)
+    .values(status="leased", expires_at=bindparam("until"), policy=bindparam("by"), propensity=bindparam("p"))
+)
+FINISH = update(Assignment).where(Assignment.id == _assignment).values(status=bindparam("now_status"), note=bindparam("now_note"))
+COUNT_VOTES = select(func.count()).select_from(Vote).where(Vote.rater_id == _rater)
+COUNTS = select(
+    COUNT_VOTES.scalar_subquery().label("done"),
+    select(func.count()).select_from(WAITING.limit(OPEN_COUNT_CAP).subquery()).scalar_subquery().label("waiting"),
+)
+COUNT_GOLD = select(func.count()).select_from(Pair).where(Pair.campaign_id == bindparam("campaign"), Pair.gold.is_not(None))
+COUNT_SEEN = (
+    select(Assignment.kind, func.count())
+    .join(Pair, Pair.id == Assignment.pair_id)
+    .where(Assignment.rater_id == _rater, Assignment.status.in_(("voted", "skipped")), Pair.campaign_id == bindparam("campaign"))
+    .group_by(Assignment.kind)
 )
 ASKED = (
     select(
@@ -161,6 +154,7 @@ ASKED = (
         Assignment.issued_at,
         Assignment.pair_id,
         Assignment.swapped,
+        Assignment.kind,
         Campaign.min_listen_ms,
         Campaign.aspects,
         _x.duration_ms.label("x_ms"),
@@ -190,84 +184,125 @@ AUDIO_FILE = (
 )
 
 
-def next_offer(session: Session, rater_id: int, campaign: str | None, now: datetime, lease: timedelta, rng: random.Random) -> Offer | None:
+def expire_leases(connection: Connection, now: datetime) -> int:
+    """Ends the leases that ran out and frees their slots; how many. Runs inside a write transaction of its own."""
+    stale = connection.execute(STALE_LEASES, {"now": now}).all()
+    for row in sorted(stale, key=lambda row: row.pair_id):  # one order for all: no deadlock
+        connection.execute(EXPIRE_LEASE, {"assignment": row.id})
+        if row.kind == "normal":
+            connection.execute(FREE_SLOT, {"pair": row.pair_id})
+    return len(stale)
+
+
+def next_offer(
+    connection: Connection, rater_id: int, campaign: str | None, now: datetime, lease: timedelta, rng: random.Random
+) -> Offer | None:
     """The pair this rater holds or can be given; None when nothing waits. Runs inside a write transaction."""
-    scope = {"rater": rater_id, "campaign": campaign, "now": now}
-    session.execute(LOCK_RATER, scope)
-    if campaign is not None and session.scalar(CAMPAIGN_EXISTS, scope) is None:
-        raise NotFoundError(f"campaign {campaign!r}", "a registered campaign", "check its name")
-    assignment_id = session.scalar(HELD_LEASE, scope)
-    if assignment_id is None:
-        for stale_id, pair_id in session.execute(STALE_LEASES, scope).all():
-            if _changed(session, EXPIRE_LEASE, assignment=stale_id):
-                session.execute(FREE_SLOT, {"pair": pair_id})
-        assignment_id = _claim(session, scope, now, lease, rng)
-    if assignment_id is None:
-        return None
-    row = session.execute(OFFER, {"assignment": assignment_id}).one()
+    if connection.dialect.name == "postgresql":
+        connection.execute(LOCK_RATER, {"rater": rater_id})
+    campaigns = _campaigns_in_scope(connection, rater_id, campaign)
+    held = connection.execute(HELD, {"rater": rater_id, "now": now}).all()
+    for row in held:
+        if row.campaign_id in campaigns:
+            return _offer(connection, campaigns[row.campaign_id], rater_id, row)
+    for rules in campaigns.values():
+        assignment_id = _lease(connection, rules, rater_id, now, lease, rng)
+        if assignment_id is not None:
+            row = connection.execute(OFFER, {"assignment": assignment_id}).one()
+            return _offer(connection, rules, rater_id, row)
+    return None
+
+
+def _campaigns_in_scope(connection: Connection, rater_id: int, name: str | None) -> dict[int, AnyRow]:
+    if name is None:
+        return {row.id: row for row in connection.execute(OPEN_CAMPAIGNS, {"rater": rater_id})}
+    named = connection.execute(NAMED_CAMPAIGN, {"rater": rater_id, "name": name}).one_or_none()
+    if named is None:
+        raise NotFoundError(f"campaign {name!r}", "a registered campaign to which this rater is admitted", "check its name")
+    return {named.id: named} if named.status == "open" else {}
+
+
+def _lease(connection: Connection, campaign: AnyRow, rater_id: int, now: datetime, lease: timedelta, rng: random.Random) -> str | None:
+    """Draws a pair and leases it to the rater; the assignment's id, or None if nothing waits."""
+    while drawn := draw(connection, campaign, rater_id, rng):
+        if drawn.kind == "normal" and not _changed(connection, TAKE_SLOT, pair=drawn.pair_id):
+            continue  # another rater was faster
+        if drawn.own_id is not None:
+            renewed = {"assignment": drawn.own_id, "until": now + lease, "by": drawn.policy, "p": drawn.propensity}
+            connection.execute(RENEW_LEASE, renewed)
+            return drawn.own_id
+        assignment_id = uuid.uuid4().hex
+        row = {
+            "id": assignment_id,
+            "pair_id": drawn.pair_id,
+            "rater_id": rater_id,
+            "rep": int(drawn.kind == "repeat"),
+            "kind": drawn.kind,
+            "swapped": drawn.swapped,
+            "policy": drawn.policy,
+            "propensity": drawn.propensity,
+            "status": "leased",
+            "issued_at": now,
+            "expires_at": now + lease,
+        }
+        connection.execute(ADD_ASSIGNMENT, row)
+        return assignment_id
+    return None
+
+
+def _offer(connection: Connection, campaign: AnyRow, rater_id: int, row: AnyRow) -> Offer:
     gains = (row.gain_y_db, row.gain_x_db) if row.swapped else (row.gain_x_db, row.gain_y_db)
     return Offer(
-        assignment_id=assignment_id,
-        campaign=row.name,
+        assignment_id=row.id,
+        campaign=campaign.name,
         prompt=row.text,
         gain_a_db=round(gains[0], 3),
         gain_b_db=round(gains[1], 3),
         duration_ms=max(row.x_ms, row.y_ms),
-        min_listen_ms=min(row.min_listen_ms, row.x_ms, row.y_ms),
+        min_listen_ms=min(campaign.min_listen_ms, row.x_ms, row.y_ms),
         expires_at=row.expires_at,
-        progress=Progress(
-            done=session.scalar(COUNT_VOTES, scope) or 0,
-            open=(session.scalar(COUNT_WAITING, scope) or 0) + 1,  # the one on the table is open too
-        ),
-        aspects=tuple(row.aspects),
-        practice=row.practice,
+        progress=_progress(connection, campaign, rater_id, row.kind == "normal"),
+        aspects=tuple(campaign.aspects),
+        practice=campaign.practice,
     )
 
 
-def _claim(session: Session, scope: dict[str, Any], now: datetime, lease: timedelta, rng: random.Random) -> str | None:
-    """Takes a slot of a waiting pair and leases it to the rater; the assignment's id, or None if nothing waits."""
-    while candidates := list(session.scalars(LEAST_VOTED, scope)):
-        rng.shuffle(candidates)
-        for pair_id in candidates:
-            if not _changed(session, TAKE_SLOT, pair=pair_id):
-                continue  # another rater was faster
-            again = session.scalar(OWN_ASSIGNMENT, {"pair": pair_id, "rater": scope["rater"]})
-            if again is not None:
-                session.execute(RENEW_LEASE, {"assignment": again, "until": now + lease})
-                return again
-            assignment_id = uuid.uuid4().hex
-            row = {
-                "id": assignment_id,
-                "pair_id": pair_id,
-                "rater_id": scope["rater"],
-                "rep": 0,
-                "swapped": rng.random() < 0.5,
-                "policy": f"least-voted-{WINDOW}",
-                "propensity": 1 / len(candidates),
-                "status": "leased",
-                "issued_at": now,
-                "expires_at": now + lease,
-            }
-            session.execute(ADD_ASSIGNMENT, row)
-            return assignment_id
-    return None
+def _progress(connection: Connection, campaign: AnyRow, rater_id: int, normal: bool) -> Progress:
+    """What is done and open, the pair on the table among the open ones.
+
+    Where controls are mixed in, those still to be expected count as open: else a number that stands still at a vote would tell
+    that the pair was a control.
+    """
+    scope = {"rater": rater_id, "campaign": campaign.id}
+    done, waiting = connection.execute(COUNTS, scope).one()
+    waiting += normal
+    rate = campaign.gold_rate + campaign.repeat_rate
+    if not rate or waiting >= OPEN_COUNT_CAP:
+        return Progress(done, max(1, min(waiting, OPEN_COUNT_CAP)))
+    seen = dict(connection.execute(COUNT_SEEN, scope).all())
+    n_controls = seen.get("gold", 0) + seen.get("repeat", 0)
+    ordinary = seen.get("normal", 0) + waiting
+    gold = min(connection.scalar(COUNT_GOLD, scope) or 0, ordinary * campaign.gold_rate / (1 - rate))
+    repeats = min(max(0, ordinary - REPEAT_GAP), ordinary * campaign.repeat_rate / (1 - rate))
+    expected = math.ceil(round(gold + repeats, 6)) - n_controls
+    return Progress(done, waiting + max(int(not normal), expected))
 
 
-def submit(session: Session, vote: dict[str, Any], aspects: Mapping[str, int], marks: Sequence[Mark], now: datetime) -> Receipt:
+def submit(connection: Connection, vote: dict[str, Any], aspects: Mapping[str, int], marks: Sequence[Mark], now: datetime) -> Receipt:
     """Stores `vote` (columns of `Vote`, or choice `skip`) unless one stands already. Inside a write transaction."""
     assignment = {"assignment": vote["assignment_id"]}
-    asked = session.execute(ASKED, assignment | {"rater": vote["rater_id"]}).one_or_none()
+    asked = connection.execute(ASKED, assignment | {"rater": vote["rater_id"]}).one_or_none()
     if asked is None:
         raise NotFoundError("an unknown assignment", "one that was handed to this rater", "ask for the next pair")
     if asked.status == "voted":
-        first = session.execute(STORED_VOTE, assignment).one()
+        first = connection.execute(STORED_VOTE, assignment).one()
         return Receipt(first.id, True, first.choice, first.excluded_reason)
     if asked.status == "skipped":
         return Receipt(None, True, "skip")
     if vote["choice"] == "skip":
-        session.execute(FINISH, assignment | {"now_status": "skipped", "now_note": vote["comment"]})
-        if asked.status == "leased":
-            session.execute(FREE_SLOT, {"pair": asked.pair_id})
+        connection.execute(FINISH, assignment | {"now_status": "skipped", "now_note": vote["comment"]})
+        if asked.status == "leased" and asked.kind == "normal":
+            connection.execute(FREE_SLOT, {"pair": asked.pair_id})
         return Receipt(None, False, "skip")
 
     heard_ms = (vote["listen_a_ms"], vote["listen_b_ms"])
@@ -282,18 +317,18 @@ def submit(session: Session, vote: dict[str, Any], aspects: Mapping[str, int], m
     check_aspects(aspects, asked.aspects)
     lengths_ms = (asked.y_ms, asked.x_ms) if asked.swapped else (asked.x_ms, asked.y_ms)
     ends_ms = [check_mark(mark, dict(zip("ab", lengths_ms, strict=True))) for mark in marks]
-    late = asked.status == "expired" and not _changed(session, TAKE_SLOT, pair=asked.pair_id)
+    late = asked.status == "expired" and asked.kind == "normal" and not _changed(connection, TAKE_SLOT, pair=asked.pair_id)
     reason = "late" if late else None
-    vote_id = session.scalars(ADD_VOTE, [vote | {"excluded_reason": reason, "created_at": now}]).one()
+    vote_id = connection.execute(ADD_VOTE, vote | {"excluded_reason": reason, "created_at": now}).scalar_one()
     if aspects:
-        session.execute(ADD_ASPECTS, [{"vote_id": vote_id, "aspect": aspect, "score": score} for aspect, score in aspects.items()])
+        connection.execute(ADD_ASPECTS, [{"vote_id": vote_id, "aspect": aspect, "score": score} for aspect, score in aspects.items()])
     if marks:
         rows = [
             {"vote_id": vote_id, "side": mark.side, "t0_ms": mark.t0_ms, "t1_ms": end_ms, "tag": mark.tag}
             for mark, end_ms in zip(marks, ends_ms, strict=True)
         ]
-        session.execute(ADD_MARKS, rows)
-    session.execute(FINISH, assignment | {"now_status": "voted", "now_note": None})
+        connection.execute(ADD_MARKS, rows)
+    connection.execute(FINISH, assignment | {"now_status": "voted", "now_note": None})
     return Receipt(vote_id, False, vote["choice"], reason)
 
 
@@ -320,7 +355,5 @@ def check_mark(mark: Mark, lengths_ms: Mapping[str, int]) -> int:
     return end_ms
 
 
-def _changed(session: Session, statement: Any, **parameters: Any) -> bool:
-    result = session.execute(statement, parameters)
-    assert isinstance(result, CursorResult)
-    return result.rowcount == 1
+def _changed(connection: Connection, statement: Any, **parameters: Any) -> bool:
+    return connection.execute(statement, parameters).rowcount == 1

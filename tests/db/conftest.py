@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from db.session import upgrade
 from db.store import Store, open_store
+from tests.postgres import Postgres
 
 Rows = list[dict[str, Any]]
 
@@ -55,13 +59,51 @@ def make_rows(tmp_path: Path) -> Callable[..., Rows]:
 
 
 @pytest.fixture
-def db_url(tmp_path: Path) -> str:
+def sqlite_url(tmp_path: Path) -> str:
+    """A file that does not exist yet."""
     return f"sqlite:///{tmp_path / 'votes.db'}"
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def db_url(request: pytest.FixtureRequest) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("sqlite_url"))
+    return str(request.getfixturevalue("postgres").new_database())
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path | str]:
+    """migrated(kind): a database at the newest schema to copy from: migrating each anew would take longer than the tests."""
+
+    @functools.cache
+    def make(kind: str, postgres: Postgres | None = None) -> Path | str:
+        if postgres is not None:
+            url = postgres.new_database()
+            upgrade(url)
+            return url.split("/")[3].split("?")[0]
+        path = tmp_path_factory.mktemp("migrated") / "votes.db"
+        upgrade(f"sqlite:///{path}")
+        return path
+
+    return make
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, migrated: Callable[..., Path | str], tmp_path: Path) -> Iterator[Store]:
+    if request.param == "sqlite":
+        shutil.copy(migrated("sqlite"), tmp_path / "votes.db")
+        url = f"sqlite:///{tmp_path / 'votes.db'}"
+    else:
+        postgres: Postgres = request.getfixturevalue("postgres")
+        url = postgres.new_database(str(migrated("postgresql", postgres)))
+    with Store(url) as opened:
+        yield opened
+
+
 @pytest.fixture
-def store(db_url: str) -> Iterator[Store]:
-    with open_store(db_url) as opened:
+def sqlite_store(sqlite_url: str) -> Iterator[Store]:
+    with open_store(sqlite_url) as opened:
         yield opened
 
 

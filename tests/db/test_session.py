@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, inspect, select, text
+from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
 from db.errors import StoreError, UnavailableError
 from db.schema import Assignment, Base, Campaign, Rater, Vote
 from db.session import make_engine, parse_url, upgrade
 from db.store import Store, open_store
+from tests.postgres import Postgres
 
 
 def constraints(engine: object) -> dict:
@@ -36,9 +37,10 @@ def constraints(engine: object) -> dict:
     }
 
 
-def test_migrations_from_nothing_make_exactly_the_models(db_url: str, tmp_path: Path) -> None:
+def test_migrations_from_nothing_make_exactly_the_models(db_url: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     upgrade(db_url)
-    migrated, made = make_engine(db_url), create_engine(f"sqlite:///{tmp_path / 'made.db'}")
+    other = request.getfixturevalue("postgres").new_database() if "postgresql" in db_url else f"sqlite:///{tmp_path / 'made.db'}"
+    migrated, made = make_engine(db_url), make_engine(other)
     Base.metadata.create_all(made)
     with migrated.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
@@ -70,7 +72,7 @@ def test_votes_of_the_first_schema_come_through_the_second(db_url: str) -> None:
                 for i in (1, 2)
             ),
             "insert into pair values (1, 1, 1, 1, 2, 0, 0, null, 1, 1)",
-            f"insert into assignment values ('as1', 1, 1, 0, 1, 'least-voted-24', 1.0, 'voted', null, {at}, {at})",
+            f"insert into assignment values ('as1', 1, 1, 0, true, 'least-voted-24', 1.0, 'voted', null, {at}, {at})",
             f"insert into vote values (1, 'as1', 1, 'key-00001', 'a', 2, 'fine', 5, 6, '[]', null, {at})",
         ):
             connection.execute(text(statement))
@@ -95,12 +97,12 @@ def test_a_database_of_a_newer_encore_is_refused(db_url: str) -> None:
         upgrade(db_url)
 
 
-def test_somebody_elses_tables_are_left_alone(db_url: str, tmp_path: Path) -> None:
+def test_somebody_elses_tables_are_left_alone(sqlite_url: str, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "votes.db") as connection:
         connection.execute("create table vote (mine text)")
     connection.close()
     with pytest.raises(StoreError, match="foreign tables"):
-        upgrade(db_url)
+        upgrade(sqlite_url)
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mysql://host/db", "sqlite://", "sqlite:///:memory:"])
@@ -119,15 +121,20 @@ def test_postgresql_goes_through_psycopg() -> None:
     assert parse_url("postgresql://ada@host/db").drivername == "postgresql+psycopg"
 
 
-def test_a_vote_is_flushed_to_the_disk_before_it_is_acknowledged(store: Store) -> None:
-    with store.read() as session:
+def test_a_postgresql_database_that_is_not_there_says_so(postgres: Postgres) -> None:
+    with pytest.raises(UnavailableError, match="no answer from the database"):
+        open_store(postgres.url("nowhere"))
+
+
+def test_a_vote_is_flushed_to_the_disk_before_it_is_acknowledged(sqlite_store: Store) -> None:
+    with sqlite_store.read() as session:
         assert session.execute(text("pragma synchronous")).scalar() == 2  # FULL
         assert session.execute(text("pragma journal_mode")).scalar() == "wal"
         assert session.execute(text("pragma foreign_keys")).scalar() == 1
 
 
-def test_a_locked_database_says_so_and_works_again_afterwards(db_url: str, tmp_path: Path) -> None:
-    with open_store(db_url, busy_timeout_s=0.05) as store:
+def test_a_locked_database_says_so_and_works_again_afterwards(sqlite_url: str, tmp_path: Path) -> None:
+    with open_store(sqlite_url, busy_timeout_s=0.05) as store:
         other = sqlite3.connect(tmp_path / "votes.db", isolation_level=None)
         other.execute("begin immediate")
         with pytest.raises(UnavailableError, match="locked database"):
@@ -137,20 +144,20 @@ def test_a_locked_database_says_so_and_works_again_afterwards(db_url: str, tmp_p
         assert store.add_rater("ada")
 
 
-def test_a_full_disk_says_so_and_stores_nothing(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+def test_a_full_disk_says_so_and_stores_nothing(sqlite_store: Store, make_rows: Callable, tmp_path: Path) -> None:
     rows = make_rows(40)
-    with store.engine.connect() as connection:
+    with sqlite_store.engine.connect() as connection:
         pages = connection.execute(text("pragma page_count")).scalar()
     # SQLite answers SQLITE_FULL at its page limit just as it does on a disk without room.
-    with store.write() as session:
+    with sqlite_store.write() as session:
         session.execute(text(f"pragma max_page_count = {pages + 1}"))
     with pytest.raises(UnavailableError, match="full disk"):
-        store.create_campaign("c", rows, tmp_path / "clips")
-    assert store.stats().campaigns == []
+        sqlite_store.create_campaign("c", rows, tmp_path / "clips")
+    assert sqlite_store.stats().campaigns == []
 
 
-def test_a_read_only_database_says_so(db_url: str, tmp_path: Path) -> None:
-    open_store(db_url).close()
+def test_a_read_only_database_says_so(sqlite_url: str, tmp_path: Path) -> None:
+    open_store(sqlite_url).close()
     with (
         Store(f"sqlite:///file:{tmp_path / 'votes.db'}?mode=ro&uri=true") as store,
         pytest.raises(UnavailableError, match="read-only database"),
@@ -170,8 +177,8 @@ def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
         open_store(f"sqlite:///{tmp_path / 'file' / 'sub' / 'votes.db'}")
 
 
-def test_a_copy_of_a_closed_database_is_complete(db_url: str, tmp_path: Path) -> None:
-    with open_store(db_url) as store:
+def test_a_copy_of_a_closed_database_is_complete(sqlite_url: str, tmp_path: Path) -> None:
+    with open_store(sqlite_url) as store:
         token = store.add_rater("ada")
     shutil.copy(tmp_path / "votes.db", tmp_path / "copy.db")
     with open_store(f"sqlite:///{tmp_path / 'copy.db'}") as copy:
