@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from sqlalchemy import select
+import soundfile
+from sqlalchemy import func, select
 
 from base_models.errors import UserError
-from db.schema import Clip, Pair
+from db.campaigns import SPOILED
+from db.schema import Audit, Campaign, Clip, Pair, Prompt
 from db.store import open_store
 from feedback_app.campaigns import every_pair, main, measure, read_rows
 
@@ -51,3 +55,106 @@ def test_every_two_clips_of_a_prompt_can_be_compared():
     assert len(pairs) == 6 + 0 + 1
     assert len(set(pairs)) == 7
     assert all(x[0] == y[0] and x != y for x, y in pairs)
+
+
+def tone(path: Path, hz: float, seconds: float = 0.5, rate: int = 8000) -> Path:
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * hz * np.arange(int(seconds * rate)) / rate), rate)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """folder(name, system, offset) -> an audiofolder with two prompts."""
+
+    def make(name: str, system: str | None, offset: float = 0.0) -> Path:
+        made = tmp_path / name
+        made.mkdir()
+        rows = []
+        for i in range(2):
+            tone(made / f"{i}.wav", 220 + 50 * i + offset)
+            rows.append({"file_name": f"{i}.wav", "caption": f"prompt {i}"} | ({"system": system} if system else {}))
+        (made / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return made
+
+    return make
+
+
+def count(url: str, table: type) -> int:
+    with open_store(url) as store, store.read() as session:
+        return session.scalar(select(func.count()).select_from(table)) or 0
+
+
+def test_two_audio_folders_meet_prompt_by_prompt_with_gold_pairs(folder: Callable, tmp_path: Path, capsys) -> None:
+    url = f"sqlite:///{tmp_path / 'v.db'}"
+    arguments = ["--db", url, "--name", "two", "--source", str(folder("a", None)), "--source", str(folder("b", "theirs", 7.0))]
+    assert main(arguments) == 2
+    assert "without 'system'" in capsys.readouterr().err
+    arguments += ["--system", "ours", "--system", "theirs", "--gold", "2", "--gold-dir", str(tmp_path / "gold"), "--gold-rate", "0.1"]
+    for new in (2, 0):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == f"campaign two: 6 clips, 2 pairs ({new} new), 2 gold pairs\n"
+    with open_store(url) as store, store.read() as session:
+        for pair in session.scalars(select(Pair)):
+            x, y = session.get(Clip, pair.clip_x_id), session.get(Clip, pair.clip_y_id)
+            better, worse = (x, y) if pair.gold == "x" else (y, x)
+            assert (worse.system == SPOILED) == (pair.gold is not None)
+            assert better.system != SPOILED
+
+
+def test_a_pairs_file_names_pairs_and_known_answers(demo: object, tmp_path: Path, capsys) -> None:
+    rows = read_rows(demo.folder / "manifest.jsonl")
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [{"a": rows[0]["file"], "b": rows[1]["file"]}, {"a": rows[2]["sha256"], "b": rows[3]["file"], "gold": "b"}]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["--db", demo.url, "--name", "d", "--source", str(demo.folder), "--pairs", str(pairs)]) == 0
+    assert "1 pairs (1 new), 1 gold pairs" in capsys.readouterr().out
+    pairs.write_text(json.dumps({"a": rows[0]["file"], "b": rows[1]["file"], "gold": "x"}))
+    assert main(["--db", demo.url, "--name", "e", "--source", str(demo.folder), "--pairs", str(pairs)]) == 2
+
+
+def empty(folder: Path) -> None:
+    (folder / "1.wav").write_bytes(b"")
+
+
+def corrupt(folder: Path) -> None:
+    (folder / "1.wav").write_bytes(b"RIFF" + bytes(5000))
+
+
+def missing(folder: Path) -> None:
+    (folder / "1.wav").unlink()
+
+
+def two_hours(folder: Path) -> None:
+    soundfile.write(folder / "1.wav", np.zeros(1000 * 7200, dtype=np.int16), 1000, subtype="PCM_U8")
+
+
+def outside(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "../x.wav", "caption": "p", "system": "s"}))
+
+
+def no_prompt(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.wav", "system": "s"}))
+
+
+def list_row(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text("[1, 2]\n")
+
+
+@pytest.mark.parametrize("spoil_it", [empty, corrupt, missing, two_hours, outside, no_prompt, list_row])
+def test_a_bad_folder_is_an_error_in_words_and_nothing_is_stored(folder: Callable, tmp_path: Path, capsys, spoil_it: Callable) -> None:
+    made = folder("a", "ours")
+    spoil_it(made)
+    url = f"sqlite:///{tmp_path / 'v.db'}"
+    assert main(["--db", url, "--name", "x", "--source", str(made), "--source", str(folder("b", "theirs", 9.0))]) == 2
+    error = capsys.readouterr().err
+    assert "remedy" in error
+    assert "Traceback" not in error
+    assert [count(url, table) for table in (Campaign, Clip, Pair, Prompt, Audit)] == [0] * 5
+
+
+@pytest.mark.parametrize(("key", "value"), [("sample_rate", 44100), ("duration_s", 2.0)])
+def test_a_row_that_misstates_its_clip_is_refused(demo: object, capsys, key: str, value: float) -> None:
+    rows = [row | {key: value} for row in read_rows(demo.folder / "manifest.jsonl")]
+    (demo.folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["--db", demo.url, "--name", "d", "--source", str(demo.folder)]) == 2
+    assert "as its row says" in capsys.readouterr().err
