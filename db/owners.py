@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from sqlalchemy import case, delete, func, inspect, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from db.campaigns import Rules, check_text, rules_of
 from db.errors import NotFoundError, RefusedError
@@ -24,7 +23,6 @@ from db.schema import (
     Audit,
     Base,
     Campaign,
-    Clip,
     Consent,
     Invitation,
     Membership,
@@ -88,26 +86,6 @@ class AuditRow:
     actor: str | None
     action: str
     detail: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class WinCell:
-    """Votes on pairs of two systems, sides turned back: how often `one` was preferred, and so on."""
-
-    one: str
-    other: str
-    one_better: int
-    other_better: int
-    tie: int
-    both_bad: int
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Counted votes of a campaign without gold pairs and repeats, and all its votes by day (UTC)."""
-
-    wins: list[WinCell]
-    by_day: list[tuple[date, int]]
 
 
 @dataclass(frozen=True)
@@ -193,43 +171,6 @@ def change_rules(store: Store, actor_id: int | None, campaign_id: int, **changes
         if changed:
             record(session, actor_id, "campaign.rules", campaign_id=campaign_id, **changed)
         return rules
-
-
-def tally(store: Store, campaign_id: int) -> Tally:
-    """Who beat whom, and when people voted. Raises NotFoundError."""
-    x, y = aliased(Clip), aliased(Clip)
-    with store.read() as session:
-        _campaign(session, campaign_id)
-        of_campaign = (
-            select(Vote.choice, Assignment.swapped, x.system, y.system, func.count())
-            .join(Assignment, Assignment.id == Vote.assignment_id)
-            .join(Pair, Pair.id == Assignment.pair_id)
-            .join(Rater, Rater.id == Vote.rater_id)
-            .join(x, x.id == Pair.clip_x_id)
-            .join(y, y.id == Pair.clip_y_id)
-            .where(Pair.campaign_id == campaign_id, Pair.gold.is_(None), Assignment.kind == "normal")
-            .where(Vote.excluded_reason.is_(None), Rater.status != "blocked")
-            .group_by(Vote.choice, Assignment.swapped, x.system, y.system)
-        )
-        cells: dict[tuple[str, str], Counter[str]] = {}
-        for choice, swapped, x_system, y_system, n in session.execute(of_campaign):
-            one, other = sorted((x_system, y_system))
-            if choice in ("a", "b"):
-                preferred_x = (choice == "a") != swapped
-                choice = "one" if (x_system if preferred_x else y_system) == one else "other"
-            cells.setdefault((one, other), Counter())[choice] += n
-        day = func.date(Vote.created_at)
-        days = session.execute(
-            select(day, func.count())
-            .select_from(Vote)
-            .join(Assignment, Assignment.id == Vote.assignment_id)
-            .join(Pair, Pair.id == Assignment.pair_id)
-            .where(Pair.campaign_id == campaign_id)
-            .group_by(day)
-            .order_by(day)
-        ).all()
-    wins = [WinCell(one, other, n["one"], n["other"], n["tie"], n["both_bad"]) for (one, other), n in sorted(cells.items()) if one != other]
-    return Tally(wins, [(date.fromisoformat(str(when)[:10]), n) for when, n in days])
 
 
 # -------------------------------------------------------------------- invitations
