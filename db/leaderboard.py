@@ -8,7 +8,7 @@ A board may be narrowed to one tag of the pairs (`genre:jazz`, `split:heldout`) 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -90,7 +90,7 @@ def leaderboard(
         whole = quality.tally(session, found, rules)
         out = quality.doubted(quality.measure(session, found, whole), rules)
         cells = whole if aspect is None and tag is None else quality.tally(session, found, rules, aspect, tag)
-        answers = _answers_by_pair(session, found, rules, aspect, tag, out)
+        answers = list(quality.answers_by_pair(session, found, rules, out, aspect, tag).values())
         days = _votes_by_day(session, found)
     reasons = Counter[str]()
     both_bad = Counter[str]()
@@ -189,22 +189,6 @@ def _matrices(counts: davidson.Counts, order: list[str]) -> tuple[davidson.Array
         np.add.at(ties, (a, b), counts.n[:, 2])
         np.add.at(ties, (b, a), counts.n[:, 2])
     return wins, ties
-
-
-def _answers_by_pair(
-    session: Session, campaign: Campaign, rules: Rules, aspect: str | None, tag: str | None, out: Mapping[int, str]
-) -> list[list[int]]:
-    """For each pair with first answers that count: how many said x, y, tie, both bad."""
-    reason = quality.vote_reason(campaign, rules).label("reason")
-    _, choice = quality.about(select(), campaign, aspect, tag)
-    said = quality.stored_choice(choice=choice).label("said")
-    statement, _ = quality.about(select(Pair.id.label("pair"), reason, said), campaign, aspect, tag)
-    votes = statement.where(Assignment.kind == "normal", Pair.gold.is_(None), Vote.rater_id.not_in(list(out))).subquery()
-    counted = select(votes.c.pair, votes.c.said, func.count()).where(votes.c.reason.is_(None)).group_by(votes.c.pair, votes.c.said)
-    by_pair: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-    for pair, answer, n in session.execute(counted):
-        by_pair[pair][("x", "y", "tie", "both_bad").index(answer)] = n
-    return list(by_pair.values())
 
 
 def _votes_by_day(session: Session, campaign: Campaign) -> tuple[tuple[str, int], ...]:

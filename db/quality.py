@@ -290,6 +290,21 @@ def tally(session: Session, campaign: Campaign, rules: Rules, aspect: str | None
     ]
 
 
+def answers_by_pair(
+    session: Session, campaign: Campaign, rules: Rules, out: Mapping[int, str], aspect: str | None = None, tag: str | None = None
+) -> dict[int, list[int]]:
+    """pair -> how many first answers that count said x, y, tie, both bad. `out`: raters who do not count. Gold pairs are left out."""
+    _, choice = about(select(), campaign, aspect, tag)
+    said = stored_choice(choice=choice).label("said")
+    statement, _ = about(select(Pair.id.label("pair"), vote_reason(campaign, rules).label("reason"), said), campaign, aspect, tag)
+    votes = statement.where(Assignment.kind == "normal", Pair.gold.is_(None), Vote.rater_id.not_in(list(out))).subquery()
+    counted = select(votes.c.pair, votes.c.said, func.count()).where(votes.c.reason.is_(None)).group_by(votes.c.pair, votes.c.said)
+    by_pair: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for pair, answer, n in session.execute(counted):
+        by_pair[pair][("x", "y", "tie", "both_bad").index(answer)] = n
+    return dict(by_pair)
+
+
 def _repeats(session: Session, campaign: Campaign) -> dict[int, tuple[int, int]]:
     """rater -> (repeats answered, answered alike)."""
     first, said = aliased(Assignment), aliased(Vote)
@@ -345,11 +360,6 @@ def measure(session: Session, campaign: Campaign, cells: Sequence[Cell]) -> dict
 def doubted(qualities: Mapping[int, Quality], rules: Rules) -> dict[int, str]:
     """rater -> the rule that excludes all votes of this rater."""
     return {rater: reason for rater, quality in qualities.items() if (reason := rules.reason(quality)) is not None}
-
-
-def doubted_in(session: Session, campaign: Campaign, rules: Rules) -> dict[int, str]:
-    """`doubted`, from the votes as they are now."""
-    return doubted(measure(session, campaign, tally(session, campaign, rules)), rules)
 
 
 def refresh_quality(store: Store, campaign: str, clock: Callable[[], datetime] = utc_now) -> dict[int, Quality]:

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ratings = commands.add_parser("ratings", help="export or count votes").add_subparsers(required=True, metavar="ACTION")
     p = _command(ratings, "export", ratings_export, "freeze a campaign's votes as a hashed snapshot")
+    p.add_argument("--format", choices=["snapshot", "trl"], default="snapshot", help="our own rows, or a TRL preference dataset")
     p.add_argument("--db", default=DEMO_DB)
     p.add_argument("--campaign", required=True)
     p.add_argument("--out", type=Path, default=Path("runs/snapshots"))
@@ -177,11 +178,12 @@ def _app_module(name: str, *arguments: str) -> int:
 
 
 def ratings_export(args: argparse.Namespace) -> None:
-    from db.export import export_snapshot
+    from db.export import export_preferences, export_snapshot
     from db.store import open_store
 
+    export = export_preferences if args.format == "trl" else export_snapshot
     with open_store(args.db) as store:
-        snapshot = export_snapshot(store, args.campaign, args.out, args.name)
+        snapshot = export(store, args.campaign, args.out, args.name)
     print(json.dumps({"folder": str(args.out / args.name), **snapshot}, indent=2, default=str))
 
 

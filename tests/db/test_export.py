@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select, update
 
 from db.errors import ConflictError, NotFoundError, StoreError
-from db.export import export_snapshot, snapshot_sha256
+from db.export import export_preferences, export_snapshot, snapshot_sha256
+from db.schema import Campaign, Snapshot, SnapshotRater
 from db.store import Store, open_store
+from db.voting import Mark
 
 
 @pytest.fixture
@@ -52,16 +55,17 @@ def test_rows_carry_what_training_needs(store: Store, campaign: str, add_raters:
     vote_for_base(store, add_raters(1)[0])
     snapshot = export_snapshot(store, campaign, tmp_path / "out", "one")
     assert set(snapshot) == {
-        "name", "sha256", "created_at", "campaign", "n_votes", "n_excluded", "n_raters", "schema",
+        "name", "sha256", "created_at", "campaign", "n_votes", "n_excluded", "n_raters", "schema", "rules",
     }  # fmt: skip
     assert set(read_lines(tmp_path / "out/one/votes.jsonl")[0]) == {
         "vote_id", "pair_id", "prompt_id", "prompt", "split", "rater", "choice", "clip_x", "clip_y", "listen_x_ms",
-        "listen_y_ms", "confidence", "created_at", "excluded_reason", "gold", "repeat",
+        "listen_y_ms", "confidence", "created_at", "excluded_reason", "gold", "repeat", "aspects", "marks", "coverage_x", "coverage_y",
+        "comment", "kind", "shown_first", "policy", "propensity", "source", "ui_version",
     }  # fmt: skip
     clip = read_lines(tmp_path / "out/one/clips.jsonl")[0]
     assert set(clip) == {
         "sha256", "uri", "codes_uri", "prompt_id", "prompt", "tempo_bpm", "genre", "system", "policy_sha256",
-        "adapters", "seed", "duration_s", "sample_rate", "licence", "consent",
+        "adapters", "seed", "duration_s", "sample_rate", "licence", "consent", "gen", "size_bytes", "lufs", "true_peak_dbfs",
     }  # fmt: skip
     assert clip["seed"] >= 2**40
     assert Path(clip["uri"]).is_file()
@@ -161,3 +165,73 @@ def test_a_name_that_is_no_folder_name_is_refused(store: Store, campaign: str, t
 def test_an_unknown_campaign_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="nowhere"):
         export_snapshot(store, "nowhere", tmp_path, "one")
+
+
+def test_aspects_marks_and_coverage_follow_their_clips(store: Store, campaign: str, add_raters: Callable, tmp_path: Path) -> None:
+    with store.write() as session:
+        session.execute(update(Campaign).values(aspects=["musicality"]))
+    shown = set()
+    for rater in add_raters(2):
+        while offer := store.next_assignment(rater):
+            base = next(s for s in "ab" if store.audio_file(offer.assignment_id, s, rater).uri.endswith("_base.wav"))
+            shown.add(base)
+            heard = {"coverage_a": 0.9 if base == "a" else 0.1, "coverage_b": 0.9 if base == "b" else 0.1}
+            said = {"aspects": {"musicality": -2 if base == "a" else 2}, "marks": [Mark(base, 100, 900, "noise")], "comment": "clear"}
+            store.submit_vote(rater, offer.assignment_id, base, idempotency_key=offer.assignment_id, **said, **heard)
+    assert shown == {"a", "b"}
+    export_snapshot(store, campaign, tmp_path / "out", "one")
+    clips = {clip["sha256"]: clip for clip in read_lines(tmp_path / "out/one/clips.jsonl")}
+    for vote in read_lines(tmp_path / "out/one/votes.jsonl"):
+        side = vote["choice"]
+        assert clips[vote[f"clip_{side}"]]["system"] == "base"
+        assert vote["aspects"] == {"musicality": -2 if side == "x" else 2}
+        assert vote["marks"] == [{"side": side, "t0_ms": 100, "t1_ms": 900, "tag": "noise"}]
+        assert vote[f"coverage_{side}"] == 0.9
+        assert (vote["comment"], vote["kind"], 0 < vote["propensity"] <= 1) == ("clear", "normal", True)
+
+
+def test_it_is_known_whose_votes_went_out(store: Store, campaign: str, add_raters: Callable, tmp_path: Path) -> None:
+    good, bad = add_raters(2)
+    vote_for_base(store, good, 3)
+    vote_for_base(store, bad, 2)
+    store.block_rater("rater 1")
+    snapshot = export_snapshot(store, campaign, tmp_path / "out", "one")
+    export_snapshot(store, campaign, tmp_path / "out", "two")
+    with store.read() as session:
+        (row,) = session.scalars(select(Snapshot)).all()
+        raters = session.execute(select(SnapshotRater.rater_id, SnapshotRater.n_votes)).all()
+    assert (row.name, row.sha256, row.n_votes) == ("one", snapshot["sha256"], 3)
+    assert raters == [(good, 3)]
+
+
+def test_a_trainer_gets_one_row_a_pair_with_ties_as_soft_labels(store: Store, campaign: str, add_raters: Callable, tmp_path: Path) -> None:
+    one, two = add_raters(2)
+    vote_for_base(store, one)
+    for i in range(8):
+        key = store.next_assignment(two).assignment_id
+        store.submit_vote(two, key, "both_bad" if i < 2 else "tie", idempotency_key=key, listen_a_ms=0, listen_b_ms=0)
+    snapshot = export_preferences(store, campaign, tmp_path / "out", "trl")
+    rows = [row for split in ("heldout", "train") for row in read_lines(tmp_path / f"out/trl/{split}.jsonl")]
+    assert (snapshot["n_pairs"], snapshot["n_votes"], len(rows)) == (8, 16, 8)
+    assert sum(row["n_both_bad"] for row in rows) == 2
+    for row in rows:
+        assert row["chosen"].endswith("_base.wav")
+        assert row["rejected"].endswith("_dpo.wav")
+        expected = (1.0, 1.0) if row["n_both_bad"] else (0.75, 0.5)
+        assert (row["chosen_probability"], row["margin"]) == expected
+    assert snapshot_sha256(tmp_path / "out/trl") == snapshot["sha256"]
+    assert export_preferences(store, campaign, tmp_path / "out", "trl") == snapshot
+
+
+def test_a_full_disk_leaves_no_folder(
+    store: Store, campaign: str, add_raters: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vote_for_base(store, add_raters(1)[0])
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        export_snapshot(store, campaign, tmp_path / "out", "one")
+    assert list((tmp_path / "out").iterdir()) == []
