@@ -1,7 +1,8 @@
-/* Two clips, one playhead. Both are decoded once and started together on one AudioContext clock; each has a gain that
-   carries its loudness match or silence. Switching sides is a 12 ms crossfade at the same sample: no seek, no gap. */
+/* Two clips, one playhead. Both are decoded once and started together on one AudioContext clock; switching sides is an
+   equal-power fade of 12 ms (cos and sin of one phase) at the same sample: no seek, no gap, no dip in power. */
 const FADE_S = 0.012;
 const LOOP_S = 3;
+const MIN_MARK_S = 0.1;
 
 class Player {
   constructor(onChange) {
@@ -13,8 +14,8 @@ class Player {
   reset() {
     this.stop();
     Object.assign(this, {
-      buffers: null, gains: { a: 1, b: 1 }, nodes: {}, side: 'a', playing: false, startedAt: 0, position: 0,
-      duration: 0, loop: null, heardMs: { a: 0, b: 0 }, spans: { a: [], b: [] }, events: [], shownAt: performance.now(),
+      buffers: null, levels: { a: 1, b: 1 }, nodes: null, side: 'a', playing: false, position: 0, duration: 0, loop: null,
+      heardMs: { a: 0, b: 0 }, spans: { a: [], b: [] }, events: [], marks: [], marking: null, shownAt: performance.now(),
     });
   }
 
@@ -27,16 +28,21 @@ class Player {
     this.reset();
     const bytes = await Promise.all([fetchAudio(urls.a), fetchAudio(urls.b)]);
     const [a, b] = await Promise.all(bytes.map((data) => this.audio().decodeAudioData(data)));
-    for (const side of ['a', 'b']) this.gains[side] = 10 ** (gainsDb[side] / 20);
-    this.buffers = { a, b };
-    this.duration = Math.max(a.duration, b.duration);
+    this.take({ a, b }, gainsDb);
+  }
+
+  take(buffers, gainsDb) {
+    for (const side of ['a', 'b']) this.levels[side] = 10 ** (gainsDb[side] / 20);
+    this.buffers = buffers;
+    this.duration = Math.max(buffers.a.duration, buffers.b.duration);
     this.shownAt = performance.now();
     this.onChange();
   }
 
   now() {
-    if (!this.playing) return this.position;
-    const at = Math.max(this.position, this.context.currentTime - this.startedAt);
+    if (!this.playing || !this.nodes) return this.position;
+    const passed = Math.max(0, this.context.currentTime - this.startedAt);
+    const at = this.position + passed;
     if (!this.loop) return Math.min(at, this.duration);
     const [from, to] = this.loop;
     return at < to ? at : from + ((at - from) % (to - from));
@@ -44,27 +50,36 @@ class Player {
 
   async play() {
     if (!this.buffers || this.playing) return;
-    const context = this.audio();
     this.playing = true;
     this.onChange();
-    if (context.state !== 'running') await context.resume();
-    if (!this.playing || !this.buffers) return;
-    if (this.position >= this.duration - 0.02) this.position = this.loop ? this.loop[0] : 0;
+    if (this.audio().state !== 'running') await this.context.resume();
+    if (this.playing && this.buffers && !this.nodes) this.begin();
+  }
+
+  /* Source -> level (loudness match) -> fade (cos or sin of the phase) -> out, twice; both sources start at one instant. */
+  begin() {
+    const context = this.context;
     const at = context.currentTime + 0.02;
+    this.playing = true;
+    if (this.position >= this.duration - 0.02) this.position = this.loop ? this.loop[0] : 0;
+    const out = context.createGain();
+    out.gain.setValueAtTime(0, context.currentTime);
+    out.gain.setValueAtTime(0, at);
+    out.gain.linearRampToValueAtTime(1, at + FADE_S);
+    out.connect(context.destination);
+    const nodes = { out, source: {}, fade: {} };
     for (const side of ['a', 'b']) {
-      const source = context.createBufferSource();
-      const gain = context.createGain();
+      const [source, level, fade] = [context.createBufferSource(), context.createGain(), context.createGain()];
       source.buffer = this.buffers[side];
-      gain.gain.setValueAtTime(0, context.currentTime);
-      gain.gain.setValueAtTime(0, at);
-      gain.gain.linearRampToValueAtTime(side === this.side ? this.gains[side] : 0, at + FADE_S);
-      source.connect(gain).connect(context.destination);
+      level.gain.value = this.levels[side];
+      fade.gain.value = side === this.side ? 1 : 0;
+      source.connect(level).connect(fade).connect(out);
       if (this.loop) [source.loop, source.loopStart, source.loopEnd] = [true, ...this.loop];
       source.start(at, this.position);
-      this.nodes[side] = { source, gain };
+      [nodes.source[side], nodes.fade[side]] = [source, fade];
     }
-    this.startedAt = at - this.position;
-    this.tickedAt = at;
+    const phase = this.side === 'a' ? 0 : Math.PI / 2;
+    Object.assign(this, { nodes, startedAt: at, tickedAt: at, tickedHere: this.position, turn: { at, seconds: 0, from: phase, to: phase } });
     this.log('play');
     this.onChange();
   }
@@ -72,52 +87,89 @@ class Player {
   stop() {
     if (!this.playing) return;
     this.tick();
-    this.position = this.now();
+    if (!this.playing) return; // the tick met the end
+    this.halt(this.now());
+  }
+
+  halt(position) {
+    this.endMark();
+    this.position = position;
     this.playing = false;
-    const at = this.context.currentTime;
-    for (const { source, gain } of Object.values(this.nodes)) {
-      gain.gain.cancelScheduledValues(at);
-      gain.gain.setValueAtTime(gain.gain.value, at);
-      gain.gain.linearRampToValueAtTime(0, at + FADE_S);
-      source.stop(at + FADE_S);
+    if (this.nodes) {
+      const at = this.context.currentTime;
+      const { out, source } = this.nodes;
+      out.gain.cancelScheduledValues(at);
+      out.gain.setValueAtTime(out.gain.value, at);
+      out.gain.linearRampToValueAtTime(0, at + FADE_S);
+      for (const side of ['a', 'b']) source[side].stop(at + FADE_S);
     }
-    this.nodes = {};
+    this.nodes = null;
     this.log('pause');
     this.onChange();
   }
 
   /* Books the time since the last tick to the side that sounded, by the audio clock and not by the wall. */
   tick() {
-    if (!this.playing || !this.nodes.a) return;
-    const passed = this.context.currentTime - this.tickedAt;
+    if (!this.playing || !this.nodes) return;
+    let passed = this.context.currentTime - this.tickedAt;
     if (passed <= 0) return;
     this.tickedAt = this.context.currentTime;
-    const here = this.now();
-    this.heardMs[this.side] += passed * 1000;
+    const end = this.loop ? this.loop[1] : this.duration;
+    for (;;) { // round the loop as often as it went: a hidden tab ticks rarely
+      const to = Math.min(end, this.tickedHere + passed);
+      this.book(this.tickedHere, to);
+      passed -= to - this.tickedHere;
+      this.tickedHere = to;
+      if (passed <= 1e-6) break;
+      if (!this.loop) return this.halt(0);
+      this.endMark(end);
+      this.tickedHere = this.loop[0];
+    }
+  }
+
+  book(from, to) {
+    const end = Math.min(to, this.buffers[this.side].duration);
+    if (end <= from) return;
+    this.heardMs[this.side] += (end - from) * 1000;
     const spans = this.spans[this.side];
     const last = spans[spans.length - 1];
-    const from = Math.max(0, here - passed);
-    if (last && Math.abs(last[1] - from) < 0.06) last[1] = here;
-    else spans.push([from, here]);
-    if (!this.loop && here >= this.duration - 0.005) {
-      this.stop();
-      this.position = 0;
-      this.onChange();
+    if (last && Math.abs(last[1] - from) < 1e-3) last[1] = end;
+    else spans.push([from, end]);
+  }
+
+  /* Share of a side that was heard at least once, 0 to 1. */
+  coverage(side) {
+    let [heard, upTo] = [0, 0];
+    for (const [from, to] of [...this.spans[side]].sort((x, y) => x[0] - y[0])) {
+      heard += Math.max(0, to - Math.max(from, upTo));
+      upTo = Math.max(upTo, to);
     }
+    return Math.min(1, heard / this.buffers[side].duration);
   }
 
   switchTo(side) {
     if (side === this.side) return;
     this.tick();
+    this.endMark();
     this.side = side;
-    for (const [name, { gain }] of Object.entries(this.nodes)) {
-      const at = this.context.currentTime;
-      gain.gain.cancelScheduledValues(at);
-      gain.gain.setValueAtTime(gain.gain.value, at);
-      gain.gain.linearRampToValueAtTime(name === side ? this.gains[name] : 0, at + FADE_S);
-    }
+    if (this.nodes) this.fadeTo(side === 'a' ? 0 : Math.PI / 2);
     this.log('switch');
     this.onChange();
+  }
+
+  fadeTo(to) {
+    const at = this.context.currentTime;
+    const { turn } = this;
+    const share = turn.seconds ? Math.min(1, Math.max(0, (at - turn.at) / turn.seconds)) : 1;
+    const from = turn.from + (turn.to - turn.from) * share; // a turn in the midst of a turn goes on from where it is
+    const seconds = Math.max(0.001, (FADE_S * Math.abs(to - from)) / (Math.PI / 2));
+    const phases = Float32Array.from({ length: 33 }, (_, i) => from + ((to - from) * i) / 32);
+    for (const [side, curve] of [['a', Math.cos], ['b', Math.sin]]) {
+      const { gain } = this.nodes.fade[side];
+      gain.cancelScheduledValues(Math.max(0, at - 2 * FADE_S));
+      gain.setValueCurveAtTime(phases.map((phase) => Math.max(0, curve(phase))), at, seconds);
+    }
+    this.turn = { at, seconds, from, to };
   }
 
   async seek(position) {
@@ -139,6 +191,31 @@ class Player {
     this.position = here;
     this.log(this.loop ? 'loop' : 'unloop');
     if (resume) await this.play();
+    this.onChange();
+  }
+
+  /* ---- "bad here": a mark begins and ends on the side that sounds; a switch, a pause or the loop's turn ends it too */
+  toggleMark() {
+    this.tick();
+    if (this.marking) this.endMark();
+    else if (this.playing && this.nodes) this.marking = { side: this.side, from: this.now() };
+    else return false;
+    this.onChange();
+    return true;
+  }
+
+  endMark(end = this.now()) {
+    const open = this.marking;
+    this.marking = null;
+    if (open) this.addMark(open.side, open.from, Math.max(end, open.from + MIN_MARK_S));
+  }
+
+  addMark(side, from, to) {
+    const end = this.buffers[side].duration;
+    const mark = { side, t0_ms: Math.round(Math.max(0, from) * 1000), t1_ms: Math.floor(Math.min(to, end) * 1000), tag: 'bad' };
+    if (mark.t1_ms <= mark.t0_ms || this.marks.length >= 100) return;
+    this.marks.push(mark);
+    this.log('mark');
     this.onChange();
   }
 

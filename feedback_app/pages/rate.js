@@ -11,8 +11,9 @@ let busy = false;
 let notice = '';
 let said = '';
 let chosen = null;
+let me = null;
 
-const outboxKey = () => `encore.outbox.${localStorage.getItem(NAME_KEY) || ''}`;
+const outboxKey = () => `encore.outbox.${me ? me.handle : localStorage.getItem(NAME_KEY) || ''}`;
 const readOutbox = () => JSON.parse(localStorage.getItem(outboxKey()) || '[]');
 const writeOutbox = (votes) => localStorage.setItem(outboxKey(), JSON.stringify(votes));
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
@@ -23,7 +24,10 @@ const say = (text) => { said = text; };
 function show(view) {
   page.dataset.view = view;
   readColours();
-  find('.signout').hidden = view === 'signin' || view === 'loading';
+  const inside = me !== null && !['signin', 'loading', 'join', 'refused'].includes(view);
+  find('.signout').hidden = !inside;
+  find('.menu').hidden = !inside || view === 'code';
+  find('.menu').open = false;
   if (view !== 'rate' && view !== 'done') find('.progress').hidden = true;
 }
 
@@ -53,8 +57,9 @@ async function fetchAudio(url) {
 /* ---- the route: deliver what waits, then the next pair. true: done, false: sign in first, null: no connection */
 async function advance() {
   for (let wait = 500; ; wait = Math.min(wait * 2, 8000)) {
-    const delivered = await deliver();
-    const outcome = delivered ? await nextPair() : delivered;
+    let outcome = await arrive();
+    if (outcome) outcome = await deliver();
+    if (outcome) outcome = await nextPair();
     busy = outcome === null;
     if (!busy) return paint();
     setText(find('.view-loading .lead'), 'The server does not answer. Trying again…');
@@ -64,11 +69,12 @@ async function advance() {
 }
 
 async function deliver() {
+  if (localStorage.getItem(NAME_KEY) !== me.handle) return askToSignIn('Somebody else signed in in another tab. Sign in again to go on; no vote is lost.');
   for (let votes = readOutbox(); votes.length; votes = readOutbox()) {
     const { key, ballot } = votes[0];
     const answer = await call('/votes', { method: 'POST', headers: { 'Idempotency-Key': key }, body: JSON.stringify(ballot) });
     if (answer === null) return null;
-    if (answer.status === 401) return askToSignIn('Your session ended. Your vote is kept; sign in to send it.');
+    if (answer.status === 401) return askToSignIn(KEPT);
     if (answer.ok) {
       const receipt = await answer.json();
       if (receipt.duplicate && receipt.choice !== ballot.choice) notice = 'You had answered that pair already. The first answer stands.';
@@ -84,38 +90,96 @@ async function nextPair() {
   const answer = await call('/pairs/next' + (CAMPAIGN ? `?campaign=${encodeURIComponent(CAMPAIGN)}` : ''));
   if (answer === null) return null;
   if (answer.status === 401) return askToSignIn('');
+  if (answer.status === 403) return openStep('consent');
   if (answer.status === 204) {
     pair = null;
     player.reset();
     show('done');
     countProgress();
-    return true;
+    return tellDeeds();
   }
   if (!answer.ok) {
     find('.view-loading .lead').textContent = await reason(answer);
     show('loading');
     return true;
   }
-  pair = await answer.json();
+  const next = await answer.json();
+  if (next.practice && !me.practised && !rehearsed()) return openStep('practice', next.aspects);
+  return present(next, () => player.load(next.audio, next.gain_db, fetchAudio));
+}
+
+async function present(next, load) {
+  pair = next;
   chosen = null;
-  find('.prompt').textContent = pair.prompt; // text, never markup: anyone may have written it
+  find('.prompt bdi').textContent = pair.prompt; // text, never markup: anyone may have written it
   find('.prompt').classList.toggle('long', pair.prompt.length > 140);
+  find('.rehearsing').hidden = !pair.rehearsal;
   page.querySelectorAll('.sure input').forEach((input) => { input.checked = false; });
   find('.comment textarea').value = '';
+  askAspects(pair.aspects);
   show('rate');
   countProgress(pair.progress);
   player.reset();
   tell('Loading both pieces…');
-  const loading = pair;
   try {
-    await player.load(pair.audio, pair.gain_db, fetchAudio);
-    if (pair === loading) say(notice);
-  } catch {
-    if (pair === loading) say('The audio could not be loaded. Reload the page, or skip this pair.');
+    await load();
+    if (pair === next) {
+      if (!pair.rehearsal) takeUpDraft();
+      say(notice);
+    }
+  } catch (error) {
+    if (pair === next) say(`The audio could not be loaded (${error.message}). Reload the page, or skip this pair.`);
   }
   notice = '';
   paint();
   return true;
+}
+
+const ASPECTS = { prompt_fit: 'Fits the words', musicality: 'Musicality', sound_quality: 'Sound quality' };
+const SCORES = { '-2': 'A much', '-1': 'A', 0: 'Alike', 1: 'B', 2: 'B much' };
+function askAspects(aspects) {
+  find('.aspects').replaceChildren(...aspects.map((aspect) => {
+    const field = document.createElement('fieldset');
+    field.className = 'aspect';
+    field.append(Object.assign(document.createElement('legend'), { textContent: ASPECTS[aspect] || aspect }));
+    for (const score of [-2, -1, 0, 1, 2]) {
+      const [label, input, text] = ['label', 'input', 'span'].map((tag) => document.createElement(tag));
+      Object.assign(input, { type: 'radio', name: aspect, value: score });
+      text.textContent = SCORES[score];
+      label.append(input, text);
+      field.append(label);
+    }
+    return field;
+  }));
+  find('.why').open = aspects.length > 0;
+}
+
+/* ---- what was heard and said of a pair outlives a refresh */
+const draftKey = () => `encore.draft.${me.handle}`;
+function answers() {
+  const checked = [...page.querySelectorAll('.aspect input:checked')];
+  const sure = find('.sure input:checked');
+  return {
+    aspects: Object.fromEntries(checked.map((input) => [input.name, Number(input.value)])),
+    confidence: sure ? Number(sure.value) : null,
+    comment: find('.comment textarea').value.trim() || null,
+  };
+}
+function keepDraft() {
+  if (!pair || !me || pair.rehearsal || !player.buffers || busy) return;
+  const { heardMs, spans, events, marks } = player;
+  localStorage.setItem(draftKey(), JSON.stringify({ id: pair.assignment_id, said: answers(), player: { heardMs, spans, events, marks } }));
+}
+function takeUpDraft() {
+  const draft = JSON.parse(localStorage.getItem(draftKey()) || 'null');
+  if (!draft || draft.id !== pair.assignment_id) return;
+  Object.assign(player, draft.player);
+  for (const [name, score] of Object.entries(draft.said.aspects)) {
+    const input = find(`.aspect input[name="${CSS.escape(name)}"][value="${Number(score)}"]`);
+    if (input) input.checked = true;
+  }
+  if (draft.said.confidence) find(`.sure input[value="${Number(draft.said.confidence)}"]`).checked = true;
+  find('.comment textarea').value = draft.said.comment || '';
 }
 
 function countProgress(progress) {
@@ -128,21 +192,24 @@ function countProgress(progress) {
   find('.meter').setAttribute('aria-valuemax', total);
 }
 
+const KEPT = 'Your session ended. Your vote is kept; sign in to send it.';
 function askToSignIn(text) {
   player.stop();
+  me = null;
   show('signin');
-  find('.problem').textContent = text;
+  find('.view-signin .problem').textContent = text;
   find('.signin input').focus();
   return false;
 }
 
 async function signIn(handle, token) {
   const answer = await call('/login', { method: 'POST', body: JSON.stringify({ handle, token }) });
-  if (answer === null) return void (find('.problem').textContent = 'The server does not answer. Try again in a moment.');
-  if (!answer.ok) return void (find('.problem').textContent = 'That name and code do not match. Check both, or ask for a new code.');
+  if (answer === null) return void (find('.view-signin .problem').textContent = 'The server does not answer. Try again in a moment.');
+  if (!answer.ok) return void (find('.view-signin .problem').textContent = 'That name and code do not match. Check both, or ask for a new code.');
   localStorage.setItem(NAME_KEY, (await answer.json()).handle);
   find('.signin').reset();
-  find('.problem').textContent = '';
+  find('.view-signin .problem').textContent = '';
+  me = null;
   await advance();
 }
 
@@ -159,21 +226,25 @@ async function vote(choice) {
   }
   busy = true;
   player.stop();
-  const sure = find('.sure input:checked');
+  if (pair.rehearsal) return afterRehearsal(choice);
   const ballot = {
     assignment_id: pair.assignment_id,
     choice,
     listen_ms: { a: Math.floor(player.heardMs.a), b: Math.floor(player.heardMs.b) },
-    confidence: sure ? Number(sure.value) : null,
-    comment: find('.comment textarea').value.trim() || null,
+    ...answers(),
     events: player.events,
+    marks: player.marks,
+    coverage: player.buffers ? { a: player.coverage('a'), b: player.coverage('b') } : null,
+    client_ms: Date.now(),
+    ui_version: page.dataset.version,
   };
   writeOutbox([...readOutbox(), { key: newKey(), ballot }]);
+  localStorage.removeItem(draftKey());
   chosen = choice;
   say(choice === 'skip' ? 'Skipping…' : 'Saving…');
   paint();
   await advance();
-  find('.prompt').focus({ preventScroll: true });
+  if (page.dataset.view === 'rate') find('.prompt').focus({ preventScroll: true });
 }
 
 /* ---- what is seen */
@@ -206,6 +277,8 @@ function paint() {
   find('.play').classList.toggle('playing', player.playing);
   find('.play').setAttribute('aria-label', player.playing ? 'Pause' : 'Play');
   find('.loop').setAttribute('aria-pressed', String(Boolean(player.loop)));
+  find('.mark').setAttribute('aria-pressed', String(Boolean(player.marking)));
+  listMarks();
   const time = find('.time');
   time.textContent = `${clock(here)} / ${clock(player.duration)}`;
   time.setAttribute('aria-valuemax', player.duration.toFixed(1));
@@ -217,35 +290,6 @@ function paint() {
     button.setAttribute('aria-disabled', String(busy || open.length > 0));
     button.classList.toggle('chosen', button.dataset.vote === chosen);
   });
-}
-
-/* What was heard, and where the playhead stands. Deliberately no waveform: it would show which clip is fuller. */
-function drawLane(canvas, side, here) {
-  const scale = window.devicePixelRatio || 1;
-  const [width, height] = [Math.round(canvas.clientWidth * scale), Math.round(canvas.clientHeight * scale)];
-  if (canvas.width !== width) canvas.width = width;
-  if (canvas.height !== height) canvas.height = height;
-  const draw = canvas.getContext('2d');
-  draw.clearRect(0, 0, width, height);
-  if (!player.duration) return;
-  const at = (seconds) => (seconds / player.duration) * width;
-  const bar = (from, to, top, bottom, colour, radius) => {
-    draw.fillStyle = colour;
-    draw.beginPath();
-    draw.roundRect(from, top * height, Math.max(2 * scale, to - from), (bottom - top) * height, radius * scale);
-    draw.fill();
-  };
-  if (player.loop) bar(at(player.loop[0]), at(player.loop[1]), 0.16, 0.84, colours.loop, 8);
-  bar(0, width, 0.4, 0.6, colours.line, 5);
-  for (const [from, to] of player.spans[side]) bar(at(from), at(to), 0.4, 0.6, colours[side], 5);
-  const head = Math.min(width - 3 * scale, Math.max(0, at(here) - 1.5 * scale));
-  bar(head, head + 3 * scale, 0.08, 0.92, player.side === side ? colours.ink : colours.faint, 1.5);
-}
-
-let colours = {};
-function readColours() {
-  const style = getComputedStyle(page);
-  colours = Object.fromEntries(['ink', 'faint', 'line', 'loop', 'a', 'b'].map((name) => [name, style.getPropertyValue(`--${name}`)]));
 }
 
 function frame() {
@@ -260,19 +304,20 @@ function frame() {
 const hush = () => { if (!busy && player.buffers) said = ''; };
 const toggle = () => { hush(); return player.playing ? player.stop() : player.play(); };
 const other = () => { hush(); player.switchTo(player.side === 'a' ? 'b' : 'a'); };
+const mark = () => (player.toggleMark() ? hush() : tell('Play first, then press M where it sounds bad.'));
 const KEYS = {
-  ' ': toggle, x: other, l: () => player.toggleLoop(),
+  ' ': toggle, x: other, l: () => player.toggleLoop(), m: () => mark(),
   ArrowLeft: () => player.seek(player.now() - 1), ArrowRight: () => player.seek(player.now() + 1),
   1: () => vote('a'), 2: () => vote('b'), 3: () => vote('tie'), 4: () => vote('both_bad'),
 };
 
 function onKey(event) {
-  if (page.dataset.view !== 'rate' || event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing) return;
+  if (!['rate', 'check'].includes(page.dataset.view) || event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing) return;
   const target = event.target instanceof Element ? event.target : document.body;
   if (target.closest('input:not([type=radio]), textarea, select, [contenteditable=true]')) return;
-  if (event.key === ' ' && target.closest('button, summary, input')) return; // a focused control keeps its own Space
+  if ([' ', 'Enter'].includes(event.key) && target.closest('button, summary, input')) return; // a focused control keeps its own Space
   if (event.key.startsWith('Arrow') && target.closest('input')) return;
-  const act = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  const act = (page.dataset.view === 'check' ? CHECK_KEYS : KEYS)[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!act) return;
   event.preventDefault();
   act();
@@ -290,29 +335,32 @@ page.addEventListener('click', (event) => {
     else if (button.matches('.play')) toggle();
     else if (button.matches('.switch')) other();
     else if (button.matches('.loop')) player.toggleLoop();
+    else if (button.matches('.mark')) mark();
     else if (button.matches('.skip')) vote('skip');
+    else if (stepClick(button)) return;
     else if (button.matches('.again')) advance();
     else if (button.matches('.signout')) call('/logout', { method: 'POST' }).then(() => askToSignIn(''));
     return;
   }
-  const track = event.target.closest('.track');
-  if (track && player.buffers) {
-    const box = track.getBoundingClientRect();
-    player.switchTo(track.closest('.lane').querySelector('.side').dataset.side);
-    player.seek(((event.clientX - box.left) / box.width) * player.duration);
-  }
+});
+page.querySelectorAll('.track').forEach(watchLane);
+page.addEventListener('input', keepDraft);
+find('.joining').addEventListener('submit', (event) => {
+  event.preventDefault();
+  join(String(new FormData(event.target).get('handle')));
 });
 find('.signin').addEventListener('submit', (event) => {
   event.preventDefault();
   const form = new FormData(event.target);
   signIn(form.get('handle'), form.get('token'));
 });
-for (const [target, name, handler] of [[document, 'keydown', onKey], [window, 'resize', () => { readColours(); paint(); }]]) {
+for (const [target, name, handler] of [[document, 'keydown', onKey], [window, 'resize', () => { readColours(); paint(); }], [window, 'pagehide', keepDraft]]) {
   const slot = `encore:${name}`; // this script may run again after a reconnect: never listen twice
   if (window[slot]) target.removeEventListener(name, window[slot]);
   window[slot] = handler;
   target.addEventListener(name, handler);
 }
+page.player = player; // for whoever measures it
 cancelAnimationFrame(window.encoreFrame);
 frame();
 advance();

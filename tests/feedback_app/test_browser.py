@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytest
 from playwright.sync_api import Browser, Error, Page, Playwright, expect, sync_playwright
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 
-from db.schema import Assignment, Pair, Vote
+from db.people import record_screen
+from db.schema import Assignment, Campaign, Consent, Invitation, Pair, Rater, SpanMark, Vote, VoteAspect, utc_now
 from db.store import open_store
 
-HOSTILE = '<img src=x onerror="window.pwned=1"> ${window.pwned=2} {{window.pwned=3}} <b>bold</b>'
+HOSTILE = '<img src=x onerror="window.pwned=1"> ${window.pwned=2} {{window.pwned=3}} `${window.pwned=4}` <b>bold</b> \u202egnol\u202c'
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 PATIENCE_MS = 120_000
 
@@ -47,6 +50,8 @@ class Visit:
         self.requests: list[str] = []
         self.errors: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
+        self.answers: list[object] = []
+        self.page.on("response", lambda answer: self.answers.append(answer))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(url)
 
@@ -62,9 +67,9 @@ class Visit:
     def prompt(self) -> str:
         return self.page.locator(".prompt").inner_text()
 
-    def listen_by_keyboard(self) -> None:
+    def listen_by_keyboard(self, length: str = "0:04") -> None:
         """Space, until A has been heard enough; X, until B has; then all votes are open."""
-        self.page.wait_for_function("document.querySelector('.time').textContent.endsWith('0:04')")
+        self.page.wait_for_function(f"document.querySelector('.time').textContent.endsWith('{length}')")
         self.page.keyboard.press("Space")
         self.page.wait_for_selector(".lane.a.enough")
         self.page.keyboard.press("x")
@@ -89,6 +94,29 @@ def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
         made.context.close()
 
 
+def add_listener(demo: object, handle: str = "ada") -> str:
+    """A rater who has the headphone check behind them; returns the access code."""
+    code = demo.add_rater(handle)
+    with open_store(demo.url) as store:
+        with store.read() as session:
+            rater_id = session.scalars(select(Rater.id).where(Rater.handle == handle)).one()
+        record_screen(store, rater_id, 6, 6)
+    return code
+
+
+def set_up(demo: object, **rules: object) -> str:
+    """Gives the campaign these rules and an invitation for one; returns its token."""
+    token = "a-token-that-nobody-guesses"
+    with open_store(demo.url) as store, store.write() as session:
+        if rules:
+            session.execute(update(Campaign).values(**rules))
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        campaign_id = session.scalars(select(Campaign.id)).one()
+        expires_at = utc_now() + timedelta(days=1)
+        session.add(Invitation(token_sha256=digest, campaign_id=campaign_id, max_uses=1, expires_at=expires_at))
+    return token
+
+
 @pytest.fixture
 def hostile_demo(make_demo: Callable) -> object:
     return make_demo([HOSTILE] * 3, min_listen_ms=600, seconds=4.0)
@@ -103,14 +131,14 @@ def votes_of(url: str) -> list:
 def test_a_vote_by_keyboard_is_in_the_database_and_nobody_else_is_asked(
     hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
 ) -> None:
-    code = hostile_demo.add_rater("ada")
+    code = add_listener(hostile_demo)
     server = start_server(hostile_demo)
     ada = visit(server.url)
     ada.at("signin")
     ada.sign_in("ada", code)
 
     assert ada.prompt() == HOSTILE
-    assert ada.page.locator(".prompt *").count() == 0
+    assert ada.page.locator(".prompt bdi *").count() == 0
     expect(ada.page.locator(".count")).to_have_text("0 rated · 3 to go")
     ada.page.wait_for_function("document.querySelector('.time').textContent.endsWith('0:04')")
     ada.page.keyboard.press("2")  # too early: says what is missing, sends nothing
@@ -135,7 +163,7 @@ def test_a_vote_by_keyboard_is_in_the_database_and_nobody_else_is_asked(
 def test_a_vote_without_connection_or_session_waits_and_is_stored_once(
     hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
 ) -> None:
-    code = hostile_demo.add_rater("ada")
+    code = add_listener(hostile_demo)
     server = start_server(hostile_demo)
     ada = visit(server.url)
     ada.sign_in("ada", code)
@@ -152,7 +180,7 @@ def test_a_vote_without_connection_or_session_waits_and_is_stored_once(
     ada.context.clear_cookies()
     ada.page.keyboard.press("4")
     ada.at("signin")
-    expect(ada.page.locator(".problem")).to_contain_text("Your vote is kept")
+    expect(ada.page.locator(".view-signin .problem")).to_contain_text("Your vote is kept")
     ada.sign_in("ada", code)
     expect(ada.page.locator(".count")).to_have_text("2 rated · 1 to go", timeout=PATIENCE_MS)
     assert [vote.choice for vote, _, _ in votes_of(hostile_demo.url)] == ["a", "both_bad"]
@@ -161,24 +189,232 @@ def test_a_vote_without_connection_or_session_waits_and_is_stored_once(
 def test_a_phone_of_390_pixels_shows_it_all_without_sideways_scroll(
     hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
 ) -> None:
-    code = hostile_demo.add_rater("ada")
+    code = add_listener(hostile_demo)
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     ada = visit(start_server(hostile_demo).url, **phone)
     ada.sign_in("ada", code)
     assert ada.page.evaluate("document.documentElement.scrollWidth") <= 390
     boxes = [button.bounding_box() for button in ada.page.locator(".votes button, .lane .side, .controls button").all()]
-    assert len(boxes) == 9
+    assert len(boxes) == 10
     assert all(box["height"] >= 44 and box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
 
 
 def test_every_control_has_a_name(hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]) -> None:
-    code = hostile_demo.add_rater("ada")
+    code = add_listener(hostile_demo)
     ada = visit(start_server(hostile_demo).url)
     ada.sign_in("ada", code)
     for role, name in [
-        ("button", "Hear A"), ("button", "Hear B"), ("button", "Play"), ("button", "Switch"), ("button", "Loop"),
+        ("button", "Hear A"), ("button", "Hear B"), ("button", "Play"), ("button", "Switch"), ("button", "Loop"), ("button", "Bad here"),
         ("button", "A is better"), ("button", "B is better"), ("button", "Equally good"), ("button", "Both bad"),
         ("button", "Skip this pair"), ("button", "Sign out"), ("slider", "Playhead"), ("progressbar", "Pairs rated"),
         ("group", "Your vote"), ("status", None),
     ]:  # fmt: skip
         expect(ada.page.locator("main.encore").get_by_role(role, name=name)).to_have_count(1)
+
+
+def test_by_keyboard_alone_from_the_invitation_to_the_third_vote(
+    make_demo: Callable, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    demo = make_demo([HOSTILE] * 4, min_listen_ms=300, seconds=4.0)
+    token = set_up(demo, practice=True, invited_only=True, aspects=["musicality"])
+    server = start_server(demo)
+    eve = visit(f"{server.url}/?invite={token}")
+    keys = eve.page.keyboard
+    eve.at("consent")
+    assert token not in eve.page.url
+    eve.page.reload()
+    eve.at("consent")  # a refresh goes on where it stopped
+
+    def press_button(name: str) -> None:
+        """Walks to a button with Tab, as somebody without a pointer does."""
+        for _ in range(30):
+            keys.press("Tab")
+            if eve.page.evaluate("document.activeElement.textContent").startswith(name):
+                return keys.press("Enter")
+        raise AssertionError(f"no way to {name} by Tab")
+
+    press_button("No, thank you")
+    eve.at("refused")
+    with open_store(demo.url) as store, store.read() as session:
+        assert session.scalar(select(func.count()).select_from(Rater)) == 0
+        assert session.scalar(select(func.count()).select_from(Consent)) == 0
+    press_button("Read it again")
+    eve.at("consent")
+    press_button("I agree")
+    eve.at("join")
+    keys.type("eve 1234 xlm")
+    keys.press("Enter")
+    eve.at("code")
+    press_button("I have kept it")
+    eve.at("guide")
+    press_button("Go on")
+    eve.at("check")
+    keys.press("Space")
+    keys.press("Enter")
+    for n in range(1, 7):
+        expect(eve.page.locator(".nth")).to_have_text(f"{n} of 6")
+        keys.press("Space")
+        eve.page.wait_for_timeout(60)
+        keys.press("1")
+    eve.page.wait_for_selector(".view-check .found:not([hidden]) .onward:focus")
+    keys.press("Enter")
+
+    for answer, other in [("1", "2"), ("2", "1")]:  # the rehearsal: a wrong answer is told, a right one leads on
+        eve.at("rate")
+        expect(eve.page.locator(".rehearsing")).to_be_visible()
+        eve.listen_by_keyboard("0:05")
+        keys.press(other)
+        expect(eve.page.locator(".status")).to_contain_text("Listen once more")
+        keys.press(answer)
+        eve.page.wait_for_function("!document.querySelector('main.encore').classList.contains('ready')")
+    expect(eve.page.locator(".rehearsing")).to_be_hidden()
+    assert votes_of(demo.url) == []
+
+    for n in range(3):
+        eve.listen_by_keyboard()
+        keys.press("1")
+        expect(eve.page.locator(".count")).to_have_text(f"{n + 1} rated · {3 - n} to go", timeout=PATIENCE_MS)
+    assert [vote.choice for vote, _, _ in votes_of(demo.url)] == ["a"] * 3
+    with open_store(demo.url) as store, store.read() as session:
+        rater = session.scalars(select(Rater)).one()
+        assert (rater.handle, rater.screen["trials"]) == ("eve 1234 xlm", 6)
+        assert rater.practised_at is not None
+        assert session.scalars(select(Consent.accepted)).all() == [True]
+    assert eve.errors == []
+
+
+def test_aspects_marks_and_coverage_outlive_a_refresh_and_reach_the_database(
+    make_demo: Callable, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    demo = make_demo(["calm"], min_listen_ms=300, seconds=4.0)
+    set_up(demo, aspects=["prompt_fit", "sound_quality"])
+    code = add_listener(demo)
+    ada = visit(start_server(demo).url)
+    ada.sign_in("ada", code)
+    ada.page.wait_for_function("document.querySelector('.time').textContent.endsWith('0:04')")
+    ada.page.keyboard.press("m")
+    expect(ada.page.locator(".status")).to_contain_text("Play first")
+    ada.page.keyboard.press("Space")
+    ada.page.wait_for_function("document.querySelector('main.encore').player.now() > 0.4")
+    ada.page.keyboard.press("m")
+    ada.page.wait_for_timeout(300)
+    ada.page.keyboard.press("m")
+    ada.page.keyboard.press("x")
+    ada.page.wait_for_selector(".lane.b.enough")
+    ada.page.keyboard.press("Space")
+    box = ada.page.locator(".lane.b .track").bounding_box()
+    for action, share in [("move", 0.25), ("down", 0.25), ("move", 0.5), ("up", 0.5)]:
+        if action == "move":
+            ada.page.mouse.move(box["x"] + share * box["width"], box["y"] + 20, steps=4)
+        else:
+            getattr(ada.page.mouse, action)()
+    expect(ada.page.locator(".marks li")).to_have_count(2)
+    ada.page.locator(".marks select").nth(1).select_option("noise")
+    ada.page.locator(".aspect label", has_text="B much").nth(1).click()
+    comment = ada.page.get_by_label("What made the difference?")
+    comment.fill("")
+    comment.press_sequentially("x1m2 ")  # typing steers nothing
+    assert votes_of(demo.url) == []
+    expect(ada.page.locator(".lane.b.on")).to_have_count(1)
+
+    ada.page.reload()
+    ada.page.wait_for_selector("main.encore.ready")
+    expect(ada.page.locator(".marks li")).to_have_count(2)
+    expect(ada.page.get_by_label("What made the difference?")).to_have_value("x1m2")
+    ada.page.keyboard.press("2")
+    ada.at("done")
+    expect(ada.page.locator(".deeds")).to_contain_text("You gave 1 answer. They wait for the next snapshot")
+    ((vote, _, _),) = votes_of(demo.url)
+    assert (vote.choice, vote.comment, len(vote.ui_version)) == ("b", "x1m2", 12)
+    assert abs(vote.client_ms / 1000 - vote.created_at.timestamp()) < 60
+    assert vote.coverage_a == pytest.approx(vote.listen_a_ms / 4000, abs=0.01)
+    with open_store(demo.url) as store, store.read() as session:
+        assert [(row.aspect, row.score) for row in session.scalars(select(VoteAspect))] == [("sound_quality", 2)]
+        first, second = session.scalars(select(SpanMark).order_by(SpanMark.id)).all()
+    assert (first.side, first.tag) == ("a", "bad")
+    assert 400 <= first.t0_ms < first.t1_ms < 3000
+    assert (second.side, second.tag) == ("b", "noise")
+    assert (second.t0_ms, second.t1_ms) == pytest.approx((1000, 2000), abs=40)
+    assert ada.errors == []
+
+
+def test_of_two_tabs_the_first_vote_stands_and_the_second_tab_says_so(
+    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    code = add_listener(hostile_demo)
+    server = start_server(hostile_demo)
+    ada = visit(server.url)
+    ada.sign_in("ada", code)
+    other = Visit.__new__(Visit)
+    other.page = ada.context.new_page()
+    other.page.goto(server.url)
+    other.at("rate")
+    other.listen_by_keyboard()
+    ada.page.bring_to_front()
+    ada.listen_by_keyboard()
+    ada.page.keyboard.press("1")
+    expect(ada.page.locator(".count")).to_have_text("1 rated · 2 to go", timeout=PATIENCE_MS)
+    other.page.bring_to_front()
+    other.page.keyboard.press("2")
+    expect(other.page.locator(".status")).to_have_text("You had answered that pair already. The first answer stands.", timeout=PATIENCE_MS)
+    assert [vote.choice for vote, _, _ in votes_of(hostile_demo.url)] == ["a"]
+
+
+def test_both_sides_run_on_one_clock_to_the_sample_and_keep_their_power_while_they_turn(
+    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    code = add_listener(hostile_demo)
+    ada = visit(start_server(hostile_demo).url)
+    ada.sign_in("ada", code)
+    heard = ada.page.evaluate(
+        """async () => {
+          const [rate, n] = [48000, 24000];
+          const player = new (document.querySelector('main.encore').player.constructor)(() => {});
+          const context = player.context = new OfflineAudioContext(1, n, rate);
+          const side = (sign) => {
+            const buffer = context.createBuffer(1, n, rate);
+            buffer.getChannelData(0).forEach((_, i, data) => { data[i] = sign * (i + 1) / n; });
+            return buffer;
+          };
+          player.take({ a: side(1), b: side(-1) }, { a: 0, b: 0 });
+          player.begin();
+          const turns = [0.1, 0.2, 0.205, 0.3]; // the third comes in the midst of the second
+          turns.forEach((at, i) => context.suspend(at).then(() => { player.switchTo(i % 2 ? 'a' : 'b'); context.resume(); }));
+          const out = (await context.startRendering()).getChannelData(0);
+          const start = Math.round(0.02 * rate);
+          const at = (seconds) => Math.round(out[Math.round(seconds * rate)] * n) - Math.sign(out[Math.round(seconds * rate)]);
+          return [0.09, 0.15, 0.25, 0.4].map((s) => [at(s), Math.round(s * rate) - start]);
+        }"""
+    )
+    for (got, index), sign in zip(heard, (1, -1, -1, 1), strict=True):
+        assert abs(sign * got - index) <= 1, heard
+
+
+def test_the_next_pair_is_ready_soon_after_a_vote_and_nothing_names_a_system(
+    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit], record_property: Callable
+) -> None:
+    code = add_listener(hostile_demo)
+    server = start_server(hostile_demo)
+    ada = visit(server.url)
+    ada.sign_in("ada", code)
+    ada.listen_by_keyboard()
+    took_ms = ada.page.evaluate(
+        """async () => {
+          const main = document.querySelector('main.encore');
+          const before = main.player.buffers;
+          const from = performance.now();
+          document.dispatchEvent(new KeyboardEvent('keydown', { key: '1' }));
+          while (!main.player.buffers || main.player.buffers === before) await new Promise((done) => setTimeout(done, 2));
+          return performance.now() - from;
+        }"""
+    )
+    record_property("vote_to_next_pair_ms", round(took_ms))
+    print(f"vote to next pair ready: {took_ms:.0f} ms")
+    assert took_ms <= 400
+    said = [ada.page.content(), *ada.requests]
+    said += [str(answer.headers) for answer in ada.answers]
+    assert len(said) > 10
+    text = " ".join(said)
+    for secret in ("secret-base", "secret-dpo", "telling-name", "manifest"):
+        assert secret not in text, secret
+    assert {url for url in ada.requests if not url.startswith((server.url, "data:", "blob:"))} == set()

@@ -1,0 +1,216 @@
+/* The way to the first pair: invitation, consent, name and code, guide, headphone check, rehearsal. Each once; the server
+   knows what was done, so a refresh goes on where it stopped. The menu leads back to each. */
+const INVITE_KEY = 'encore.invite';
+const post = (path, body) => call(path, { method: 'POST', body: JSON.stringify(body) });
+let consentPage = null;
+let trial = null; // the headphone check: { soft, turned, index, right }
+let toneNode = null;
+let rehearsal = 0;
+
+const rehearsed = () => sessionStorage.getItem('encore.rehearsed') === 'yes';
+
+/* Who is here, and the first step still to do. true: rate on; false: the page waits for a person; null: no connection */
+async function arrive() {
+  const token = sessionStorage.getItem(INVITE_KEY);
+  if (me && !token) return true;
+  const answer = await call('/me');
+  if (answer === null) return null;
+  if (answer.status === 401) return token ? offerInvitation(token) : askToSignIn(me ? KEPT : '');
+  me = await answer.json();
+  localStorage.setItem(NAME_KEY, me.handle);
+  if (token) {
+    const taken = await post('/me/invitation', { invitation: token });
+    if (taken === null) return null;
+    sessionStorage.removeItem(INVITE_KEY);
+    if (!taken.ok) notice = `The invitation was not taken: ${await reason(taken)}.`;
+    else return (me = null, arrive());
+  }
+  if (me.consent_due) return openStep('consent');
+  if (!me.screen) return openStep('guide');
+  return true;
+}
+
+async function offerInvitation(token) {
+  const answer = await post('/invitation', { invitation: token });
+  if (answer === null) return null;
+  if (answer.ok) return openStep('consent');
+  sessionStorage.removeItem(INVITE_KEY);
+  return askToSignIn(`This invitation does not work. ${await reason(answer)}.`);
+}
+
+async function openStep(step, aspects = []) {
+  player.stop();
+  hushTone();
+  if (step === 'practice') {
+    rehearsal = Number(sessionStorage.getItem('encore.rehearsal') || 0) % REHEARSAL.length;
+    return presentRehearsal(aspects);
+  }
+  if (step === 'consent') {
+    const answer = await call('/consent');
+    if (answer === null) return null;
+    consentPage = await answer.json();
+    find('.consent-title').textContent = consentPage.title;
+    find('.view-consent .words').replaceChildren(...consentPage.text.map((text) => Object.assign(document.createElement('p'), { textContent: text })));
+    const agreed = me !== null && !me.consent_due;
+    find('.agree').textContent = agreed ? 'Go back' : 'I agree';
+    find('.refuse').textContent = agreed ? 'Withdraw my consent' : 'No, thank you';
+    find('.view-consent .problem').textContent = '';
+  }
+  if (step === 'check') startCheck();
+  show(step);
+  const heading = find(`.view-${step} h1`);
+  if (heading) heading.focus({ preventScroll: true });
+  return false;
+}
+
+async function agree() {
+  if (me === null) return void (show('join'), find('.joining input').focus());
+  if (me.consent_due) {
+    const answer = await post('/me/consent', { version: consentPage.version, accepted: true });
+    if (answer === null || !answer.ok) return void (find('.view-consent .problem').textContent = 'The server does not answer. Try again in a moment.');
+    me = null;
+  }
+  await advance();
+}
+
+async function refuse() {
+  let text = 'Nothing about you was stored. You may close this page, or change your mind.';
+  if (me) {
+    text = 'No more pairs are handed to you. The answers you gave so far stay as they are; ask whoever invited you if they should be erased.';
+    if (!me.consent_due) {
+      const answer = await post('/me/consent', { version: consentPage.version, accepted: false });
+      if (answer === null || !answer.ok) return void (find('.view-consent .problem').textContent = 'The server does not answer. Try again in a moment.');
+    }
+    me = null;
+  }
+  find('.refused-text').textContent = text;
+  show('refused');
+  find('.view-refused h1').focus();
+}
+
+async function join(handle) {
+  const problem = find('.view-join .problem');
+  const answer = await post('/join', { invitation: sessionStorage.getItem(INVITE_KEY) || '', handle, consent_version: consentPage.version });
+  if (answer === null) return void (problem.textContent = 'The server does not answer. Try again in a moment.');
+  if (!answer.ok) return void (problem.textContent = `That did not work. ${await reason(answer)}.`);
+  const joined = await answer.json();
+  sessionStorage.removeItem(INVITE_KEY);
+  localStorage.setItem(NAME_KEY, joined.handle);
+  find('.newname').textContent = joined.handle;
+  find('.code code').textContent = joined.access_code;
+  show('code');
+  find('.view-code h1').focus();
+}
+
+/* ---- the headphone check */
+function startCheck() {
+  trial = null;
+  const [level, asking, found] = ['.level', '.trial', '.found'].map(find);
+  [level.hidden, asking.hidden, found.hidden, find('.leave').hidden] = [false, true, true, false];
+}
+
+function hushTone() {
+  if (toneNode) toneNode.stop();
+  toneNode = null;
+}
+
+async function playTone() {
+  hushTone();
+  const context = player.audio();
+  if (context.state !== 'running') await context.resume();
+  const source = context.createBufferSource();
+  source.buffer = trial ? trialTone(context, trial.soft, trial.turned) : levelTone(context);
+  source.loop = !trial;
+  source.connect(context.destination);
+  source.start();
+  toneNode = source;
+  if (trial) trial.played = true;
+}
+
+function nextTrial(index, right) {
+  hushTone();
+  trial = { ...drawTrial(), index, right, played: false };
+  [find('.level').hidden, find('.trial').hidden] = [true, false];
+  find('.nth').textContent = `${index + 1} of ${TRIALS}`;
+}
+
+async function answerTrial(which) {
+  if (!trial || !trial.played) return;
+  const right = trial.right + (which === trial.soft ? 1 : 0);
+  if (trial.index + 1 < TRIALS) return nextTrial(trial.index + 1, right);
+  hushTone();
+  await finishCheck(right, TRIALS);
+}
+
+async function finishCheck(right, trials) {
+  hushTone();
+  const answer = await post('/me/screen', { right, trials });
+  const passed = answer && answer.ok && (await answer.json()).passed;
+  [find('.level').hidden, find('.trial').hidden, find('.found').hidden, find('.leave').hidden] = [true, true, false, true];
+  let text = 'The server does not answer. Go on; you will be asked again.';
+  if (answer && answer.ok) text = passed ? 'Your headphones work well.' : 'We could not tell that you wear headphones. You may go on all the same; better with them.';
+  find('.found .lead').textContent = text;
+  trial = null;
+  if (answer && answer.ok) me.screen = { passed, right, trials };
+  else me.screen = { passed: false }; // for this visit only: the server will ask again
+  find('.found .onward').focus();
+}
+
+const CHECK_KEYS = {
+  ' ': () => playTone(), Enter: () => { if (!trial && !find('.level').hidden) nextTrial(0, 0); },
+  1: () => answerTrial(0), 2: () => answerTrial(1), 3: () => answerTrial(2),
+};
+
+/* ---- the rehearsal: the rating page itself, with two pairs of its own; no answer leaves the page */
+function presentRehearsal(aspects) {
+  const task = REHEARSAL[rehearsal];
+  const next = { rehearsal: task, prompt: task.prompt, min_listen_ms: 1000, aspects, progress: null };
+  return present(next, async () => player.take(rehearse(player.audio(), task), { a: 0, b: 0 }));
+}
+
+async function afterRehearsal(choice) {
+  const { rehearsal: task, aspects } = pair;
+  if (choice !== task.better && choice !== 'skip') {
+    busy = false;
+    return tell(`Listen once more: ${task.why}.`);
+  }
+  rehearsal += 1;
+  sessionStorage.setItem('encore.rehearsal', rehearsal);
+  busy = false;
+  if (rehearsal < REHEARSAL.length) {
+    notice = 'Just so. One more to practise on.';
+    return presentRehearsal(aspects);
+  }
+  sessionStorage.setItem('encore.rehearsal', 0);
+  sessionStorage.setItem('encore.rehearsed', 'yes');
+  await post('/me/practice', {}); // unanswered: the server offers it again on another visit
+  me.practised = true;
+  notice = 'That was the practice. From here on your answers count.';
+  await advance();
+}
+
+async function tellDeeds() {
+  const answer = await call('/me');
+  if (answer === null || !answer.ok) return answer === null ? null : askToSignIn('');
+  me = await answer.json();
+  const used = me.snapshots ? `They stand in ${me.snapshots} frozen snapshot${me.snapshots > 1 ? 's' : ''} from which models learn.` : 'They wait for the next snapshot, from which models learn.';
+  find('.deeds').textContent = me.votes ? `You gave ${me.votes} answer${me.votes > 1 ? 's' : ''}. ${used}` : '';
+  return true;
+}
+
+function stepClick(button) {
+  if (button.dataset.step) openStep(button.dataset.step);
+  else if (button.dataset.tone) answerTrial(Number(button.dataset.tone));
+  else if (button.matches('.tone')) playTone();
+  else if (button.matches('.leveled')) nextTrial(0, 0);
+  else if (button.matches('.leave')) finishCheck(0, 0);
+  else if (button.matches('.agree')) agree();
+  else if (button.matches('.refuse')) refuse();
+  else if (button.matches('.reconsider')) { location.reload(); }
+  else if (button.matches('.kept')) advance();
+  else if (button.matches('.copy')) navigator.clipboard?.writeText(find('.code code').textContent);
+  else if (button.matches('.view-guide .onward')) { if (me && me.screen) advance(); else openStep('check'); }
+  else if (button.matches('.view-check .onward')) advance();
+  else return false;
+  return true;
+}
