@@ -1,6 +1,6 @@
 """`encore ...`: one door to what is not training.
 
-    encore corpus import|build   encore sample   encore app   encore ratings export|stats   encore generate
+    encore corpus import|build   encore sample   encore app   encore ratings export|import|stats   encore generate
     encore adapters list|show    encore evaluate   encore lineage   encore demo
 
 Training is launched with `accelerate launch <folder>/train_*.py`. Bad input ends with one line on stderr (got, expected, remedy)
@@ -81,13 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--port", type=int, default=7860)
     p.add_argument("--rater", metavar="NAME", help="make sure this rater exists and print a fresh access code")
 
-    ratings = commands.add_parser("ratings", help="export or count votes").add_subparsers(required=True, metavar="ACTION")
+    ratings = commands.add_parser("ratings", help="export, import or count votes").add_subparsers(required=True, metavar="ACTION")
     p = _command(ratings, "export", ratings_export, "freeze a campaign's votes as a hashed snapshot")
     p.add_argument("--format", choices=["snapshot", "trl"], default="snapshot", help="our own rows, or a TRL preference dataset")
     p.add_argument("--db", default=DEMO_DB)
     p.add_argument("--campaign", required=True)
     p.add_argument("--out", type=Path, default=Path("runs/snapshots"))
     p.add_argument("--name", required=True)
+    p = _command(ratings, "import", ratings_import, "take in votes given elsewhere: a snapshot, CSV, JSON lines, Music Arena's logs")
+    p.add_argument("file", type=Path, help="a .csv, .jsonl or .json file, or a snapshot's folder")
+    p.add_argument("--db", default=DEMO_DB)
+    p.add_argument("--campaign", required=True)
     p = _command(ratings, "stats", ratings_stats, "count pairs, raters and votes")
     p.add_argument("--db", default=DEMO_DB)
 
@@ -185,6 +189,16 @@ def ratings_export(args: argparse.Namespace) -> None:
     with open_store(args.db) as store:
         snapshot = export(store, args.campaign, args.out, args.name)
     print(json.dumps({"folder": str(args.out / args.name), **snapshot}, indent=2, default=str))
+
+
+def ratings_import(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from db.imports import import_votes
+    from db.store import open_store
+
+    with open_store(args.db) as store:
+        print(json.dumps(dataclasses.asdict(import_votes(store, args.file, args.campaign)), indent=2))
 
 
 def ratings_stats(args: argparse.Namespace) -> None:
