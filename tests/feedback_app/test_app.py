@@ -116,7 +116,7 @@ def test_the_app_loads_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240, cwd=ROOT)
 
 
-@pytest.mark.parametrize("asset", ["player.js", "rate.js", "page.css", "page.html"])
+@pytest.mark.parametrize("asset", ["player.js", "sounds.js", "lane.js", "steps.js", "rate.js", "page.css", "page.html"])
 def test_the_page_asks_nothing_of_other_hosts(asset: str) -> None:
     text = (ROOT / "feedback_app/pages" / asset).read_text()
     assert "http:" not in text

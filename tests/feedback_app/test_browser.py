@@ -415,6 +415,6 @@ def test_the_next_pair_is_ready_soon_after_a_vote_and_nothing_names_a_system(
     said += [str(answer.headers) for answer in ada.answers]
     assert len(said) > 10
     text = " ".join(said)
-    for secret in ("secret-base", "secret-dpo", "telling-name", "manifest"):
+    for secret in ("secret-base", "secret-dpo", "telling-name", ".wav"):
         assert secret not in text, secret
     assert {url for url in ada.requests if not url.startswith((server.url, "data:", "blob:"))} == set()
