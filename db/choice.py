@@ -13,19 +13,25 @@ The propensity of a draw is the probability with which this pair came to this ra
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import BindParameter, Connection, Row, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import aliased
 
-from db.errors import NotFoundError
+from db.errors import NotFoundError, StoreError
 from db.schema import Assignment, Campaign, Clip, Pair, Vote
 
 if TYPE_CHECKING:
     from db.store import Store
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 24
 """A pair is drawn from this many of the least-voted ones, so that raters spread out."""
@@ -219,6 +225,8 @@ _systems = (
     .join(_y, _y.id == Pair.clip_y_id)
     .where(Pair.campaign_id == _campaign, Pair.gold.is_(None))
 )
+_newest = select(func.max(Vote.id)).scalar_subquery()
+NEWEST_VOTES = select(Campaign.name, _newest).where(Campaign.status == "open", Campaign.chooser == "informative")
 SET_PRIORITY = update(Pair).where(Pair.id == bindparam("pair")).values(priority=bindparam("telling"))
 
 
@@ -262,6 +270,38 @@ def refresh_priorities(store: Store, campaign: str) -> int:
         with store.write_core() as connection:
             connection.execute(SET_PRIORITY, changed[at : at + BATCH])
     return len(changed)
+
+
+@contextmanager
+def renewed_priorities(store: Store, every_s: float = 30.0) -> Iterator[None]:
+    """While the block lasts, a thread renews the priorities of open `informative` campaigns that have new votes.
+
+    It rests for `every_s` and at least 20 times as long as it worked, so that a large campaign costs it a twentieth of a core.
+    """
+    over = threading.Event()
+
+    def work() -> None:
+        seen: dict[str, int] = {}
+        rest_s = every_s
+        while not over.wait(rest_s):
+            began = time.monotonic()
+            try:
+                with store.read_core() as connection:
+                    votes = {name: newest for name, newest in connection.execute(NEWEST_VOTES) if newest}
+                for name in [name for name, newest in votes.items() if seen.get(name) != newest]:
+                    refresh_priorities(store, name)
+                    seen[name] = votes[name]
+            except StoreError as error:  # a database that is away for a while: the next round does it
+                logger.warning("priorities stay as they were: %s", error)
+            rest_s = max(every_s, 20 * (time.monotonic() - began))
+
+    worker = threading.Thread(target=work, name="renewed-priorities", daemon=True)
+    worker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        worker.join()
 
 
 def strengths(games: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:

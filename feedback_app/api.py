@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StringConstraints
 
 from db import people
+from db.choice import renewed_priorities
 from db.errors import ConflictError, NotFoundError, RefusedError, StoreError, UnavailableError
 from db.schema import ASPECTS
 from db.store import RaterIdentity, Store
@@ -390,7 +391,8 @@ def create_api(store: Store, secret: str, consent_of_everyone: bool = False) -> 
 
     @asynccontextmanager
     async def closing_store(_app: FastAPI) -> AsyncIterator[None]:
-        yield
+        with renewed_priorities(store):
+            yield
         store.close()
 
     app = FastAPI(title="Encore rating API", version="1", docs_url=None, redoc_url=None, lifespan=closing_store)

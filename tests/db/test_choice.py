@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
-from db.choice import REPEAT_GAP, beta_variance, draw, refresh_priorities, strengths
+from db.choice import REPEAT_GAP, beta_variance, draw, refresh_priorities, renewed_priorities, strengths
 from db.errors import NotFoundError
 from db.schema import Assignment, Campaign, Membership, Pair, Vote, utc_now
 from db.store import Store
@@ -229,6 +230,20 @@ class TestPriorities:
         assert min(by[1, 1]) > max(by[1, 0])  # systems near each other
         assert min(by[2, 1]) > max(by[2, 0])
         assert min(by[1, 1]) > max(by[2, 1])  # fewer votes
+
+    def test_are_renewed_while_a_server_runs(self, store: Store, make_campaign: Callable, add_raters: Callable) -> None:
+        make_campaign(6, chooser="informative")
+        (rater,) = add_raters(1)
+        vote(store, rater)
+        deadline = time.monotonic() + 30
+        with renewed_priorities(store, every_s=0.05):
+            while time.monotonic() < deadline:
+                with store.read() as session:
+                    changed = set(session.scalars(select(Pair.priority))) != {1.0}
+                if changed:
+                    break
+                time.sleep(0.05)
+        assert changed
 
     def test_of_an_unknown_campaign_are_an_error(self, store: Store) -> None:
         with pytest.raises(NotFoundError):
