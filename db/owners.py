@@ -44,7 +44,7 @@ MAX_INVITATION_DAYS = 365
 
 @dataclass(frozen=True)
 class CampaignRow:
-    """A campaign as its owner sees it. `votes` counts all, `excluded` those kept but not counted, by reason."""
+    """A campaign as its owner sees it. `votes` leaves out gold pairs and repeats; `excluded` counts those kept but not counted, by reason."""
 
     id: int
     name: str
@@ -117,6 +117,9 @@ def campaigns(store: Store) -> list[CampaignRow]:
                 select(Pair.campaign_id, func.count(), func.sum(Pair.target_votes)).where(Pair.gold.is_(None)).group_by(Pair.campaign_id)
             )
         }
+        held = select(Pair.campaign_id, func.count()).join(Assignment, Assignment.pair_id == Pair.id)
+        held = held.where(Assignment.status == "voted", Assignment.kind == "normal").group_by(Pair.campaign_id)
+        votes = {campaign_id: int(n) for campaign_id, n in session.execute(held)}
         by_name = {stats.name: stats for stats in counted}
         return [
             CampaignRow(
@@ -127,7 +130,7 @@ def campaigns(store: Store) -> list[CampaignRow]:
                 created_at=campaign.created_at,
                 n_pairs=normal.get(campaign.id, (0, 0))[0],
                 n_gold=gold.get(campaign.id, 0),
-                votes=by_name[campaign.name].votes,
+                votes=votes.get(campaign.id, 0),
                 votes_wanted=int(normal.get(campaign.id, (0, 0))[1]),
                 leases=by_name[campaign.name].leases,
                 skips=by_name[campaign.name].skips,

@@ -20,42 +20,59 @@ from pathlib import Path
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
 
 from base_models.errors import UserError
 from db.errors import ConflictError, StoreError
+from db.owners import raters
+from db.session import parse_url
 from db.store import Store, open_store
 from feedback_app.api import create_api
 from feedback_app.auth import load_or_make_secret, secret_path
+from feedback_app.owner_api import Premises, add_owner_api
+from feedback_app.pages import owner
 from feedback_app.pages.rate import CSS, HEAD, THEME, build_page
 
 
-def create_app(db_url: str, secret: str | None = None) -> FastAPI:
+def create_app(db_url: str, secret: str | None = None, premises: Premises | None = None) -> FastAPI:
     """The whole application over the database at `db_url`, which is made or migrated if need be.
 
-    Args: secret: signs sessions and audio addresses; default: the one beside the SQLite file, made if need be.
+    Args:
+        secret: signs sessions and audio addresses; default: the one beside the SQLite file, made if need be.
+        premises: what owners may touch on this server; default: no clips, and the SQLite file's folder for their files.
     Raises: StoreError or UserError when the database or the secret cannot be had.
     """
     store = open_store(db_url)
-    return _assemble(store, secret or load_or_make_secret(secret_path(db_url)))
+    return _assemble(store, secret or load_or_make_secret(secret_path(db_url)), premises or Premises((), state_dir(db_url)))
 
 
-def _assemble(store: Store, secret: str) -> FastAPI:
+def state_dir(db_url: str) -> Path | None:
+    """Where the server keeps files of its own: beside an SQLite file; None for a database server."""
+    url = parse_url(db_url)
+    return Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else None
+
+
+def _assemble(store: Store, secret: str, premises: Premises) -> FastAPI:
     app = create_api(store, secret)
-    gr.mount_gradio_app(
-        app,
-        build_page(),
-        path="/",
-        css=CSS,
-        head=HEAD,
-        theme=THEME,
-        footer_links=[],
-        run_history=False,
-        mcp_server=False,
-        max_file_size="1kb",
-        show_error=False,
-        ssr_mode=False,
-        pwa=False,
-    )
+    add_owner_api(app, premises)
+    app.add_api_route("/owner", lambda: RedirectResponse("/owner/"), include_in_schema=False)
+    # "/" takes every address that nobody took before it.
+    for path, page, css in (("/owner", owner.build_page(), owner.CSS), ("/", build_page(), CSS)):
+        gr.mount_gradio_app(
+            app,
+            page,
+            path=path,
+            css=css,
+            head=owner.HEAD if path == "/owner" else HEAD,
+            theme=THEME,
+            footer_links=[],
+            run_history=False,
+            mcp_server=False,
+            max_file_size="1kb",
+            show_error=False,
+            ssr_mode=False,
+            pwa=False,
+        )
     return app
 
 
@@ -105,6 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
     parser.add_argument("--secret-file", type=Path, help="signing secret; default: beside the SQLite file")
     parser.add_argument("--rater", metavar="NAME", help="make sure this rater exists and print a fresh access code")
+    parser.add_argument("--owner", metavar="NAME", help="make sure this owner exists and print a fresh access code; sign in at /owner")
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="where owners may find clips, a folder or any fsspec address; repeatable",
+    )
+    parser.add_argument("--state-dir", type=Path, help="where snapshots and gold clips go; default: beside the SQLite file")
     args = parser.parse_args(argv)
     try:
         with listen(args.host, args.port) as listener:
@@ -112,17 +138,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             store = open_store(args.db)
             if args.rater:
                 print(f"Sign in as {args.rater} with access code {_access_code(store, args.rater)}", flush=True)
-            serve(_assemble(store, secret), listener)
+            if args.owner:
+                print(f"Sign in at /owner as {args.owner} with access code {_access_code(store, args.owner, 'owner')}", flush=True)
+            premises = Premises(tuple(args.data_root), args.state_dir or state_dir(args.db))
+            serve(_assemble(store, secret, premises), listener)
     except (UserError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def _access_code(store: Store, handle: str) -> str:
+def _access_code(store: Store, handle: str, role: str = "rater") -> str:
+    """A fresh code for a person of this role. Raises ConflictError when the name belongs to one of the other role."""
     try:
-        return store.add_rater(handle)
-    except ConflictError:
+        return store.add_rater(handle, role)
+    except ConflictError as error:
+        if any(person.handle == handle and person.role != role for person in raters(store)):
+            raise ConflictError(f"{handle!r}, who is no {role}", f"a name of a {role}", "choose another name") from error
         return store.renew_token(handle)
 
 
