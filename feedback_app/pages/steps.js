@@ -193,8 +193,10 @@ async function tellDeeds() {
   const answer = await call('/me');
   if (answer === null || !answer.ok) return answer === null ? null : askToSignIn('');
   me = await answer.json();
-  const used = me.snapshots ? `They stand in ${me.snapshots} frozen snapshot${me.snapshots > 1 ? 's' : ''} from which models learn.` : 'They wait for the next snapshot, from which models learn.';
-  find('.deeds').textContent = me.votes ? `You gave ${me.votes} answer${me.votes > 1 ? 's' : ''}. ${used}` : '';
+  const one = me.votes === 1;
+  const many = `${me.snapshots} frozen snapshot${me.snapshots > 1 ? 's' : ''}, from which models learn.`;
+  const used = me.snapshots ? `Yours stand in ${many}` : `${one ? 'It waits' : 'They wait'} for the next snapshot, from which models learn.`;
+  find('.deeds').textContent = me.votes ? `You gave ${me.votes} answer${one ? '' : 's'}. ${used}` : '';
   return true;
 }
 

@@ -323,7 +323,7 @@ def test_aspects_marks_and_coverage_outlive_a_refresh_and_reach_the_database(
     expect(ada.page.get_by_label("What made the difference?")).to_have_value("x1m2")
     ada.page.keyboard.press("2")
     ada.at("done")
-    expect(ada.page.locator(".deeds")).to_contain_text("You gave 1 answer. They wait for the next snapshot")
+    expect(ada.page.locator(".deeds")).to_contain_text("You gave 1 answer. It waits for the next snapshot")
     ((vote, _, _),) = votes_of(demo.url)
     assert (vote.choice, vote.comment, len(vote.ui_version)) == ("b", "x1m2", 12)
     assert abs(vote.client_ms / 1000 - vote.created_at.timestamp()) < 60
