@@ -44,7 +44,7 @@ MAX_INVITATION_DAYS = 365
 
 @dataclass(frozen=True)
 class CampaignRow:
-    """A campaign as its owner sees it. `votes` leaves out gold pairs and repeats; `excluded` counts those kept but not counted, by reason."""
+    """A campaign as its owner sees it. `votes` leaves out gold pairs and repeats; `excluded`: votes kept but not counted, by reason."""
 
     id: int
     name: str
