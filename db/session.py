@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from db.errors import StoreError, UnavailableError
+from db.errors import RefusedError, StoreError, UnavailableError
 
 BUSY_TIMEOUT_S = 5.0
 
@@ -99,6 +99,8 @@ def told_in_words(url: URL) -> Iterator[None]:
         yield
     except (SQLAlchemyError, sqlite3.Error) as error:
         cause: BaseException | None = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(error, DataError):
+            raise RefusedError("a value the database cannot hold", "text without NUL, numbers in range", "correct it") from error
         trouble: tuple[str, str, str] | None = None
         if isinstance(cause, sqlite3.Error):
             name = getattr(cause, "sqlite_errorname", "")

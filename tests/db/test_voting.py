@@ -312,3 +312,8 @@ class TestAnOffer:
         (rater,) = add_raters(1)
         with pytest.raises(NotFoundError, match="nowhere"):
             store.next_assignment(rater, "nowhere")
+
+    def test_of_a_campaign_name_no_database_can_hold_is_an_error(self, store: Store, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        with pytest.raises((NotFoundError, RefusedError)):
+            store.next_assignment(rater, "now\x00here")
