@@ -26,6 +26,7 @@ from db.campaigns import MAX_CLIP_S, SPOILED, CampaignSummary, ClipKey, PairOf, 
 from db.errors import StoreError
 from db.schema import ASPECTS, CHOOSERS
 from db.store import Store, open_store
+from feedback_app.tags import check_untagged
 
 MAX_ROWS = 200_000
 DURATION_SLACK_S = 0.1
@@ -281,10 +282,11 @@ def _folder_row(base: str, row: Mapping[str, Any], number: int, name: str) -> di
 
 
 def _heard(uri: str) -> AudioInfo:
-    """What a clip's header says. Raises UserError for a clip that cannot be played, or that nobody hears to its end."""
+    """What a clip's header says. Raises UserError for a clip that cannot be played, that nobody hears to its end, or with tags in it."""
     with storage.local_copy(uri) as path:
         try:
             info = probe(path)
+            check_untagged(path)
         except UserError as error:
             raise UserError(error.got.replace(str(path), uri), error.expected, error.remedy) from error
     if info.duration_s >= MAX_CLIP_S:
