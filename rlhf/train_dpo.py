@@ -63,7 +63,7 @@ class Config:
     toy: bool = False
     """Take a tiny random policy and toy votes instead of --policy and --snapshot (what --preset smoke does)."""
     shuffle_votes: int | None = None
-    """The control: flip every pair's label by a coin of this seed. What is learnt from that must not help."""
+    """The control: turn half of each prompt's pairs round, drawn with this seed. What is learnt from that must not help."""
     ties: Literal["soft", "drop"] = "soft"
     """Pairs whose votes balance out: keep them with the label 1/2, or leave them out."""
     weight_pairs: bool = True

@@ -102,7 +102,7 @@ class Config:
     reliability: bool = True
     """Weigh votes by how reliable their raters are; else all count alike."""
     shuffle_labels: bool = False
-    """The control: a coin decides each training pair. Accuracy is still told against the real votes, and must be one
+    """The control: half of the pairs of each prompt are turned round. Accuracy is still told against the real votes, and must be one
     half."""
     processes: int = 0
     """Refuse to run with any other number of processes; 0 does not ask."""
