@@ -173,7 +173,8 @@ def _page(out: Path, figures: dict[str, Any]) -> str:
         "<h2>Does it sound better to the taste that voted?</h2>",
         f"<div class='box'><img alt='Win rates with intervals' src='{_win_rates(systems)}'></div>",
         _system_table(systems),
-        "<p>The control was trained in the same way on the same votes with half of each prompt's pairs turned round: its interval should hold one half. The "
+        "<p>The control was trained in the same way on the same votes with half of each prompt's pairs turned round: its "
+        "interval should hold one half. The "
         "reward model's own opinion is never counted as proof.</p>",
         "<h2>Listen: mastered tracks</h2>",
         _tracks(figures["tracks"]),
