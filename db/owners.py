@@ -107,20 +107,8 @@ def record(session: Session, actor_id: int | None, action: str, **detail: Any) -
 
 def campaigns(store: Store) -> list[CampaignRow]:
     """All campaigns, oldest first."""
-    counted = store.stats().campaigns
+    counted = {stats.name: stats for stats in store.stats().campaigns}
     with store.read() as session:
-        answers = select(Pair.campaign_id, func.count()).where(Pair.gold.is_not(None)).group_by(Pair.campaign_id)
-        gold = {campaign_id: int(n) for campaign_id, n in session.execute(answers)}
-        normal = {
-            campaign_id: (n, wanted)
-            for campaign_id, n, wanted in session.execute(
-                select(Pair.campaign_id, func.count(), func.sum(Pair.target_votes)).where(Pair.gold.is_(None)).group_by(Pair.campaign_id)
-            )
-        }
-        held = select(Pair.campaign_id, func.count()).join(Assignment, Assignment.pair_id == Pair.id)
-        held = held.where(Assignment.status == "voted", Assignment.kind == "normal").group_by(Pair.campaign_id)
-        votes = {campaign_id: int(n) for campaign_id, n in session.execute(held)}
-        by_name = {stats.name: stats for stats in counted}
         return [
             CampaignRow(
                 id=campaign.id,
@@ -128,16 +116,16 @@ def campaigns(store: Store) -> list[CampaignRow]:
                 status=campaign.status,
                 rules=rules_of(campaign),
                 created_at=campaign.created_at,
-                n_pairs=normal.get(campaign.id, (0, 0))[0],
-                n_gold=gold.get(campaign.id, 0),
-                votes=votes.get(campaign.id, 0),
-                votes_wanted=int(normal.get(campaign.id, (0, 0))[1]),
-                leases=by_name[campaign.name].leases,
-                skips=by_name[campaign.name].skips,
-                excluded=by_name[campaign.name].excluded,
+                n_pairs=stats.pairs,
+                n_gold=stats.gold_pairs,
+                votes=stats.votes,
+                votes_wanted=stats.votes_wanted,
+                leases=stats.leases,
+                skips=stats.skips,
+                excluded=stats.excluded,
             )
             for campaign in session.scalars(select(Campaign).order_by(Campaign.id))
-            if campaign.name in by_name  # one that was made between the two looks is there next time
+            if (stats := counted.get(campaign.name))  # one that was made between the two looks is there next time
         ]
 
 

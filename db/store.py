@@ -53,11 +53,16 @@ class AudioFile:
 
 @dataclass(frozen=True)
 class CampaignStats:
+    """Gold pairs are no part of `pairs` and `votes_wanted`, and answers to them or to blind repeats no part of `votes`."""
+
     name: str
     status: str
     pairs: int
     votes: int
     votes_wanted: int
+    gold_pairs: int
+    gold_votes: int
+    repeat_votes: int
     leases: int
     skips: int
     excluded: dict[str, int]
@@ -65,6 +70,8 @@ class CampaignStats:
 
 @dataclass(frozen=True)
 class Stats:
+    """`votes`: all that are stored, controls too."""
+
     raters: int
     votes: int
     campaigns: list[CampaignStats]
@@ -289,18 +296,22 @@ class Store:
         with self.read() as session:
             raters = session.scalar(select(func.count()).select_from(Rater).where(Rater.status == "active")) or 0
             pairs = {
-                campaign_id: (n, wanted or 0)
-                for campaign_id, n, wanted in session.execute(
-                    select(Pair.campaign_id, func.count(), func.sum(Pair.target_votes)).group_by(Pair.campaign_id)
+                (campaign_id, bool(known)): (n, int(wanted))
+                for campaign_id, known, n, wanted in session.execute(
+                    select(Pair.campaign_id, gold, func.count(), func.sum(Pair.target_votes)).group_by(Pair.campaign_id, gold)
                 )
+            gold = Pair.gold.is_not(None)
             }
             handed = Counter[tuple[int, str]]()
-            for campaign_id, status, n in session.execute(
-                select(Pair.campaign_id, Assignment.status, func.count())
+            voted = Counter[tuple[int, str]]()
+            for campaign_id, status, kind, n in session.execute(
+                select(Pair.campaign_id, Assignment.status, Assignment.kind, func.count())
                 .join(Pair, Pair.id == Assignment.pair_id)
-                .group_by(Pair.campaign_id, Assignment.status)
+                .group_by(Pair.campaign_id, Assignment.status, Assignment.kind)
             ):
-                handed[campaign_id, status] = n
+                handed[campaign_id, status] += n
+                if status == "voted":
+                    voted[campaign_id, kind] = n
             excluded: dict[int, dict[str, int]] = {}
             for campaign_id, reason, n in session.execute(
                 select(Pair.campaign_id, Vote.excluded_reason, func.count())
@@ -314,16 +325,19 @@ class Store:
                 CampaignStats(
                     name=campaign.name,
                     status=campaign.status,
-                    pairs=pairs.get(campaign.id, (0, 0))[0],
-                    votes=handed[campaign.id, "voted"],
-                    votes_wanted=pairs.get(campaign.id, (0, 0))[1],
+                    pairs=pairs.get((campaign.id, False), (0, 0))[0],
+                    votes=voted[campaign.id, "normal"],
+                    votes_wanted=pairs.get((campaign.id, False), (0, 0))[1],
+                    gold_pairs=pairs.get((campaign.id, True), (0, 0))[0],
+                    gold_votes=voted[campaign.id, "gold"],
+                    repeat_votes=voted[campaign.id, "repeat"],
                     leases=handed[campaign.id, "leased"],
                     skips=handed[campaign.id, "skipped"],
                     excluded=excluded.get(campaign.id, {}),
                 )
                 for campaign in session.scalars(select(Campaign).order_by(Campaign.id))
             ]
-        return Stats(raters, sum(campaign.votes for campaign in campaigns), campaigns)
+        return Stats(raters, voted.total(), campaigns)
 
     def pseudonym_salt(self) -> str:
         """This database's own salt for pseudonyms: drawn once, never exported."""

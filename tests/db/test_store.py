@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select
 
+from db.campaigns import Rules, check_rows, choose_pairs, create
 from db.errors import ConflictError, NotFoundError, StoreError
-from db.schema import Rater
+from db.schema import Assignment, Rater
 from db.store import Store
 
 
@@ -69,6 +72,27 @@ def test_stats_count_votes_leases_and_skips(store: Store, make_rows: Callable, a
     assert (campaign.pairs, campaign.votes, campaign.votes_wanted) == (4, 1, 8)
     assert (campaign.leases, campaign.skips, campaign.excluded) == (1, 1, {})
     assert store.stats().raters == 1
+
+
+def test_answers_to_controls_bring_a_campaign_no_nearer_to_its_target(
+    store: Store, make_rows: Callable, add_raters: Callable, tmp_path: Path
+) -> None:
+    rows = check_rows([*make_rows(12), *make_rows(1, ("good", "bad"))], tmp_path / "clips")
+    one, two = (key for key, row in rows.items() if row.fields["system"] in ("good", "bad"))
+    pairs = [pair for pair in choose_pairs(rows) if pair != (one, two)]
+    create(store, "c", rows, Rules(target_votes=2, min_listen_ms=0, gold_rate=0.25, repeat_rate=0.25), pairs=pairs, gold=[(one, two)])
+    rng = random.Random(0)
+    for rater in add_raters(2):
+        while offer := store.next_assignment(rater, rng=rng):
+            store.submit_vote(rater, offer.assignment_id, "tie", idempotency_key=offer.assignment_id)
+    with store.read() as session:
+        kinds = Counter(session.scalars(select(Assignment.kind)))
+    (campaign,) = store.stats().campaigns
+    assert kinds["gold"] > 0
+    assert kinds["repeat"] > 0
+    assert (campaign.pairs, campaign.gold_pairs, campaign.votes, campaign.votes_wanted) == (12, 1, 24, 24)
+    assert (campaign.gold_votes, campaign.repeat_votes) == (kinds["gold"], kinds["repeat"])
+    assert store.stats().votes == kinds.total()
 
 
 def test_the_pseudonym_salt_is_drawn_once(store: Store) -> None:
