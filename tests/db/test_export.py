@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
+from db import owners
 from db.errors import ConflictError, NotFoundError, StoreError
 from db.export import export_preferences, export_snapshot, snapshot_sha256
-from db.schema import Campaign, Snapshot, SnapshotRater
+from db.imports import import_votes
+from db.leaderboard import leaderboard
+from db.schema import Campaign, Pair, Snapshot, SnapshotRater
 from db.store import Store, open_store
 from db.voting import Mark
 
@@ -221,6 +224,42 @@ def test_a_trainer_gets_one_row_a_pair_with_ties_as_soft_labels(store: Store, ca
         assert (row["chosen_probability"], row["margin"]) == expected
     assert snapshot_sha256(tmp_path / "out/trl") == snapshot["sha256"]
     assert export_preferences(store, campaign, tmp_path / "out", "trl") == snapshot
+
+
+@pytest.mark.parametrize("policy", ["anonymise", "remove"])
+def test_what_a_forgotten_rater_wrote_leaves_in_no_later_export(
+    store: Store, campaign: str, add_raters: Callable, tmp_path: Path, policy: str
+) -> None:
+    gone, blocked, stays = add_raters(3)
+    with store.write() as session:
+        session.execute(update(Campaign).values(target_votes=3))
+        session.execute(update(Pair).values(target_votes=3))
+    for rater, words in ((gone, "Eve was here"), (blocked, "noise"), (stays, "clear")):
+        for _ in range(2):
+            key = store.next_assignment(rater).assignment_id
+            store.submit_vote(rater, key, "tie", idempotency_key=key, comment=words, client_ms=1)
+    export_snapshot(store, campaign, tmp_path / "out", "before")
+    (alias,) = {vote["rater"] for vote in read_lines(tmp_path / "out/before/votes.jsonl") if vote["comment"] == "Eve was here"}
+    owners.set_blocked(store, None, blocked, True)
+    owners.erase_rater(store, None, gone, policy)
+
+    after = export_snapshot(store, campaign, tmp_path / "out", "after")
+    text = "".join(file.read_text() for file in sorted((tmp_path / "out/after").iterdir()))
+    votes = read_lines(tmp_path / "out/after/votes.jsonl")
+    assert "Eve" not in text
+    assert "rater 0" not in text
+    assert sorted(vote["comment"] or "" for vote in votes) == ["", "", "clear", "clear", "noise", "noise"][2 * (policy == "remove") :]
+    assert (alias in text) == (policy == "anonymise")
+    # The board and the export count alike: the blocked are out, the nameless are in.
+    board = leaderboard(store, campaign)
+    assert after["n_votes"] == board.n_votes == (4 if policy == "anonymise" else 2)
+    assert after["n_excluded"] == board.excluded == {"rater_blocked": 2}
+
+    with open_store(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        import_votes(other, tmp_path / "out/after", "taken in")
+        again = export_snapshot(other, "taken in", tmp_path / "out", "again")
+        assert leaderboard(other, "taken in").n_votes == after["n_votes"]
+    assert [again[key] for key in ("n_votes", "n_excluded", "n_raters")] == [after[key] for key in ("n_votes", "n_excluded", "n_raters")]
 
 
 def test_a_full_disk_leaves_no_folder(
