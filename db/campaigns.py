@@ -52,6 +52,8 @@ class Rules:
     """Which of ASPECTS are asked for."""
     invited_only: bool = False
     practice: bool = False
+    require_screen: bool = False
+    """Whether a rater must have passed the headphone check."""
 
     def __post_init__(self) -> None:
         if not (1 <= self.target_votes <= 1000 and 0 <= self.min_listen_ms <= 600_000):
@@ -83,6 +85,7 @@ def rules_of(campaign: Campaign) -> Rules:
         tuple(campaign.aspects),
         campaign.invited_only,
         campaign.practice,
+        campaign.require_screen,
     )
 
 

@@ -24,6 +24,10 @@ class RefusedError(StoreError):
     """The request is understood and not acceptable, a vote after too little listening say (HTTP 422)."""
 
 
+class ScreenDueError(StoreError):
+    """What waits for this rater wants a passed headphone check first (HTTP 403)."""
+
+
 class ConflictError(StoreError):
     """The request contradicts something already stored (HTTP 409)."""
 

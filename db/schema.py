@@ -114,6 +114,8 @@ class Campaign(Base):
     """Whether only raters with a `Membership` are handed its pairs."""
     practice: Mapped[bool] = mapped_column(default=False, server_default=false())
     """Whether new raters rehearse first. A rehearsal is played on the page alone and stores no vote."""
+    require_screen: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Whether only raters who passed the headphone check are handed its pairs."""
     owner_id: Mapped[int | None] = mapped_column(ForeignKey("rater.id"))
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     __table_args__ = (

@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from db.campaigns import CampaignSummary, Measure, Rules, check_rows, create
-from db.errors import ConflictError, NotFoundError, RefusedError, StoreError
+from db.errors import ConflictError, NotFoundError, RefusedError, ScreenDueError, StoreError
 from db.schema import CHOICES, Assignment, Campaign, Pair, Rater, Setting, Vote, utc_now
 from db.session import BUSY_TIMEOUT_S, Transactions, make_engine, parse_url, upgrade
 from db.voting import AUDIO_FILE, Mark, Offer, Receipt, expire_leases, next_offer, submit
@@ -195,15 +195,20 @@ class Store:
         """The pair this rater should hear now, held for `lease_s`; the same one until it is answered. None: all done.
 
         A pair never has more leases and counted votes than its target. Sides are drawn at random and stored as shown.
-        Raises: NotFoundError for an unknown campaign.
+        Raises: NotFoundError for an unknown campaign; ScreenDueError when only a headphone check stands between rater and pair.
         """
         lease = timedelta(seconds=lease_s)
         rng, now = rng or random.SystemRandom(), clock()
         if now >= self._next_expiry:
             self._expire(now)
         while True:
-            with self.write_core() as connection:
-                offer = next_offer(connection, rater_id, campaign, now, lease, rng)
+            try:
+                with self.write_core() as connection:
+                    offer = next_offer(connection, rater_id, campaign, now, lease, rng)
+            except ScreenDueError:
+                if self._expire(now):
+                    continue
+                raise
             if offer is not None or not self._expire(now):
                 return offer
 
@@ -295,12 +300,12 @@ class Store:
         """Counts by campaign; excluded votes by reason, so that none leaves unseen."""
         with self.read() as session:
             raters = session.scalar(select(func.count()).select_from(Rater).where(Rater.status == "active")) or 0
+            gold = Pair.gold.is_not(None)
             pairs = {
                 (campaign_id, bool(known)): (n, int(wanted))
                 for campaign_id, known, n, wanted in session.execute(
                     select(Pair.campaign_id, gold, func.count(), func.sum(Pair.target_votes)).group_by(Pair.campaign_id, gold)
                 )
-            gold = Pair.gold.is_not(None)
             }
             handed = Counter[tuple[int, str]]()
             voted = Counter[tuple[int, str]]()

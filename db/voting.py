@@ -18,7 +18,7 @@ from sqlalchemy import BindParameter, Connection, bindparam, case, exists, func,
 from sqlalchemy.orm import aliased
 
 from db.choice import REPEAT_GAP, WAITING, AnyRow, draw
-from db.errors import NotFoundError, RefusedError
+from db.errors import NotFoundError, RefusedError, ScreenDueError
 from db.schema import Assignment, Campaign, Clip, Membership, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
 
 CLOCK_SLACK_MS = 2000
@@ -97,7 +97,9 @@ _campaigns = select(
     Campaign.min_listen_ms,
     Campaign.aspects,
     Campaign.practice,
+    Campaign.require_screen,
 ).where(_admits)
+SCREEN = select(Rater.screen).where(Rater.id == _rater)
 OPEN_CAMPAIGNS = _campaigns.where(Campaign.status == "open").order_by(Campaign.id)
 NAMED_CAMPAIGN = _campaigns.where(Campaign.name == bindparam("name"))
 _offers = (
@@ -197,7 +199,10 @@ def expire_leases(connection: Connection, now: datetime) -> int:
 def next_offer(
     connection: Connection, rater_id: int, campaign: str | None, now: datetime, lease: timedelta, rng: random.Random
 ) -> Offer | None:
-    """The pair this rater holds or can be given; None when nothing waits. Runs inside a write transaction."""
+    """The pair this rater holds or can be given; None when nothing waits. Runs inside a write transaction.
+
+    Raises: ScreenDueError when all that waits is in campaigns that want a headphone check which this rater has not passed.
+    """
     if connection.dialect.name == "postgresql":
         connection.execute(LOCK_RATER, {"rater": rater_id})
     campaigns = _campaigns_in_scope(connection, rater_id, campaign)
@@ -205,12 +210,26 @@ def next_offer(
     for row in held:
         if row.campaign_id in campaigns:
             return _offer(connection, campaigns[row.campaign_id], rater_id, row)
+    locked = _locked(connection, rater_id, campaigns)
     for rules in campaigns.values():
+        if rules.id in locked:
+            continue
         assignment_id = _lease(connection, rules, rater_id, now, lease, rng)
         if assignment_id is not None:
             row = connection.execute(OFFER, {"assignment": assignment_id}).one()
             return _offer(connection, rules, rater_id, row)
+    if any(draw(connection, campaigns[campaign_id], rater_id, rng) for campaign_id in locked):
+        got = "no passed headphone check" if campaign is None else f"no passed headphone check for campaign {campaign!r}"
+        raise ScreenDueError(got, "one, for the pairs that wait", "take the check, with headphones on")
     return None
+
+
+def _locked(connection: Connection, rater_id: int, campaigns: Mapping[int, AnyRow]) -> set[int]:
+    """The campaigns that want a headphone check of a rater who has not passed one. The newest check counts."""
+    strict = {campaign_id for campaign_id, rules in campaigns.items() if rules.require_screen}
+    if strict and (connection.scalar(SCREEN, {"rater": rater_id}) or {}).get("passed"):
+        return set()
+    return strict
 
 
 def _campaigns_in_scope(connection: Connection, rater_id: int, name: str | None) -> dict[int, AnyRow]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from db import people
 from db.choice import renewed_priorities
-from db.errors import ConflictError, NotFoundError, RefusedError, StoreError, UnavailableError
+from db.errors import ConflictError, NotFoundError, RefusedError, ScreenDueError, StoreError, UnavailableError
 from db.schema import ASPECTS
 from db.store import RaterIdentity, Store
 from db.voting import Mark
@@ -48,6 +48,7 @@ class Problem(BaseModel):
     got: str
     expected: str
     remedy: str
+    step: Literal["consent", "check"] | None = Field(None, description="what a rater has to do before the next pair, where that is it")
 
 
 class Credentials(BaseModel):
@@ -255,7 +256,7 @@ def answer_consent(request: Request, answer: ConsentAnswer, rater: SignedIn) -> 
 
 @router.post("/me/screen", status_code=201)
 def screen(request: Request, answer: ScreenAnswer, rater: SignedIn) -> dict[Literal["passed"], bool]:
-    """Stores what the headphone check found. It locks nobody out."""
+    """Stores what the headphone check found. It locks nobody out, except of campaigns that want it passed."""
     return {"passed": people.record_screen(_store(request), rater.id, answer.right, answer.trials)}
 
 
@@ -278,7 +279,9 @@ def _agreed(request: Request, rater: RaterIdentity) -> None:
         return
     if people.consent_due(_store(request), rater.id, consent.VERSION, request.app.state.consent_of_everyone):
         remedy = "read GET /api/v1/consent, then POST /api/v1/me/consent"
-        raise HTTPException(403, {"got": "no consent yet", "expected": f"version {consent.VERSION} accepted", "remedy": remedy})
+        raise HTTPException(
+            403, {"got": "no consent yet", "expected": f"version {consent.VERSION} accepted", "remedy": remedy, "step": "consent"}
+        )
     if len(agreed) >= AGREED_MAX:
         agreed.clear()
     agreed.add(key)
@@ -294,7 +297,10 @@ def logout(request: Request, response: Response, rater: SignedIn) -> None:
 @router.get(
     "/pairs/next",
     response_model=PairView,
-    responses={204: {"description": "nothing is left to rate"}, 403: {"model": Problem, "description": "consent is due"}},
+    responses={
+        204: {"description": "nothing is left to rate"},
+        403: {"model": Problem, "description": "consent, or a passed headphone check, is due"},
+    },
 )
 def pairs_next(request: Request, rater: SignedIn, campaign: Annotated[str | None, Query(max_length=128)] = None) -> Any:
     """The pair to hear now, held for half an hour; the same one until it is answered."""
@@ -361,12 +367,14 @@ def healthz(request: Request) -> HealthView:
     return HealthView(ok=True, database=_store(request).engine.dialect.name)
 
 
-STATUS = {NotFoundError: 404, ConflictError: 409, RefusedError: 422, UnavailableError: 503}
+STATUS = {ScreenDueError: 403, NotFoundError: 404, ConflictError: 409, RefusedError: 422, UnavailableError: 503}
 
 
 def _tell_store_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StoreError)
     problem = {"got": error.got, "expected": error.expected, "remedy": error.remedy}
+    if isinstance(error, ScreenDueError):
+        problem["step"] = "check"
     status = STATUS.get(type(error), 422)
     return JSONResponse({"detail": problem}, status, headers={"Retry-After": "1"} if status == 503 else None)
 

@@ -34,16 +34,18 @@ from feedback_app.pages import owner
 from feedback_app.pages.rate import CSS, HEAD, THEME, build_page
 
 
-def create_app(db_url: str, secret: str | None = None, premises: Premises | None = None) -> FastAPI:
+def create_app(db_url: str, secret: str | None = None, premises: Premises | None = None, consent_of_everyone: bool = False) -> FastAPI:
     """The whole application over the database at `db_url`, which is made or migrated if need be.
 
     Args:
         secret: signs sessions and audio addresses; default: the one beside the SQLite file, made if need be.
         premises: what owners may touch on this server; default: no clips, and the SQLite file's folder for their files.
+        consent_of_everyone: as in `create_api`.
     Raises: StoreError or UserError when the database or the secret cannot be had.
     """
     store = open_store(db_url)
-    return _assemble(store, secret or load_or_make_secret(secret_path(db_url)), premises or Premises((), state_dir(db_url)))
+    signed_with = secret or load_or_make_secret(secret_path(db_url))
+    return _assemble(store, signed_with, premises or Premises((), state_dir(db_url)), consent_of_everyone)
 
 
 def state_dir(db_url: str) -> Path | None:
@@ -52,8 +54,8 @@ def state_dir(db_url: str) -> Path | None:
     return Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else None
 
 
-def _assemble(store: Store, secret: str, premises: Premises) -> FastAPI:
-    app = create_api(store, secret)
+def _assemble(store: Store, secret: str, premises: Premises, consent_of_everyone: bool) -> FastAPI:
+    app = create_api(store, secret, consent_of_everyone)
     add_owner_api(app, premises)
     app.add_api_route("/owner", lambda: RedirectResponse("/owner/"), include_in_schema=False)
     # "/" takes every address that nobody took before it.
@@ -131,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where owners may find clips, a folder or any fsspec address; repeatable",
     )
     parser.add_argument("--state-dir", type=Path, help="where snapshots and gold clips go; default: beside the SQLite file")
+    parser.add_argument(
+        "--consent-of-everyone", action="store_true", help="ask raters added by hand for consent too, not only those who came by invitation"
+    )
     args = parser.parse_args(argv)
     try:
         with listen(args.host, args.port) as listener:
@@ -141,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.owner:
                 print(f"Sign in at /owner as {args.owner} with access code {_access_code(store, args.owner, 'owner')}", flush=True)
             premises = Premises(tuple(args.data_root), args.state_dir or state_dir(args.db))
-            serve(_assemble(store, secret, premises), listener)
+            serve(_assemble(store, secret, premises, args.consent_of_everyone), listener)
     except (UserError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

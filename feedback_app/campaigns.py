@@ -326,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--aspect", action="append", choices=ASPECTS, default=[], help="ask for this beside the vote; repeatable")
     parser.add_argument("--invited-only", action="store_true", help="only for raters who were invited to it")
     parser.add_argument("--practice", action="store_true", help="new raters rehearse first")
+    parser.add_argument("--require-screen", action="store_true", help="only for raters who passed the headphone check")
     args = parser.parse_args(argv)
     try:
         if args.system and len(args.system) != len(args.source):
@@ -339,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             aspects=tuple(args.aspect),
             invited_only=args.invited_only,
             practice=args.practice,
+            require_screen=args.require_screen,
         )
         sources = [Source(address, system) for address, system in zip(args.source, args.system or [None, None], strict=False)]
         with open_store(args.db) as store:

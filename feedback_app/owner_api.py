@@ -75,6 +75,7 @@ class RulesView(BaseModel):
     aspects: list[Literal["prompt_fit", "musicality", "sound_quality"]] = Field([], max_length=3)
     invited_only: bool = False
     practice: bool = False
+    require_screen: bool = Field(False, description="only raters who passed the headphone check are handed its pairs")
 
 
 class RulesChange(BaseModel):
@@ -89,6 +90,7 @@ class RulesChange(BaseModel):
     aspects: list[Literal["prompt_fit", "musicality", "sound_quality"]] | None = Field(None, max_length=3)
     invited_only: bool | None = None
     practice: bool | None = None
+    require_screen: bool | None = None
 
 
 class SourceView(BaseModel):

@@ -66,7 +66,7 @@ function show(view) {
 /* ---- rules: one form, for a new campaign and for one that runs */
 const NUMBERS = [['target_votes', 'Votes wanted for each pair', 1, 1000, 1], ['min_listen_ms', 'Listening asked for, ms a side', 0, 600000, 100],
   ['gold_rate', 'Share of gold pairs', 0, 0.5, 0.01], ['repeat_rate', 'Share of blind repeats', 0, 0.5, 0.01]];
-const FRESH = { target_votes: 3, min_listen_ms: 3000, gold_rate: 0, repeat_rate: 0, chooser: 'least_voted', aspects: [], invited_only: false, practice: false };
+const FRESH = { target_votes: 3, min_listen_ms: 3000, gold_rate: 0, repeat_rate: 0, chooser: 'least_voted', aspects: [], invited_only: false, practice: false, require_screen: false };
 function rulesForm(box, rules) {
   const tick = (name, text, on) => make('label', { class: 'tick' }, make('input', { type: 'checkbox', name, checked: on && '' }), text);
   const choose = (name, text) => make('option', { value: name, selected: rules.chooser === name && '' }, text);
@@ -74,12 +74,13 @@ function rulesForm(box, rules) {
     ...NUMBERS.map(([name, text, min, max, step]) => make('label', {}, text, make('input', { type: 'number', name, min, max, step, value: rules[name], required: '' }))),
     make('label', {}, 'Next pair', make('select', { name: 'chooser' }, choose('least_voted', 'the least voted'), choose('random', 'any that waits'), choose('informative', 'where a vote tells most'))),
     tick('invited_only', 'Only for those invited to it', rules.invited_only), tick('practice', 'New raters rehearse first', rules.practice),
+    tick('require_screen', 'Only for those who passed the headphone check', rules.require_screen),
     ...ASPECTS.map((name) => tick(name, `Ask for ${name.replace('_', ' ')}`, rules.aspects.includes(name))));
 }
 function readRules(form) {
   const data = new FormData(form);
   const rules = Object.fromEntries(NUMBERS.map(([name]) => [name, Number(data.get(name))]));
-  return { ...rules, chooser: data.get('chooser'), invited_only: data.has('invited_only'), practice: data.has('practice'), aspects: ASPECTS.filter((name) => data.has(name)) };
+  return { ...rules, chooser: data.get('chooser'), invited_only: data.has('invited_only'), practice: data.has('practice'), require_screen: data.has('require_screen'), aspects: ASPECTS.filter((name) => data.has(name)) };
 }
 
 /* ---- campaigns */

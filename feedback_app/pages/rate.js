@@ -90,7 +90,12 @@ async function nextPair() {
   const answer = await call('/pairs/next' + (CAMPAIGN ? `?campaign=${encodeURIComponent(CAMPAIGN)}` : ''));
   if (answer === null) return null;
   if (answer.status === 401) return askToSignIn('');
-  if (answer.status === 403) return openStep('consent');
+  checkDue = false;
+  if (answer.status === 403) {
+    const { detail } = await answer.json();
+    checkDue = detail.step === 'check';
+    return openStep(checkDue ? 'check' : 'consent');
+  }
   if (answer.status === 204) {
     pair = null;
     player.reset();

@@ -5,6 +5,7 @@ const post = (path, body) => call(path, { method: 'POST', body: JSON.stringify(b
 let consentPage = null;
 let trial = null; // the headphone check: { soft, turned, index, right }
 let toneNode = null;
+let checkDue = false; // whether the pairs that wait are only for those who passed the check
 let rehearsal = 0;
 
 const rehearsed = () => sessionStorage.getItem('encore.rehearsed') === 'yes';
@@ -107,6 +108,7 @@ function startCheck() {
   trial = null;
   const [level, asking, found] = ['.level', '.trial', '.found'].map(find);
   [level.hidden, asking.hidden, found.hidden, find('.leave').hidden] = [false, true, true, false];
+  find('.due').hidden = !checkDue;
 }
 
 function hushTone() {
@@ -148,8 +150,14 @@ async function finishCheck(right, trials) {
   const passed = answer && answer.ok && (await answer.json()).passed;
   [find('.level').hidden, find('.trial').hidden, find('.found').hidden, find('.leave').hidden] = [true, true, false, true];
   let text = 'The server does not answer. Go on; you will be asked again.';
-  if (answer && answer.ok) text = passed ? 'Your headphones work well.' : 'We could not tell that you wear headphones. You may go on all the same; better with them.';
+  if (answer && answer.ok) {
+    const unsure = checkDue ? 'The pairs that wait need headphones, and we could not tell that you wear them. Put them on and try again, or come back later.'
+      : 'We could not tell that you wear headphones. You may go on all the same; better with them.';
+    text = passed ? 'Your headphones work well.' : unsure;
+  }
   find('.found .lead').textContent = text;
+  find('.found .onward').textContent = checkDue && !passed ? 'Try again' : 'Go on';
+  find('.due').hidden = true;
   trial = null;
   if (answer && answer.ok) me.screen = { passed, right, trials };
   else me.screen = { passed: false }; // for this visit only: the server will ask again

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, update
 
-from db.errors import ConflictError, NotFoundError, RefusedError
+from db.errors import ConflictError, NotFoundError, RefusedError, ScreenDueError
+from db.people import record_screen
 from db.schema import Assignment, Campaign, Pair, SpanMark, Vote, VoteAspect, utc_now
 from db.store import Store
 from db.voting import Mark
@@ -317,3 +318,33 @@ class TestAnOffer:
         (rater,) = add_raters(1)
         with pytest.raises((NotFoundError, RefusedError)):
             store.next_assignment(rater, "now\x00here")
+
+
+def test_pairs_behind_the_headphone_check_wait_for_those_who_pass_it(
+    store: Store, campaign: str, make_rows: Callable, tmp_path: Path, add_raters: Callable
+) -> None:
+    store.create_campaign("strict", make_rows(1, salt="s"), tmp_path / "clips", target_votes=3, min_listen_ms=0)
+    ada, eve = add_raters(2)
+    held = store.next_assignment(eve, "strict")
+    with store.write() as session:
+        session.execute(update(Campaign).where(Campaign.name == "strict").values(require_screen=True))
+    assert store.next_assignment(eve, "strict") == held  # what was handed out may be finished
+    seen = []
+    while len(seen) < 4:  # other campaigns come first, whether or not the check was passed
+        offer = store.next_assignment(ada)
+        seen.append(offer.campaign)
+        store.submit_vote(ada, offer.assignment_id, "a", idempotency_key=f"key-000{len(seen)}")
+    assert seen == ["c"] * 4
+    for right in (None, 4):
+        if right is not None:
+            record_screen(store, ada, right, 6)
+        for name in (None, "strict"):
+            with pytest.raises(ScreenDueError, match="headphone"):
+                store.next_assignment(ada, name)
+    record_screen(store, ada, 6, 6)
+    offer = store.next_assignment(ada)
+    assert offer.campaign == "strict"
+    store.submit_vote(ada, offer.assignment_id, "a", idempotency_key="key-0005")
+    record_screen(store, ada, 0, 0)  # the newest check counts, but nothing waits behind it
+    assert store.next_assignment(ada) is None
+    assert store.next_assignment(ada, "strict") is None

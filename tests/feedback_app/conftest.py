@@ -20,6 +20,7 @@ from fastapi.testclient import TestClient
 from db.store import Store, open_store
 from feedback_app.api import create_api
 from feedback_app.campaigns import register_campaign
+from tests.feedback_app.browsing import browser, hostile_demo, playwright, visit  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "only for these tests"
@@ -115,11 +116,11 @@ class Server:
 
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[Callable[[Demo], Server]]:
-    """start_server(demo) runs the real app in its own process, in another folder, and waits for its ready line."""
+    """start_server(demo, *options, port=0) runs the real app in its own process, in another folder, until its ready line."""
     running: list[subprocess.Popen[str]] = []
 
-    def start(demo: Demo) -> Server:
-        command = [sys.executable, "-m", "feedback_app.app", "--db", demo.url, "--port", "0"]
+    def start(demo: Demo, *options: str, port: int = 0) -> Server:
+        command = [sys.executable, "-m", "feedback_app.app", "--db", demo.url, "--port", str(port), *options]
         with (tmp_path / "server.err").open("w") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
         running.append(process)

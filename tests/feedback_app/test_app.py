@@ -69,7 +69,7 @@ def test_every_acknowledged_vote_survives_kill_9_and_is_there_once(make_demo: Ca
     assert n_open == {pair: held[pair] for pair in n_open}
 
 
-def test_a_restarted_server_knows_its_sessions_and_leases(demo: object, start_server: Callable) -> None:
+def test_a_restarted_server_knows_its_sessions_and_leases_and_asks_for_consent_if_told_to(demo: object, start_server: Callable) -> None:
     code = demo.add_rater("ada")
     first = start_server(demo)
     session = httpx.post(f"{first.url}/api/v1/login", json={"handle": "ada", "token": code}, timeout=60).json()["session"]
@@ -78,6 +78,16 @@ def test_a_restarted_server_knows_its_sessions_and_leases(demo: object, start_se
     first.process.terminate()
     assert first.process.wait(60) in (0, -signal.SIGTERM)
     second = start_server(demo)
+    assert httpx.get(f"{second.url}/api/v1/pairs/next", headers=headers, timeout=60).json() == pair
+    second.process.terminate()
+    assert second.process.wait(60) in (0, -signal.SIGTERM)
+
+    second = start_server(demo, "--consent-of-everyone")
+    refused = httpx.get(f"{second.url}/api/v1/pairs/next", headers=headers, timeout=60)
+    assert (refused.status_code, refused.json()["detail"]["got"]) == (403, "no consent yet")
+    version = httpx.get(f"{second.url}/api/v1/consent", timeout=60).json()["version"]
+    answer = {"version": version, "accepted": True}
+    assert httpx.post(f"{second.url}/api/v1/me/consent", json=answer, headers=headers, timeout=60).status_code == 204
     assert httpx.get(f"{second.url}/api/v1/pairs/next", headers=headers, timeout=60).json() == pair
 
     page = httpx.get(second.url, timeout=60)

@@ -2,130 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
+from statistics import median
 
+import numpy as np
 import pytest
-from playwright.sync_api import Browser, Error, Page, Playwright, expect, sync_playwright
-from sqlalchemy import func, select, update
+from playwright.sync_api import expect
+from sqlalchemy import func, select
 
-from db.people import record_screen
-from db.schema import Assignment, Campaign, Consent, Invitation, Pair, Rater, SpanMark, Vote, VoteAspect, utc_now
+from db.schema import Consent, Rater, SpanMark, VoteAspect
 from db.store import open_store
-
-HOSTILE = '<img src=x onerror="window.pwned=1"> ${window.pwned=2} {{window.pwned=3}} `${window.pwned=4}` <b>bold</b> \u202egnol\u202c'
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
-PATIENCE_MS = 120_000
-
-
-@pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser(playwright: Playwright) -> Iterator[Browser]:
-    """The machine's Chromium, else Playwright's own, else a failure that says what to install."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = next(filter(None, map(shutil.which, names)), None)
-    try:
-        launched = playwright.chromium.launch(executable_path=path, args=FLAGS, timeout=PATIENCE_MS)
-    except Error as error:
-        pytest.fail(f"no Chromium: apt-get install chromium, or: playwright install --with-deps chromium\n{error}")
-    yield launched
-    launched.close()
-
-
-class Visit:
-    """One visitor's page, and all that it asked for."""
-
-    def __init__(self, browser: Browser, url: str, **options: object) -> None:
-        self.url = url
-        self.context = browser.new_context(**options)
-        self.context.set_default_timeout(PATIENCE_MS)
-        self.page: Page = self.context.new_page()
-        self.requests: list[str] = []
-        self.errors: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.answers: list[object] = []
-        self.page.on("response", lambda answer: self.answers.append(answer))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(url)
-
-    def sign_in(self, name: str, code: str) -> None:
-        self.page.get_by_label("Your name").fill(name)
-        self.page.get_by_label("Access code").fill(code)
-        self.page.get_by_role("button", name="Sign in").click()
-        self.at("rate")
-
-    def at(self, view: str) -> None:
-        self.page.wait_for_selector(f"main.encore[data-view={view}]")
-
-    def prompt(self) -> str:
-        return self.page.locator(".prompt").inner_text()
-
-    def listen_by_keyboard(self, length: str = "0:04") -> None:
-        """Space, until A has been heard enough; X, until B has; then all votes are open."""
-        self.page.wait_for_function(f"document.querySelector('.time').textContent.endsWith('{length}')")
-        self.page.keyboard.press("Space")
-        self.page.wait_for_selector(".lane.a.enough")
-        self.page.keyboard.press("x")
-        self.page.wait_for_selector(".lane.b.on")
-        while not self.page.locator(".lane.b.enough").count():
-            if not self.page.locator(".play.playing").count():
-                self.page.keyboard.press("Space")  # the clip ended first
-            self.page.wait_for_timeout(100)
-        self.page.wait_for_selector("main.encore.ready")
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
-    visits: list[Visit] = []
-
-    def make(url: str, **options: object) -> Visit:
-        visits.append(Visit(browser, url, **options))
-        return visits[-1]
-
-    yield make
-    for made in visits:
-        made.context.close()
-
-
-def add_listener(demo: object, handle: str = "ada") -> str:
-    """A rater who has the headphone check behind them; returns the access code."""
-    code = demo.add_rater(handle)
-    with open_store(demo.url) as store:
-        with store.read() as session:
-            rater_id = session.scalars(select(Rater.id).where(Rater.handle == handle)).one()
-        record_screen(store, rater_id, 6, 6)
-    return code
-
-
-def set_up(demo: object, **rules: object) -> str:
-    """Gives the campaign these rules and an invitation for one; returns its token."""
-    token = "a-token-that-nobody-guesses"
-    with open_store(demo.url) as store, store.write() as session:
-        if rules:
-            session.execute(update(Campaign).values(**rules))
-        digest = hashlib.sha256(token.encode()).hexdigest()
-        campaign_id = session.scalars(select(Campaign.id)).one()
-        expires_at = utc_now() + timedelta(days=1)
-        session.add(Invitation(token_sha256=digest, campaign_id=campaign_id, max_uses=1, expires_at=expires_at))
-    return token
-
-
-@pytest.fixture
-def hostile_demo(make_demo: Callable) -> object:
-    return make_demo([HOSTILE] * 3, min_listen_ms=600, seconds=4.0)
-
-
-def votes_of(url: str) -> list:
-    with open_store(url) as store, store.read() as session:
-        rows = select(Vote, Assignment, Pair).join(Assignment, Assignment.id == Vote.assignment_id)
-        return session.execute(rows.join(Pair, Pair.id == Assignment.pair_id).order_by(Vote.id)).all()
+from tests.feedback_app.browsing import HOSTILE, PATIENCE_MS, Visit, add_listener, set_up, votes_of
 
 
 def test_a_vote_by_keyboard_is_in_the_database_and_nobody_else_is_asked(
@@ -345,9 +232,7 @@ def test_of_two_tabs_the_first_vote_stands_and_the_second_tab_says_so(
     server = start_server(hostile_demo)
     ada = visit(server.url)
     ada.sign_in("ada", code)
-    other = Visit.__new__(Visit)
-    other.page = ada.context.new_page()
-    other.page.goto(server.url)
+    other = ada.second_tab()
     other.at("rate")
     other.listen_by_keyboard()
     ada.page.bring_to_front()
@@ -360,9 +245,7 @@ def test_of_two_tabs_the_first_vote_stands_and_the_second_tab_says_so(
     assert [vote.choice for vote, _, _ in votes_of(hostile_demo.url)] == ["a"]
 
 
-def test_both_sides_run_on_one_clock_to_the_sample_and_keep_their_power_while_they_turn(
-    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
-) -> None:
+def test_both_sides_run_on_one_clock_to_the_sample(hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]) -> None:
     code = add_listener(hostile_demo)
     ada = visit(start_server(hostile_demo).url)
     ada.sign_in("ada", code)
@@ -390,27 +273,70 @@ def test_both_sides_run_on_one_clock_to_the_sample_and_keep_their_power_while_th
         assert abs(sign * got - index) <= 1, heard
 
 
-def test_the_next_pair_is_ready_soon_after_a_vote_and_nothing_names_a_system(
-    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit], record_property: Callable
+def test_a_turn_keeps_the_power_of_both_sides_together_within_a_decibel(
+    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
 ) -> None:
     code = add_listener(hostile_demo)
-    server = start_server(hostile_demo)
-    ada = visit(server.url)
+    ada = visit(start_server(hostile_demo).url)
     ada.sign_in("ada", code)
-    ada.listen_by_keyboard()
-    took_ms = ada.page.evaluate(
+    # A sounds on the left alone and B on the right alone, both constant: what comes out is the two gains.
+    gains = ada.page.evaluate(
         """async () => {
-          const main = document.querySelector('main.encore');
-          const before = main.player.buffers;
-          const from = performance.now();
-          document.dispatchEvent(new KeyboardEvent('keydown', { key: '1' }));
-          while (!main.player.buffers || main.player.buffers === before) await new Promise((done) => setTimeout(done, 2));
-          return performance.now() - from;
+          const [rate, n] = [48000, 24000];
+          const player = new (document.querySelector('main.encore').player.constructor)(() => {});
+          const context = player.context = new OfflineAudioContext(2, n, rate);
+          const side = (channel) => {
+            const buffer = context.createBuffer(2, n, rate);
+            buffer.getChannelData(channel).fill(1);
+            return buffer;
+          };
+          player.take({ a: side(0), b: side(1) }, { a: 0, b: 0 });
+          player.begin();
+          const turns = [0.1, 0.2, 0.205, 0.3]; // the third comes in the midst of the second
+          turns.forEach((at, i) => context.suspend(at).then(() => { player.switchTo(i % 2 ? 'a' : 'b'); context.resume(); }));
+          const out = await context.startRendering();
+          return [0, 1].map((channel) => Array.from(out.getChannelData(channel)));
         }"""
     )
-    record_property("vote_to_next_pair_ms", round(took_ms))
-    print(f"vote to next pair ready: {took_ms:.0f} ms")
-    assert took_ms <= 400
+    a, b = np.asarray(gains)[:, 2400:]  # the fade from silence is over
+    power_db = 10 * np.log10(a**2 + b**2)
+    between = (a > 0.05) & (b > 0.05)
+    print(f"power through four turns: {power_db.min():+.3f} to {power_db.max():+.3f} dB, {between.sum()} samples in between")
+    assert np.abs(power_db).max() <= 1.0
+    assert 3 * 480 <= between.sum() <= 4 * 580  # each lasts 12 ms, 576 samples; the broken-off one less
+    settled = [round(0.05 * k * 48000) - 2400 for k in (1.5, 3, 5, 8)]
+    assert a[settled] == pytest.approx([1, 0, 0, 1], abs=1e-6)
+    assert b[settled] == pytest.approx([0, 1, 1, 0], abs=1e-6)
+
+
+def test_the_next_pair_is_ready_soon_after_a_vote_and_nothing_names_a_system(
+    make_demo: Callable, start_server: Callable, visit: Callable[..., Visit], record_property: Callable
+) -> None:
+    """From the key to both clips decoded: 400 ms at the median of seven votes, so that one hiccup of a busy machine decides nothing."""
+    demo = make_demo([HOSTILE] * 8, min_listen_ms=100, seconds=4.0)
+    code = add_listener(demo)
+    server = start_server(demo)
+    ada = visit(server.url)
+    ada.sign_in("ada", code)
+    took_ms = []
+    for _ in range(7):
+        ada.listen_by_keyboard()
+        took_ms.append(
+            ada.page.evaluate(
+                """async () => {
+                  const main = document.querySelector('main.encore');
+                  const before = main.player.buffers;
+                  const from = performance.now();
+                  document.dispatchEvent(new KeyboardEvent('keydown', { key: '1' }));
+                  while (!main.player.buffers || main.player.buffers === before) await new Promise((done) => setTimeout(done, 2));
+                  return performance.now() - from;
+                }"""
+            )
+        )
+    record_property("vote_to_next_pair_ms", [round(ms) for ms in took_ms])
+    print(f"vote to next pair ready: median {median(took_ms):.0f} ms of {[round(ms) for ms in took_ms]}")
+    assert len(votes_of(demo.url)) == 7
+    assert median(took_ms) <= 400
     said = [ada.page.content(), *ada.requests]
     said += [str(answer.headers) for answer in ada.answers]
     assert len(said) > 10

@@ -36,6 +36,14 @@ def test_the_command_registers_once_and_says_what_it_did(demo: object, capsys: p
     assert (main(arguments), capsys.readouterr().out) == (0, "campaign d: 8 clips, 4 pairs (0 new)\n")
 
 
+def test_the_command_keeps_a_campaign_for_those_who_passed_the_headphone_check(demo: object) -> None:
+    arguments = ["--db", demo.url, "--source", str(demo.folder), "--name"]
+    assert [main([*arguments, "d", "--require-screen"]), main([*arguments, "e"])] == [0, 0]
+    with open_store(demo.url) as store, store.read() as session:
+        asked = dict(session.execute(select(Campaign.name, Campaign.require_screen)).all())
+    assert asked == {"c": False, "d": True, "e": False}
+
+
 def test_the_command_fails_with_2_got_expected_and_remedy(demo: object, capsys: pytest.CaptureFixture) -> None:
     assert main(["--db", demo.url, "--name", "d", "--manifest", str(demo.folder / "missing.jsonl")]) == 2
     error = capsys.readouterr().err

@@ -61,6 +61,9 @@ def test_an_owner_makes_runs_and_freezes_a_campaign(boss: TestClient, ada: TestC
     assert ada.get("/api/v1/pairs/next?campaign=new").status_code == 204
     boss.put(f"{url}/status", json={"status": "open"})
     assert boss.patch(f"{url}/rules", json={"aspects": ["musicality"], "target_votes": 2}).json()["aspects"] == ["musicality"]
+    assert boss.patch(f"{url}/rules", json={"require_screen": True}).json()["require_screen"]
+    assert ada.get("/api/v1/pairs/next?campaign=new").json()["detail"]["step"] == "check"
+    ada.post("/api/v1/me/screen", json={"right": 6, "trials": 6})
 
     pair = ada.get("/api/v1/pairs/next?campaign=new").json()
     ballot = {"assignment_id": pair["assignment_id"], "choice": "a", "listen_ms": {"a": 0, "b": 0}}

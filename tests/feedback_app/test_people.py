@@ -172,6 +172,19 @@ def test_the_headphone_check_is_stored_and_locks_nobody_out(ada: TestClient, sto
     assert ada.get("/api/v1/pairs/next").status_code == 200
 
 
+def test_a_campaign_that_wants_the_check_sends_a_client_there_first(ada: TestClient, store: Store) -> None:
+    with store.write() as session:
+        session.execute(update(Campaign).values(require_screen=True))
+    for right, trials in [(None, None), (4, 6), (0, 0)]:
+        if trials is not None:
+            ada.post("/api/v1/me/screen", json={"right": right, "trials": trials})
+        refused = ada.get("/api/v1/pairs/next")
+        assert (refused.status_code, refused.json()["detail"]["step"]) == (403, "check")
+        assert set(refused.json()["detail"]) == {"got", "expected", "remedy", "step"}
+    ada.post("/api/v1/me/screen", json={"right": 6, "trials": 6})
+    assert ada.get("/api/v1/pairs/next").status_code == 200
+
+
 def test_more_right_answers_than_questions_are_refused(ada: TestClient) -> None:
     assert ada.post("/api/v1/me/screen", json={"right": 7, "trials": 6}).status_code == 422
     assert ada.get("/api/v1/me").json()["screen"] is None

@@ -1,0 +1,127 @@
+"""What the page does when something comes between: a server that goes, a consent that is withdrawn, another person, a check that is due."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from playwright.sync_api import Route, expect
+from sqlalchemy import select
+
+from db.schema import Consent, Rater
+from db.store import open_store
+from tests.feedback_app.browsing import PATIENCE_MS, Visit, add_listener, set_up, votes_of
+
+
+def test_a_server_that_dies_with_a_vote_in_hand_stores_it_once_and_the_page_says_so(
+    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    code = add_listener(hostile_demo)
+    server = start_server(hostile_demo)
+    ada = visit(server.url)
+    ada.sign_in("ada", code)
+    ada.listen_by_keyboard()
+
+    def lose_the_answer(route: Route) -> None:
+        assert route.fetch().status == 201
+        server.process.kill()
+        server.process.wait()
+        route.abort()
+
+    ada.page.route("**/api/v1/votes", lose_the_answer, times=1)
+    ada.page.keyboard.press("1")
+    expect(ada.page.locator(".status")).to_have_text(
+        "No connection. Your vote is safe on this device and will be sent.", timeout=PATIENCE_MS
+    )
+    assert [vote.choice for vote, _, _ in votes_of(hostile_demo.url)] == ["a"]
+    start_server(hostile_demo, port=urlsplit(server.url).port)
+    expect(ada.page.locator(".count")).to_have_text("1 rated · 2 to go", timeout=PATIENCE_MS)
+    assert [vote.choice for vote, _, _ in votes_of(hostile_demo.url)] == ["a"]
+    assert ada.page.evaluate("localStorage.getItem('encore.outbox.ada')") == "[]"
+    assert ada.errors == []
+
+
+def test_whoever_withdraws_consent_is_handed_no_pair_until_they_agree_again(
+    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    code = add_listener(hostile_demo)
+    ada = visit(start_server(hostile_demo).url)
+    ada.sign_in("ada", code)
+    ada.listen_by_keyboard()
+    ada.page.keyboard.press("1")
+    expect(ada.page.locator(".count")).to_have_text("1 rated · 2 to go", timeout=PATIENCE_MS)
+
+    ada.page.get_by_text("Menu").click()
+    ada.page.get_by_role("button", name="Consent", exact=True).click()
+    ada.page.get_by_role("button", name="Withdraw my consent").click()
+    ada.at("refused")
+    expect(ada.page.locator(".refused-text")).to_contain_text("The answers you gave so far stay as they are")
+    ada.page.keyboard.press("1")  # the pair on the table is out of reach
+    ada.page.reload()
+    ada.at("signin")
+    ada.sign_in("ada", code, then="consent")
+    n_asked = len(ada.requests)
+    ada.page.get_by_role("button", name="I agree").click()
+    ada.at("rate")
+    assert any("/api/v1/pairs/next" in url for url in ada.requests[n_asked:])
+    assert [vote.choice for vote, _, _ in votes_of(hostile_demo.url)] == ["a"]
+    with open_store(hostile_demo.url) as store, store.read() as session:
+        assert session.scalars(select(Consent.accepted).order_by(Consent.id)).all() == [False, True]
+    assert ada.errors == []
+
+
+def test_when_somebody_else_signs_in_in_another_tab_each_vote_stays_its_own_persons(
+    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    codes = {name: add_listener(hostile_demo, name) for name in ("ada", "eve")}
+    ada = visit(start_server(hostile_demo).url)
+    ada.sign_in("ada", codes["ada"])
+    ada.listen_by_keyboard()
+    eve = ada.second_tab()
+    eve.at("rate")
+    eve.page.get_by_role("button", name="Sign out").click()
+    eve.at("signin")
+    eve.sign_in("eve", codes["eve"])
+
+    for tab, name, key in [(ada, "ada", "1"), (eve, "eve", "2")]:  # each time the cookie is the other's
+        tab.page.bring_to_front()
+        if tab is eve:
+            tab.listen_by_keyboard()
+        tab.page.keyboard.press(key)
+        tab.at("signin")
+        expect(tab.page.locator(".view-signin .problem")).to_contain_text("Somebody else signed in in another tab.")
+        assert len(votes_of(hostile_demo.url)) == "12".index(key)
+        tab.sign_in(name, codes[name])
+        expect(tab.page.locator(".count")).to_have_text("1 rated · 2 to go", timeout=PATIENCE_MS)
+    with open_store(hostile_demo.url) as store, store.read() as session:
+        handles = dict(session.execute(select(Rater.id, Rater.handle)).all())
+    assert [(handles[vote.rater_id], vote.choice) for vote, _, _ in votes_of(hostile_demo.url)] == [("ada", "a"), ("eve", "b")]
+    assert ada.errors == []
+
+
+def test_a_campaign_that_wants_the_headphone_check_leads_back_to_it_until_it_is_passed(
+    make_demo: Callable, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    demo = make_demo(["calm"], seconds=4.0)
+    set_up(demo, require_screen=True)
+    code = add_listener(demo, right=4)
+    ada = visit(start_server(demo).url)
+    ada.sign_in("ada", code, then="check")
+    expect(ada.page.locator(".due")).to_have_text("The pairs that wait for you need headphones. Pass this check to get them.")
+    ada.page.get_by_role("button", name="I cannot do this now").click()
+    expect(ada.page.locator(".found .lead")).to_contain_text("The pairs that wait need headphones")
+    ada.page.get_by_role("button", name="Try again").click()
+    expect(ada.page.locator(".level")).to_be_visible()
+    ada.page.evaluate("Math.random = () => 0")  # the softest tone is the first one, always
+    ada.page.keyboard.press("Enter")
+    for n in range(1, 7):
+        expect(ada.page.locator(".nth")).to_have_text(f"{n} of 6")
+        ada.page.keyboard.press("Space")
+        ada.page.wait_for_timeout(60)
+        ada.page.keyboard.press("1")
+    expect(ada.page.locator(".found .lead")).to_have_text("Your headphones work well.")
+    ada.page.get_by_role("button", name=re.compile("Go on")).locator("visible=true").click()
+    ada.at("rate")
+    expect(ada.page.locator(".prompt")).to_have_text("calm")
+    assert ada.errors == []
