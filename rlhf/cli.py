@@ -1,7 +1,7 @@
 """`encore ...`: one door to what is not training.
 
-    encore corpus import|build   encore sample   encore app   encore ratings export|import|stats   encore generate
-    encore adapters list|show    encore evaluate   encore lineage   encore demo
+    encore corpus import|build   encore sample   encore app   encore owners   encore ratings export|import|stats
+    encore generate   encore adapters list|show   encore evaluate   encore lineage   encore demo
 
 Training is launched with `accelerate launch <folder>/train_*.py`. Bad input ends with one line on stderr (got, expected, remedy)
 and exit code 2; nothing half-written is left. Each command imports what it needs only when it runs.
@@ -80,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=int, default=7860)
     p.add_argument("--rater", metavar="NAME", help="make sure this rater exists and print a fresh access code")
+    p.add_argument("--owner", metavar="NAME", help="make sure this owner exists and print a fresh access code; sign in at /owner")
+    p.add_argument("--data-root", metavar="DIR", action="append", default=[], help="where owners may find clips; repeatable")
+    p.add_argument("--state-dir", type=Path, help="where snapshots and gold clips go; default: beside the SQLite file")
+    p.add_argument("--consent-of-everyone", action="store_true", help="ask raters added by hand for consent too")
+
+    # Whatever follows is the rating app's to understand, its options and --help too.
+    p = commands.add_parser("owners", help="invite, pause, rules, leaderboard, audit ...", prefix_chars="\0", add_help=False)
+    p.set_defaults(run=owners)
+    p.add_argument("arguments", nargs="*")
 
     ratings = commands.add_parser("ratings", help="export, import or count votes").add_subparsers(required=True, metavar="ACTION")
     p = _command(ratings, "export", ratings_export, "freeze a campaign's votes as a hashed snapshot")
@@ -172,8 +181,16 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def app(args: argparse.Namespace) -> int:
-    rater = ["--rater", args.rater] if args.rater else []
-    return _app_module("app", "--db", args.db, "--host", args.host, "--port", str(args.port), *rater)
+    wanted = ["--db", args.db, "--host", args.host, "--port", str(args.port)]
+    for option, value in (("--rater", args.rater), ("--owner", args.owner), ("--state-dir", args.state_dir)):
+        wanted += [f"{option}={value}"] if value is not None else []
+    wanted += [f"--data-root={root}" for root in args.data_root]
+    wanted += ["--consent-of-everyone"] if args.consent_of_everyone else []
+    return _app_module("app", *wanted)
+
+
+def owners(args: argparse.Namespace) -> int:
+    return _app_module("owners", *args.arguments)
 
 
 def _app_module(name: str, *arguments: str) -> int:
