@@ -141,7 +141,8 @@ def test_no_pair_without_consent_for_the_invited(api: FastAPI, store: Store, inv
     assert ada.get("/api/v1/pairs/next").status_code == 401  # a withdrawal ends all sessions
     assert ada.post("/api/v1/login", json={"handle": "ada", "token": code}).status_code == 200
     refused = ada.get("/api/v1/pairs/next")
-    assert (refused.status_code, set(refused.json()["detail"])) == (403, {"got", "expected", "remedy"})
+    assert (refused.status_code, set(refused.json()["detail"])) == (403, {"got", "expected", "remedy", "step"})
+    assert refused.json()["detail"]["step"] == "consent"
     assert ada.post("/api/v1/me/consent", json={"version": "of another day", "accepted": True}).status_code == 422
     assert ada.post("/api/v1/me/consent", json={**no, "accepted": True}).status_code == 204
     assert ada.get("/api/v1/pairs/next").status_code == 200
