@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.resources import files
 from statistics import median
 
 import numpy as np
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, Page, expect
 from sqlalchemy import func, select
 
 from db.schema import Consent, Rater, SpanMark, VoteAspect
@@ -245,14 +246,20 @@ def test_of_two_tabs_the_first_vote_stands_and_the_second_tab_says_so(
     assert [vote.choice for vote, _, _ in votes_of(hostile_demo.url)] == ["a"]
 
 
-def test_both_sides_run_on_one_clock_to_the_sample(hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]) -> None:
-    code = add_listener(hostile_demo)
-    ada = visit(start_server(hostile_demo).url)
-    ada.sign_in("ada", code)
-    heard = ada.page.evaluate(
+@pytest.fixture
+def player_page(browser: Browser) -> Iterator[Page]:
+    """An empty page with the real player on it, and no server."""
+    page = browser.new_page()
+    page.add_script_tag(content=(files("feedback_app.pages") / "player.js").read_text())
+    yield page
+    page.close()
+
+
+def test_both_sides_run_on_one_clock_to_the_sample(player_page: Page) -> None:
+    heard = player_page.evaluate(
         """async () => {
           const [rate, n] = [48000, 24000];
-          const player = new (document.querySelector('main.encore').player.constructor)(() => {});
+          const player = new Player(() => {});
           const context = player.context = new OfflineAudioContext(1, n, rate);
           const side = (sign) => {
             const buffer = context.createBuffer(1, n, rate);
@@ -273,17 +280,12 @@ def test_both_sides_run_on_one_clock_to_the_sample(hostile_demo: object, start_s
         assert abs(sign * got - index) <= 1, heard
 
 
-def test_a_turn_keeps_the_power_of_both_sides_together_within_a_decibel(
-    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
-) -> None:
-    code = add_listener(hostile_demo)
-    ada = visit(start_server(hostile_demo).url)
-    ada.sign_in("ada", code)
+def test_a_turn_keeps_the_power_of_both_sides_together_within_a_decibel(player_page: Page) -> None:
     # A sounds on the left alone and B on the right alone, both constant: what comes out is the two gains.
-    gains = ada.page.evaluate(
+    gains = player_page.evaluate(
         """async () => {
           const [rate, n] = [48000, 24000];
-          const player = new (document.querySelector('main.encore').player.constructor)(() => {});
+          const player = new Player(() => {});
           const context = player.context = new OfflineAudioContext(2, n, rate);
           const side = (channel) => {
             const buffer = context.createBuffer(2, n, rate);
