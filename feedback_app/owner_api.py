@@ -5,6 +5,7 @@ Every endpoint takes the role `owner`. All owners of one server see all its camp
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import zipfile
@@ -241,6 +242,16 @@ class AuditView(BaseModel):
     detail: dict[str, Any]
 
 
+class SnapshotView(BaseModel):
+    """A snapshot made on this server; all but the name is null where its snapshot.json cannot be read."""
+
+    name: str
+    campaign: str | None = None
+    sha256: str | None = None
+    n_votes: int | None = None
+    created_at: datetime | None = None
+
+
 class NewSnapshot(BaseModel):
     name: SnapshotName
 
@@ -349,11 +360,19 @@ def make_snapshot(request: Request, owner: Owner, campaign_id: Id, wanted: NewSn
 
 
 @router.get("/snapshots")
-def snapshots(request: Request, owner: Owner) -> list[str]:
-    """The names of the snapshots that were made on this server."""
+def snapshots(request: Request, owner: Owner) -> list[SnapshotView]:
+    """The snapshots that were made on this server, newest first."""
     folder = _premises(request).state_dir
-    made = sorted((folder / "snapshots").glob("*/snapshot.json")) if folder else []
-    return [path.parent.name for path in made if not path.parent.name.startswith(".")]
+    made = (folder / "snapshots").glob("*/snapshot.json") if folder else []
+    found = [_snapshot(path) for path in made if not path.parent.name.startswith(".")]
+    return sorted(found, key=lambda view: (str(view.created_at or ""), view.name), reverse=True)
+
+
+def _snapshot(path: Path) -> SnapshotView:
+    try:
+        return SnapshotView.model_validate(json.loads(path.read_bytes()) | {"name": path.parent.name})
+    except (OSError, ValueError, TypeError):
+        return SnapshotView(name=path.parent.name)
 
 
 @router.get("/snapshots/{name}", response_class=FileResponse)

@@ -6,6 +6,7 @@ const ASPECTS = ['prompt_fit', 'musicality', 'sound_quality'];
 const SVG = 'http' + '://www.w3.org/2000/svg'; // a name, not an address
 let house = null;
 let current = null;
+let narrow = { tag: '', aspect: '' };
 
 /* ---- small tools */
 function make(tag, attributes = {}, ...children) {
@@ -38,7 +39,7 @@ function say(text, bad = false) {
 }
 
 /* ---- talking to the server: the answer's JSON; null after a refusal, which is shown */
-async function call(method, path, body) {
+async function call(method, path, body, quiet = false) {
   const headers = { 'X-Encore-Client': 'owner' };
   if (body !== undefined) headers['Content-Type'] = 'application/json';
   try {
@@ -46,13 +47,13 @@ async function call(method, path, body) {
     if (answer.ok) return answer.status === 204 ? {} : await answer.json();
     const { detail } = await answer.json().catch(() => ({}));
     if (answer.status === 401 && path !== '/login') show('signin');
-    say(detail ? `Got ${detail.got}; expected ${detail.expected}. ${detail.remedy}.` : `Refused (${answer.status}).`, true);
+    if (!quiet) say(detail ? `Got ${detail.got}; expected ${detail.expected}. ${detail.remedy}.` : `Refused (${answer.status}).`, true);
   } catch {
-    say('The server does not answer. Nothing was changed; try again in a moment.', true);
+    if (!quiet) say('The server does not answer. Nothing was changed; try again in a moment.', true);
   }
   return null;
 }
-const own = (method, path, body) => call(method, `/owner${path}`, body);
+const own = (method, path, body, quiet) => call(method, `/owner${path}`, body, quiet);
 
 function show(view) {
   page.dataset.view = view;
@@ -85,91 +86,119 @@ function readRules(form) {
 
 /* ---- campaigns */
 async function openHouse() {
-  house = await own('GET', '/house');
-  if (!house) return show(page.dataset.view === 'loading' ? 'signin' : page.dataset.view);
+  const fresh = await own('GET', '/house');
+  if (!fresh) return show(page.dataset.view === 'loading' ? 'signin' : page.dataset.view);
+  house = fresh;
   find('.roots').textContent = house.roots.length ? `Clips may lie below ${house.roots.join(', ')}` : 'The server was started without --data-root, so it finds no clips.';
+  drawHouse();
+  show('campaigns');
+}
+function drawHouse() {
   find('.list').replaceChildren(...house.campaigns.map((campaign) => make('button', { type: 'button', class: 'campaign card', onclick: () => openCampaign(campaign.id) },
     make('b', {}, campaign.name), make('span', { class: `state ${campaign.status}` }, campaign.status),
     make('span', { class: 'fine' }, `${campaign.n_pairs} pairs, ${campaign.n_gold} gold · ${campaign.votes} of ${campaign.votes_wanted} votes · ${campaign.leases} being heard · ${campaign.skips} skipped`),
     make('span', { class: 'meter' }, make('i', { style: `width:${Math.min(100, (100 * campaign.votes) / Math.max(1, campaign.votes_wanted))}%` })))));
   if (!house.campaigns.length) find('.list').replaceChildren(make('div', { class: 'card' }, 'No campaign yet. Make the first one below.'));
-  show('campaigns');
 }
 
+const boardOf = (id) => `/campaigns/${id}/results?${new URLSearchParams(Object.entries(narrow).filter(([, value]) => value))}`;
 async function openCampaign(id) {
-  const [fresh, found] = [await own('GET', '/house'), await own('GET', `/campaigns/${id}/results`)];
-  if (!fresh || !found) return;
+  if (!current || current.id !== id) narrow = { tag: '', aspect: '' };
+  const [fresh, found, frozen] = [await own('GET', '/house'), await own('GET', boardOf(id)), await own('GET', '/snapshots')];
+  if (!fresh || !found || !frozen) return;
   house = fresh;
   current = house.campaigns.find((campaign) => campaign.id === id);
   find('.head h1').textContent = current.name;
-  find('.head .lead').textContent = `${current.status} · ${current.n_pairs} pairs, ${current.n_gold} gold · ${current.votes} of ${current.votes_wanted} votes · ${found.n_raters} raters whose votes rank`;
   const to = (status, text) => make('button', { type: 'button', class: 'plain', onclick: async () => { if (await own('PUT', `/campaigns/${id}/status`, { status })) openCampaign(id); } }, text);
   const moves = { open: [['paused', 'Pause'], ['closed', 'Close']], paused: [['open', 'Open again'], ['closed', 'Close']], closed: [['open', 'Open again']] };
   find('.actions').replaceChildren(...moves[current.status].map((move) => to(...move)));
   rulesForm(find('.change .rules'), current.rules);
-  find('.made').replaceChildren();
+  const option = (value, text, chosen) => make('option', { value, selected: value === chosen && '' }, text);
+  find('.narrow [name=tag]').replaceChildren(option('', 'all pairs', narrow.tag), ...found.tags.map((tag) => option(tag, tag.replace(':', ': '), narrow.tag)));
+  find('.narrow [name=aspect]').replaceChildren(option('', 'the vote', narrow.aspect), ...ASPECTS.map((name) => option(name, name.replace('_', ' '), narrow.aspect)));
+  const mine = frozen.filter((snapshot) => snapshot.campaign === current.name || snapshot.sha256 === null);
+  find('.made').replaceChildren(mine.length ? table(['Name', 'Votes', 'sha256', 'Made', ''], mine.map((snapshot) => [snapshot.name, snapshot.n_votes,
+    snapshot.sha256 === null ? 'cannot be read' : make('code', { title: snapshot.sha256 }, snapshot.sha256.slice(0, 16)), snapshot.created_at && when(snapshot.created_at),
+    make('a', { href: `${API}/owner/snapshots/${encodeURIComponent(snapshot.name)}`, download: '' }, 'Download')])) : '');
+  drawBoard(found);
+  show('campaign');
+}
+function drawBoard(found) {
+  find('.head .lead').textContent = `${current.status} · ${current.n_pairs} pairs, ${current.n_gold} gold · ${current.votes} of ${current.votes_wanted} votes · ${found.n_raters} raters whose votes rank`;
+  find('.asof').textContent = `As of ${new Date().toLocaleTimeString()}`;
   const excluded = Object.entries(found.excluded).map(([reason, n]) => [reason.replaceAll('_', ' '), n]);
-  const agreement = found.agreement ? table(['', ''], [['Two raters agree', `${percent(found.agreement.rate)} of ${found.agreement.n} couples`],
+  const agreement = found.agreement ? table([], [['Two raters agree', `${percent(found.agreement.rate)} of ${found.agreement.n} couples`],
     ['Ceiling for a reward model', `${percent(found.agreement.ceiling)} (95 %: ${found.agreement.ci.map(percent).join(' to ')})`],
     ['Krippendorff’s alpha', found.alpha === null ? '–' : found.alpha.toFixed(2)]]) : make('p', { class: 'fine' }, 'Two raters must hear one pair first.');
-  find('.plots').replaceChildren(card('Rating, with 95 % intervals', ratingPlot(found.standings)), card('Who beat whom', winMatrix(found)),
+  find('.plots').replaceChildren(card('Rating, with 95 % intervals', ratingPlot(found)), card('Who beat whom', winMatrix(found)),
     card('Votes over time', dayPlot(found.votes_by_day)), card('Agreement', agreement),
     card('Kept, but not counted', table(['Reason', 'Votes'], excluded)),
     card('Raters', table(['Rater', 'Votes', 'Gold right', 'Repeats alike', 'Side A', 'Heard', 'Reliability'], found.raters.map((rater) => [rater.handle, rater.n_votes,
       percent(rater.gold_accuracy), percent(rater.repeat_agreement), percent(rater.left_share), percent(rater.coverage), rater.reliability === null ? '–' : rater.reliability.toFixed(2)])), true));
-  show('campaign');
 }
 
-/* ---- plots */
-function ratingPlot(standings) {
+/* ---- gently: figures are renewed while somebody looks, forms are left alone, and a slow board is asked for less often */
+const EVERY_MS = 15000;
+async function renew() {
+  const began = performance.now();
+  const view = page.dataset.view;
+  if (document.visibilityState === 'visible' && (view === 'campaigns' || view === 'campaign')) {
+    const asked = view === 'campaign' ? boardOf(current.id) : '';
+    const fresh = await own('GET', '/house', undefined, true);
+    const found = fresh && asked ? await own('GET', asked, undefined, true) : null;
+    if (!page.isConnected) return;
+    if (view === page.dataset.view && asked === (asked && boardOf(current.id))) { // nobody went elsewhere meanwhile
+      if (fresh) house = fresh;
+      if (fresh && !asked) drawHouse();
+      if (found) {
+        current = house.campaigns.find((campaign) => campaign.id === current.id);
+        drawBoard(found);
+      } else if (asked) find('.asof').textContent += find('.asof').textContent.endsWith(')') ? '' : ' (could not be renewed)';
+    }
+  }
+  setTimeout(renew, Math.max(EVERY_MS, 10 * (performance.now() - began)));
+}
+
+/* ---- plots: lengths in shares of the card, so that text keeps its size on a phone */
+function ratingPlot({ standings }) {
   if (!standings.length) return make('p', { class: 'fine' }, 'No vote ranks two systems yet.');
   const ends = standings.flatMap((row) => row.ci || [row.strength]);
   const [low, high] = [Math.min(...ends, -0.1), Math.max(...ends, 0.1)];
-  const x = (value) => 150 + ((value - low) / (high - low)) * 280;
-  const plot = draw('svg', { viewBox: `0 0 460 ${standings.length * 40 + 24}`, role: 'img', 'aria-label': 'Rating of each system with its interval' });
-  plot.append(draw('line', { x1: x(0), x2: x(0), y1: 4, y2: standings.length * 40, stroke: 'var(--line)', 'stroke-width': 2 }));
-  standings.forEach((row, i) => {
-    const y = 22 + i * 40;
-    const needed = row.separate === false && row.votes_needed ? ` · ${row.votes_needed} more votes would part it from the next` : '';
-    plot.append(draw('text', { x: 0, y: y + 4 }, row.system.length > 20 ? `${row.system.slice(0, 19)}…` : row.system));
-    if (row.ci) plot.append(draw('line', { x1: x(row.ci[0]), x2: x(row.ci[1]), y1: y, y2: y, stroke: 'var(--a)', 'stroke-width': 4, 'stroke-linecap': 'round', opacity: 0.4 }));
-    plot.append(draw('circle', { cx: x(row.strength), cy: y, r: 6, fill: 'var(--a)' }, draw('title', {}, `${row.system}: ${row.strength.toFixed(2)}`)));
-    plot.append(draw('text', { x: 0, y: y + 20, class: 'soft' }, `${row.strength >= 0 ? '+' : ''}${row.strength.toFixed(2)} · ${row.wins} won, ${row.losses} lost, ${row.ties} tied${needed}`));
-  });
-  return plot;
+  const x = (value) => `${(2 + (96 * (value - low)) / (high - low)).toFixed(2)}%`;
+  return make('ol', { class: 'standings' }, ...standings.map((row, i) => {
+    const range = draw('svg', { class: 'range', role: 'img', 'aria-label': row.ci ? `from ${row.ci[0].toFixed(2)} to ${row.ci[1].toFixed(2)}` : 'one rater, no interval' },
+      draw('line', { x1: x(0), x2: x(0), y1: 0, y2: 18, stroke: 'var(--line)', 'stroke-width': 2 }));
+    if (row.ci) range.append(draw('line', { x1: x(row.ci[0]), x2: x(row.ci[1]), y1: 9, y2: 9, stroke: 'var(--a)', 'stroke-width': 4, 'stroke-linecap': 'round', opacity: 0.4 }));
+    range.append(draw('circle', { cx: x(row.strength), cy: 9, r: 6, fill: 'var(--a)' }));
+    const needed = row.separate === false ? (row.votes_needed ? `${row.votes_needed.toLocaleString()} more votes to tell it from the next` : 'no number of votes would tell it from the next') : '';
+    return make('li', {}, make('span', { class: 'who' }, make('b', {}, `${i + 1}. ${row.system}`), make('span', {}, `${row.strength >= 0 ? '+' : ''}${row.strength.toFixed(2)}`)),
+      range, make('span', { class: 'fine' }, `${row.wins} won, ${row.losses} lost, ${row.ties} tied, ${row.both_bad} both bad`), needed && make('span', { class: 'fine' }, needed));
+  }));
 }
 
 function winMatrix({ standings, wins }) {
   if (standings.length < 2) return make('p', { class: 'fine' }, 'Two systems must meet first.');
-  const size = Math.min(64, 330 / standings.length);
-  const plot = draw('svg', { viewBox: `0 0 460 ${standings.length * size + 30}`, role: 'img', 'aria-label': 'Share of votes for the row over the column' });
-  standings.forEach((row, i) => {
-    plot.append(draw('text', { x: 0, y: 24 + i * size + size / 2 + 4 }, row.system.slice(0, 16)));
-    plot.append(draw('text', { x: 120 + i * size + size / 2, y: 14, 'text-anchor': 'middle', class: 'soft' }, row.system.slice(0, Math.max(3, Math.floor(size / 7)))));
-    standings.forEach((column, j) => {
-      const n = wins[i][j] + wins[j][i];
-      const share = n ? wins[i][j] / n : 0.5;
-      const colour = i === j || !n ? 'var(--well)' : share >= 0.5 ? 'var(--a)' : 'var(--b)';
-      plot.append(draw('rect', { x: 121 + j * size, y: 24 + i * size, width: size - 3, height: size - 3, rx: 8, fill: colour, opacity: i === j || !n ? 1 : 0.15 + 0.8 * Math.abs(share - 0.5) },
-        draw('title', {}, `${row.system} over ${column.system}: ${wins[i][j]} of ${n}`)));
-      if (i !== j && n && size > 30) plot.append(draw('text', { x: 120 + j * size + size / 2, y: 24 + i * size + size / 2 + 3, 'text-anchor': 'middle' }, percent(share)));
-    });
-  });
-  return plot;
+  const grid = make('div', { class: 'matrix', role: 'table', 'aria-label': 'Share of votes for the row over the column', style: `--n:${standings.length}` });
+  const row = (...cells) => make('div', { role: 'row' }, ...cells);
+  grid.append(row(make('span', { role: 'columnheader' }, ''), ...standings.map((column, j) => make('span', { role: 'columnheader', title: column.system }, String(j + 1)))));
+  standings.forEach((one, i) => grid.append(row(make('span', { role: 'rowheader', title: one.system }, `${i + 1}. ${one.system}`), ...standings.map((other, j) => {
+    const n = wins[i][j] + wins[j][i];
+    if (i === j || !n) return make('span', { role: 'cell', title: i === j ? null : `${one.system} and ${other.system} have not met` }, '');
+    const share = wins[i][j] / n;
+    const tint = `${share >= 0.5 ? 'var(--a)' : 'var(--b)'} ${Math.round(12 + 76 * Math.abs(share - 0.5))}%`;
+    return make('span', { role: 'cell', style: `background:color-mix(in srgb, ${tint}, var(--well))`, title: `${one.system} over ${other.system}: ${wins[i][j]} of ${n}` }, String(Math.round(100 * share)));
+  }))));
+  return make('div', {}, grid, make('p', { class: 'fine' }, 'Per cent of decided votes for the row over the column.'));
 }
 
 function dayPlot(days) {
   if (!days.length) return make('p', { class: 'fine' }, 'No vote yet.');
   const shown = days.slice(-60);
   const most = Math.max(...shown.map(([, n]) => n));
-  const wide = Math.min(40, 440 / shown.length);
-  const plot = draw('svg', { viewBox: '0 0 460 150', role: 'img', 'aria-label': `Votes on each of ${shown.length} days` });
-  shown.forEach(([day, n], i) => {
-    const high = (105 * n) / most;
-    plot.append(draw('rect', { x: 10 + i * wide, y: 122 - high, width: Math.max(1, wide - 3), height: high, rx: 3, fill: 'var(--a)' }, draw('title', {}, `${day}: ${n} votes`)));
-  });
-  plot.append(draw('text', { x: 10, y: 142, class: 'soft' }, shown[0][0]), draw('text', { x: 450, y: 142, 'text-anchor': 'end', class: 'soft' }, `${shown.at(-1)[0]}, at most ${most} a day`));
-  return plot;
+  const bars = make('div', { class: 'days', role: 'img', 'aria-label': `Votes on each of ${shown.length} days, at most ${most}` },
+    ...shown.map(([day, n]) => make('i', { style: `height:${(100 * n) / most}%`, title: `${day}: ${n} votes` })));
+  const span = shown.length > 1 ? `${shown[0][0]} to ${shown.at(-1)[0]}` : shown[0][0];
+  return make('div', {}, bars, make('p', { class: 'fine' }, `${span}, at most ${most} a day`));
 }
 
 /* ---- people */
@@ -252,10 +281,12 @@ onSubmit('.create', async (data, form) => {
 onSubmit('.change', async (data, form) => {
   if (await own('PATCH', `/campaigns/${current.id}/rules`, readRules(form))) { await openCampaign(current.id); say('Saved.'); }
 });
-onSubmit('.freeze', async (data) => {
-  const name = data.get('name');
-  const made = await own('POST', `/campaigns/${current.id}/snapshots`, { name });
-  if (made) find('.made').replaceChildren(`${made.n_votes} votes, sha256 ${made.sha256.slice(0, 12)}: `, make('a', { href: `${API}/owner/snapshots/${encodeURIComponent(name)}`, download: '' }, 'download'));
+onSubmit('.freeze', async (data, form) => {
+  const made = await own('POST', `/campaigns/${current.id}/snapshots`, { name: data.get('name') });
+  if (!made) return;
+  form.reset();
+  await openCampaign(current.id);
+  say(`${made.name}: ${made.n_votes} votes are frozen.`);
 });
 onSubmit('.invite', async (data) => {
   const made = await own('POST', '/invitations', { campaign_id: data.get('campaign') ? Number(data.get('campaign')) : null, max_uses: Number(data.get('max_uses')), expires_in_h: 24 * Number(data.get('days')), note: data.get('note') || null });
@@ -265,5 +296,12 @@ onSubmit('.invite', async (data) => {
   find('.link input').value = `${location.origin}/#invite=${made.token}`;
   find('.link input').select();
 });
+find('.narrow').addEventListener('change', async (event) => {
+  narrow[event.target.name] = event.target.value;
+  const asked = boardOf(current.id);
+  const found = await own('GET', asked);
+  if (found && asked === boardOf(current.id)) drawBoard(found);
+});
 rulesForm(find('.create .rules'), FRESH);
+setTimeout(renew, EVERY_MS);
 openHouse().then(() => { if (page.dataset.view === 'signin') say(''); });

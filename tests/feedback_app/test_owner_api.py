@@ -50,7 +50,7 @@ def test_every_endpoint_but_the_doors_needs_a_session_and_the_owners_need_an_own
             assert ada.request(method, address, json={}).status_code == 403, (method, path)
 
 
-def test_an_owner_makes_runs_and_freezes_a_campaign(boss: TestClient, ada: TestClient, demo: object) -> None:
+def test_an_owner_makes_runs_and_freezes_a_campaign(boss: TestClient, ada: TestClient, demo: object, tmp_path: Path) -> None:
     wanted = {"name": "new", "sources": [{"path": str(demo.folder)}], "rules": {"min_listen_ms": 0, "target_votes": 1}, "n_gold": 2}
     made = boss.post("/api/v1/owner/campaigns", json=wanted)
     assert (made.status_code, made.json()) == (201, {"name": "new", "n_clips": 10, "n_pairs": 4, "n_new_pairs": 4, "n_gold": 2})
@@ -74,7 +74,12 @@ def test_an_owner_makes_runs_and_freezes_a_campaign(boss: TestClient, ada: TestC
 
     frozen = boss.post(f"{url}/snapshots", json={"name": "first"})
     assert (frozen.status_code, frozen.json()["n_votes"]) == (201, 1)
-    assert boss.get("/api/v1/owner/snapshots").json() == ["first"]
+    boss.post(f"{url}/snapshots", json={"name": "broken"})
+    (tmp_path / "state/snapshots/broken/snapshot.json").write_text("[1")
+    first, broken = boss.get("/api/v1/owner/snapshots").json()
+    assert {key: first[key] for key in ("name", "campaign", "n_votes")} == {"name": "first", "campaign": "new", "n_votes": 1}
+    assert first["sha256"] == frozen.json()["sha256"]
+    assert broken == {"name": "broken", "campaign": None, "sha256": None, "n_votes": None, "created_at": None}
     packed = boss.get("/api/v1/owner/snapshots/first")
     names = zipfile.ZipFile(io.BytesIO(packed.content)).namelist()
     assert {"first/votes.jsonl", "first/clips.jsonl", "first/snapshot.json"} <= set(names)
