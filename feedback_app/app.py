@@ -23,13 +23,13 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from base_models.errors import UserError
-from db.errors import ConflictError, StoreError
-from db.owners import raters
+from db.errors import StoreError
 from db.session import parse_url
 from db.store import Store, open_store
 from feedback_app.api import create_api
 from feedback_app.auth import load_or_make_secret, secret_path
 from feedback_app.owner_api import Premises, add_owner_api
+from feedback_app.owners import access_code
 from feedback_app.pages import owner
 from feedback_app.pages.rate import CSS, HEAD, THEME, build_page
 
@@ -142,25 +142,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             secret = load_or_make_secret(args.secret_file or secret_path(args.db))
             store = open_store(args.db)
             if args.rater:
-                print(f"Sign in as {args.rater} with access code {_access_code(store, args.rater)}", flush=True)
+                print(f"Sign in as {args.rater} with access code {access_code(store, args.rater, 'rater')}", flush=True)
             if args.owner:
-                print(f"Sign in at /owner as {args.owner} with access code {_access_code(store, args.owner, 'owner')}", flush=True)
+                print(f"Sign in at /owner as {args.owner} with access code {access_code(store, args.owner, 'owner')}", flush=True)
             premises = Premises(tuple(args.data_root), args.state_dir or state_dir(args.db))
             serve(_assemble(store, secret, premises, args.consent_of_everyone), listener)
     except (UserError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def _access_code(store: Store, handle: str, role: str = "rater") -> str:
-    """A fresh code for a person of this role. Raises ConflictError when the name belongs to one of the other role."""
-    try:
-        return store.add_rater(handle, role)
-    except ConflictError as error:
-        if any(person.handle == handle and person.role != role for person in raters(store)):
-            raise ConflictError(f"{handle!r}, who is no {role}", f"a name of a {role}", "choose another name") from error
-        return store.renew_token(handle)
 
 
 if __name__ == "__main__":
