@@ -167,3 +167,12 @@ def test_the_encore_command_hands_its_arguments_on(demo: object) -> None:
     assert (listed.returncode, json.loads(listed.stdout)[0]["name"]) == (0, "c")
     refused = subprocess.run([*command, "pause", "nowhere", "--db", demo.url], capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert (refused.returncode, refused.stderr[:6]) == (2, "error:")
+
+
+def test_the_encore_command_starts_the_app_with_what_owners_need(demo: object, tmp_path: Path) -> None:
+    options = ["--rater=mira", "--owner=mira", "--data-root=a", "--data-root=b", f"--state-dir={tmp_path}", "--consent-of-everyone"]
+    command = [sys.executable, "-m", "rlhf.cli", "app", "--db", demo.url, "--port", "0", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)  # ends, for mira cannot be both
+    assert "Sign in as mira" in ended.stdout
+    assert "who is no owner" in ended.stderr
+    assert ended.returncode == 2
