@@ -139,8 +139,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--db", default="sqlite", help="sqlite or postgresql")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--draws", type=int, default=400, help="pairs handed out, for each chooser")
+    parser.add_argument("--draws", type=int, default=300, help="pairs handed out, for each chooser")
     args = parser.parse_args()
+    if len(CHOOSERS) * args.draws > min(args.sizes) // 9:
+        parser.error(f"--draws {args.draws} of {len(CHOOSERS)} choosers are more than the votes that {min(args.sizes)} leave open")
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder, fresh_url(args.db, Path(folder)) as url:
             with open_store(url) as store:
