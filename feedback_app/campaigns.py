@@ -191,11 +191,6 @@ def fill_campaign(
     return create(store, name, rows, rules, pairs=pairs, gold=gold, measure=measure, owner_id=owner_id, keep_rules=keep_rules)
 
 
-def _is_folder_of_systems(rows: Mapping[ClipKey, Row]) -> bool:
-    """An audiofolder that holds several systems; a sampler's manifest lists the clips that meet one after the other."""
-    return all("file_name" in row.fields for row in rows.values()) and len({row.fields["system"] for row in rows.values()}) > 1
-
-
 def read_pairs(path: Path, rows: Mapping[ClipKey, Row]) -> tuple[list[PairOf], list[PairOf]]:
     """(pairs to be rated, gold pairs with the better clip first) of a pairs file. Raises UserError."""
     sha_of = {str(row.fields["file"]): row.sha256 for row in rows.values()} | {row.sha256: row.sha256 for row in rows.values()}
