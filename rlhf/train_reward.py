@@ -114,7 +114,16 @@ PRESETS: dict[str, dict[str, Any]] = {"smoke": {"toy": True, "out": Path("runs/r
 
 
 def main(cfg: Config) -> dict[str, Any]:
-    """Run it; returns the figures."""
+    """Run it; returns the figures. On one thread, since sums in another order would make another model of the same votes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _main(cfg)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _main(cfg: Config) -> dict[str, Any]:
     began = time.monotonic()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     check(cfg, accelerator.num_processes)

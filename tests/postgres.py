@@ -106,5 +106,10 @@ def _reachable(programs: Path, folder: Path, user: str) -> Path:
     tried = subprocess.run(["test", "-x", programs / "postgres"], user=user, cwd="/")
     if tried.returncode == 0:
         return programs
-    shutil.copytree(programs.parent, folder / "programs")
-    return folder / "programs" / "bin"
+    package = programs.parents[1]  # <package>/pginstall/bin; a wheel keeps shared libraries beside the package, in <package>.libs
+    copy = folder / package.name
+    shutil.copytree(programs.parent, copy / programs.parent.name)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, folder / libraries.name)
+    return copy / programs.parent.name / programs.name
