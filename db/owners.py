@@ -6,7 +6,6 @@ somebody need not touch it. `actor_id` is None for the command line on the serve
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from db.schema import (
     VoteAspect,
     utc_now,
 )
-from db.store import Store
+from db.store import Store, token_sha256
 
 MAX_INVITED = 10_000
 MAX_INVITATION_DAYS = 365
@@ -191,7 +190,7 @@ def invite(
         if campaign_id is not None:
             _campaign(session, campaign_id)
         invitation = Invitation(
-            token_sha256=_sha256(token), campaign_id=campaign_id, note=note or None, max_uses=max_uses, expires_at=clock() + expires_in
+            token_sha256=token_sha256(token), campaign_id=campaign_id, note=note or None, max_uses=max_uses, expires_at=clock() + expires_in
         )
         session.add(invitation)
         session.flush()
@@ -283,7 +282,7 @@ def erase_rater(store: Store, actor_id: int | None, rater_id: int, votes: Litera
         if rater.role == "owner":
             raise RefusedError("an owner", "a rater", "owners' actions are on record; make another owner first, then block this one")
         rater.handle = f"erased-{secrets.token_hex(8)}"
-        rater.token_sha256 = _sha256(secrets.token_urlsafe(32))
+        rater.token_sha256 = token_sha256(secrets.token_urlsafe(32))
         rater.status = "erased"
         rater.session_epoch += 1
         rater.screen = rater.practised_at = None
@@ -363,7 +362,3 @@ def _plain(row: Base, leave_out: Sequence[str] = ()) -> dict[str, Any]:
     """A row's columns, times as ISO 8601."""
     columns = {column.key: getattr(row, column.key) for column in inspect(row).mapper.column_attrs if column.key not in leave_out}
     return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in columns.items()}
-
-
-def _sha256(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

@@ -7,7 +7,6 @@ Whoever turns the consent page down before joining leaves no trace: nothing is w
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from db.errors import ConflictError, NotFoundError, RefusedError
 from db.schema import Consent, Invitation, Membership, Rater, SnapshotRater, Vote, utc_now
-from db.store import RaterIdentity, Store
+from db.store import RaterIdentity, Store, token_sha256
 
 PASS_SHARE = 5 / 6
 """Right answers that pass the headphone check: 5 of 6.   Woods et al. 2017, doi:10.3758/s13414-017-1361-2."""
@@ -67,7 +66,7 @@ def join(store: Store, token: str, handle: str, consent_version: str, clock: Cal
     try:
         with store.write() as session:
             invitation = _open_invitation(session, token, now)
-            rater = Rater(handle=handle, token_sha256=_sha256(access_code), created_at=now)
+            rater = Rater(handle=handle, token_sha256=token_sha256(access_code), created_at=now)
             session.add(rater)
             session.flush()
             _use(session, invitation, rater.id)
@@ -82,7 +81,7 @@ def join_as(store: Store, token: str, rater_id: int, clock: Callable[[], datetim
     """Lets a rater into the campaign of one more invitation; a member already spends no use. Raises as `join`."""
     with store.write() as session:
         session.execute(select(Rater.id).where(Rater.id == rater_id).with_for_update())
-        invitation = session.scalar(select(Invitation).where(Invitation.token_sha256 == _sha256(token)))
+        invitation = session.scalar(select(Invitation).where(Invitation.token_sha256 == token_sha256(token)))
         if invitation is not None and invitation.campaign_id is not None:
             if session.get(Membership, (invitation.campaign_id, rater_id)) is None:
                 _use(session, _open_invitation(session, token, clock()), rater_id)
@@ -153,7 +152,7 @@ def _consent_due(session: Session, rater_id: int, version: str, everyone: bool) 
 
 
 def _open_invitation(session: Session, token: str, now: datetime) -> Invitation:
-    invitation = session.scalar(select(Invitation).where(Invitation.token_sha256 == _sha256(token)))
+    invitation = session.scalar(select(Invitation).where(Invitation.token_sha256 == token_sha256(token)))
     if invitation is None:
         raise NotFoundError("an unknown invitation", "a link as it was sent", "open the whole link, or ask for a new one")
     if invitation.expires_at <= now:
@@ -171,7 +170,3 @@ def _use(session: Session, invitation: Invitation, rater_id: int) -> None:
         raise RefusedError("an invitation that is used up", "one with a place left", "ask for a new link")
     if invitation.campaign_id is not None:
         session.add(Membership(campaign_id=invitation.campaign_id, rater_id=rater_id, invitation_id=invitation.id))
-
-
-def _sha256(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

@@ -134,7 +134,7 @@ class Store:
         token = secrets.token_urlsafe(16)
         try:
             with self.write() as session:
-                session.add(Rater(handle=handle, token_sha256=_sha256(token), role=role))
+                session.add(Rater(handle=handle, token_sha256=token_sha256(token), role=role))
         except IntegrityError as error:
             raise ConflictError(f"handle {handle!r}, which is taken", "a new handle", "renew its access code") from error
         return token
@@ -144,7 +144,7 @@ class Store:
         token = secrets.token_urlsafe(16)
         with self.write() as session:
             rater = self._rater(session, handle)
-            rater.token_sha256 = _sha256(token)
+            rater.token_sha256 = token_sha256(token)
             rater.session_epoch += 1
         return token
 
@@ -167,7 +167,7 @@ class Store:
         with self.read() as session:
             rater = session.scalar(select(Rater).where(Rater.handle == handle, Rater.status == "active"))
             stored = rater.token_sha256 if rater else "0" * 64
-            matches = hmac.compare_digest(stored, _sha256(token))
+            matches = hmac.compare_digest(stored, token_sha256(token))
             return _identity(rater) if rater and matches else None
 
     def rater_in_session(self, rater_id: int, session_epoch: int) -> RaterIdentity | None:
@@ -360,7 +360,8 @@ def open_store(url: str, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Store:
     return Store(url, busy_timeout_s)
 
 
-def _sha256(token: str) -> str:
+def token_sha256(token: str) -> str:
+    """What is stored of an access code or an invitation: a hash from which it cannot be had back."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
