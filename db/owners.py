@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from db.campaigns import Rules, check_text, rules_of
 from db.errors import NotFoundError, RefusedError
+from db.quality import BLOCKED
 from db.schema import (
     Assignment,
     Audit,
@@ -281,6 +282,9 @@ def erase_rater(store: Store, actor_id: int | None, rater_id: int, votes: Litera
         rater = _rater(session, rater_id)
         if rater.role == "owner":
             raise RefusedError("an owner", "a rater", "owners' actions are on record; make another owner first, then block this one")
+        if rater.status == "blocked":  # what the block kept out must not count again under a nameless rater
+            uncounted = update(Vote).where(Vote.rater_id == rater_id, Vote.excluded_reason.is_(None))
+            session.execute(uncounted.values(excluded_reason=BLOCKED))
         rater.handle = f"erased-{secrets.token_hex(8)}"
         rater.token_sha256 = token_sha256(secrets.token_urlsafe(32))
         rater.status = "erased"

@@ -151,6 +151,15 @@ def test_erasing_leaves_no_name_and_tells_what_was_trained(store: Store, voted: 
     assert owners.export_rater(store, None, voted[1])["votes"]
 
 
+def test_a_blocked_raters_votes_do_not_count_again_once_the_rater_is_erased(store: Store, voted: list[int], tmp_path: Path) -> None:
+    owners.set_blocked(store, None, voted[0], True)
+    before = export_snapshot(store, "c", tmp_path, "before")
+    owners.erase_rater(store, None, voted[0], "anonymise")
+    after = export_snapshot(store, "c", tmp_path, "after")
+    assert before["n_excluded"] == after["n_excluded"] == {"rater_blocked": 2}
+    assert before["n_votes"] == after["n_votes"] == 2
+
+
 def test_an_owner_is_not_erased(store: Store) -> None:
     store.add_rater("boss", "owner")
     with pytest.raises(RefusedError, match="owner"):
