@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from db.campaigns import Rules, check_text, rules_of
 from db.errors import NotFoundError, RefusedError
-from db.quality import BLOCKED
+from db.quality import BLOCKED, find_campaign
 from db.schema import (
     Assignment,
     Audit,
@@ -127,6 +127,12 @@ def campaigns(store: Store) -> list[CampaignRow]:
             for campaign in session.scalars(select(Campaign).order_by(Campaign.id))
             if (stats := counted.get(campaign.name))  # one that was made between the two looks is there next time
         ]
+
+
+def campaign_id_of(store: Store, name: str) -> int:
+    """Raises NotFoundError."""
+    with store.read() as session:
+        return find_campaign(session, name).id
 
 
 def set_status(store: Store, actor_id: int | None, campaign_id: int, status: str) -> None:

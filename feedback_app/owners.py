@@ -19,7 +19,7 @@ from typing import Any
 from base_models.errors import UserError
 from db import owners
 from db.campaigns import Rules
-from db.errors import ConflictError, NotFoundError, StoreError
+from db.errors import ConflictError, StoreError
 from db.leaderboard import Leaderboard, leaderboard
 from db.quality import Agreement, refresh_quality
 from db.schema import ASPECTS, CHOOSERS
@@ -74,13 +74,6 @@ def _open(url: str) -> Store:
     return open_store(url)
 
 
-def _campaign_id(store: Store, name: str) -> int:
-    for row in owners.campaigns(store):
-        if row.name == name:
-            return row.id
-    raise NotFoundError(f"campaign {name!r}", "a registered campaign", "look at the list of campaigns")
-
-
 def list_campaigns(store: Store, args: argparse.Namespace) -> str:
     rows = owners.campaigns(store)
     heads = ["campaign", "status", "pairs", "gold", "votes", "wanted", "leases", "skips", "not counted"]
@@ -91,7 +84,7 @@ def list_campaigns(store: Store, args: argparse.Namespace) -> str:
 
 def set_status(store: Store, args: argparse.Namespace) -> str:
     status = STATUS_OF[args.command]
-    owners.set_status(store, None, _campaign_id(store, args.campaign), status)
+    owners.set_status(store, None, owners.campaign_id_of(store, args.campaign), status)
     return f"campaign {plain(args.campaign)}: {status}"
 
 
@@ -101,7 +94,7 @@ def rules(store: Store, args: argparse.Namespace) -> str:
         raise UserError("--no-aspects beside --aspect", "one of them", "drop the other")
     if args.no_aspects or args.aspect:
         changes["aspects"] = tuple(args.aspect)
-    found: Rules = owners.change_rules(store, None, _campaign_id(store, args.campaign), **changes)
+    found: Rules = owners.change_rules(store, None, owners.campaign_id_of(store, args.campaign), **changes)
     rows = [[name, ", ".join(value) if isinstance(value, list) else value] for name, value in found.columns().items()]
     return _told(args, found, lambda: table(["rule", "value"], rows))
 
@@ -111,7 +104,7 @@ def invite(store: Store, args: argparse.Namespace) -> str:
         lasts = timedelta(days=args.days)
     except (OverflowError, ValueError) as error:
         raise UserError(f"--days {args.days}", f"more than 0 and at most {owners.MAX_INVITATION_DAYS}", "correct it") from error
-    campaign_id = None if args.campaign is None else _campaign_id(store, args.campaign)
+    campaign_id = None if args.campaign is None else owners.campaign_id_of(store, args.campaign)
     token = owners.invite(store, None, campaign_id, max_uses=args.people, expires_in=lasts, note=args.note)
     return f"{args.url.rstrip('/')}/#invite={token}"
 
