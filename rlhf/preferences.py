@@ -4,8 +4,9 @@
     codes [K, T]
 
 Three kinds of answer stay three kinds: a preference is an order, a tie is half of each (a soft label), and "both bad"
-says nothing about the order, so it never becomes a pair but an absolute judgement of its own (`both_bad`). Excluded
-votes are counted, not used. Splits go by prompt, never by pair: two pairs of one prompt share clips and would leak."""
+says nothing about the order, so it never becomes a pair but an absolute judgement of its own (`both_bad`). Beside the
+order a vote may judge aspects apart and mark stretches of a clip as bad; both are kept. Excluded votes are counted, not
+used. Splits go by prompt and artist, never by pair: two pairs of one prompt share clips and would leak."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -36,6 +37,20 @@ DEMAND = {
 }
 
 
+Spans = tuple[tuple[int, int], ...]
+"""Stretches of a clip, (from, to) in ms, in order."""
+
+
+class Mark(NamedTuple):
+    """A stretch of a clip that a rater marked as bad."""
+
+    clip: str
+    """Its hash."""
+    t0_ms: int
+    t1_ms: int
+    tag: str = "bad"
+
+
 @dataclass(frozen=True)
 class Vote:
     """One rater's answer to one pair, as exported: sides undone, x and y are clips by hash."""
@@ -53,6 +68,11 @@ class Vote:
     gold: str | None = None
     repeat: bool = False
     confidence: float | None = None
+    shown_first: str | None = None
+    """The side that stood on the left, x or y; None where an old snapshot does not tell."""
+    aspects: Mapping[str, int] = field(default_factory=dict)
+    """Aspect -> how much better x is than y, -2 to 2. (The file counts the other way round.)"""
+    marks: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,8 @@ class Clip:
     system: str = ""
     adapters: tuple[str, ...] = ()
     seed: int | None = None
+    artist: str = ""
+    """Whose clip it is, where its metadata tells."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,11 @@ class Preference:
     prompt_id: str
     chosen_sha256: str
     rejected_sha256: str
+    aspects: Mapping[str, float] = field(default_factory=dict)
+    """Aspect -> how much better chosen is than rejected, -2 to 2: the mean over its raters, weighted as their votes are."""
+    chosen_marks: Spans = ()
+    """Where raters marked the chosen clip as bad, in whichever pair they met it."""
+    rejected_marks: Spans = ()
 
 
 @dataclass(frozen=True)
@@ -210,11 +237,36 @@ def _vote(row: dict[str, Any]) -> Vote:
         gold=row.get("gold"),
         repeat=bool(row.get("repeat", False)),
         confidence=row.get("confidence"),
+        shown_first=row.get("shown_first"),
+        aspects=_aspects(row),
+        marks=_marks(row),
     )
+
+
+def _aspects(row: Mapping[str, Any]) -> dict[str, int]:
+    """Turned round: the app counts from -2 (the first side is much better) to 2, we by how much x is better than y."""
+    scores = row.get("aspects") or {}
+    if not isinstance(scores, dict) or not all(type(score) is int and -2 <= score <= 2 for score in scores.values()):
+        raise UserError(f"aspects {scores!r} in vote {row['vote_id']}", "whole numbers from -2 to 2 by name", "export the snapshot again")
+    return {name: -score for name, score in sorted(scores.items())}
+
+
+def _marks(row: Mapping[str, Any]) -> tuple[Mark, ...]:
+    marks = row.get("marks") or []
+    clips = {X: row["clip_x"], Y: row["clip_y"]}
+    try:
+        found = tuple(Mark(clips[mark["side"]], int(mark["t0_ms"]), int(mark["t1_ms"]), str(mark.get("tag", "bad"))) for mark in marks)
+        whole = all(0 <= mark.t0_ms < mark.t1_ms for mark in found)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"marks {marks!r} in vote {row['vote_id']}", "side x or y and 0 <= t0_ms < t1_ms", "export the snapshot again")
+    return found
 
 
 def _clip(row: dict[str, Any]) -> Clip:
     tempo = row.get("tempo_bpm")
+    made = row.get("gen") or {}
     return Clip(
         sha256=row["sha256"],
         codes_uri=row["codes_uri"],
@@ -225,6 +277,7 @@ def _clip(row: dict[str, Any]) -> Clip:
         system=row.get("system") or "",
         adapters=tuple(row.get("adapters") or ()),
         seed=row.get("seed"),
+        artist=str(row.get("artist") or made.get("artist") or ""),
     )
 
 
@@ -264,7 +317,8 @@ def training_pairs(
 
     With the raters' weights w (1 each without `reliability`): p(x beats y) = sum w [x wins] + w/2 [tie] over sum w,
     over the votes that order. Gold questions and "both bad" are left out; a repeat counts like any vote. A weight of 0
-    silences a rater.
+    silences a rater. Aspects are joined over all votes on the pair that tell them, marks over all votes on the clip, both-bad
+    ones included.
 
     Args: reliability: rater -> weight (rlhf.raters.reliability). n_q, card: what the codec speaks, to refuse foreign
         codes. min_weight: leave out pairs whose votes weigh this or less.
@@ -272,8 +326,9 @@ def training_pairs(
     """
     groups: dict[tuple[str, str, str], list[Vote]] = defaultdict(list)
     for vote in snapshot.votes:
-        if vote.choice != BOTH_BAD and not vote.gold:
+        if not vote.gold:
             groups[(vote.pair_id, min(vote.clip_x, vote.clip_y), max(vote.clip_x, vote.clip_y))].append(vote)
+    marks = clip_marks(snapshot, reliability)
 
     codes: dict[str, Codes] = {}
 
@@ -283,10 +338,11 @@ def training_pairs(
         return codes[clip]
 
     pairs = []
-    for (pair_id, first, second), votes in sorted(groups.items()):
-        weights = [1.0 if reliability is None else max(0.0, reliability.get(vote.rater, 0.0)) for vote in votes]
+    for (pair_id, first, second), told in sorted(groups.items()):
+        votes = [vote for vote in told if vote.choice != BOTH_BAD]
+        weights = [_weight(vote, reliability) for vote in votes]
         total = sum(weights)
-        if total <= min_weight:
+        if not votes or total <= min_weight:
             continue
         wins = [0.5 if vote.choice == TIE else float(_winner(vote) == first) for vote in votes]
         p = sum(weight * win for weight, win in zip(weights, wins)) / total
@@ -305,6 +361,9 @@ def training_pairs(
                 prompt_id=votes[0].prompt_id,
                 chosen_sha256=chosen,
                 rejected_sha256=rejected,
+                aspects=_joined_aspects(told, chosen, reliability),
+                chosen_marks=marks.get(chosen, ()),
+                rejected_marks=marks.get(rejected, ()),
             )
         )
     if not pairs:
@@ -315,6 +374,31 @@ def training_pairs(
         )
     scale = len(pairs) / sum(pair.weight for pair in pairs)
     return [replace(pair, weight=pair.weight * scale) for pair in pairs]
+
+
+def _weight(vote: Vote, reliability: Mapping[str, float] | None) -> float:
+    return 1.0 if reliability is None else max(0.0, reliability.get(vote.rater, 0.0))
+
+
+def _joined_aspects(votes: Sequence[Vote], chosen: str, reliability: Mapping[str, float] | None) -> dict[str, float]:
+    """Aspect -> weighted mean score of chosen over the other clip, over the votes that judge it; raters of weight 0 say nothing."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for vote in votes:
+        weight = _weight(vote, reliability)
+        for name, score in vote.aspects.items():
+            sums[name][0] += weight * (score if vote.clip_x == chosen else -score)
+            sums[name][1] += weight
+    return {name: total / weight for name, (total, weight) in sorted(sums.items()) if weight > 0}
+
+
+def clip_marks(snapshot: Snapshot, reliability: Mapping[str, float] | None = None) -> dict[str, Spans]:
+    """Clip -> the stretches that raters marked as bad, in whichever pair; gold questions and raters of weight 0 are left out."""
+    found: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    for vote in snapshot.votes:
+        if vote.marks and not vote.gold and _weight(vote, reliability) > 0:
+            for mark in vote.marks:
+                found[mark.clip].add((mark.t0_ms, mark.t1_ms))
+    return {clip: tuple(sorted(spans)) for clip, spans in sorted(found.items())}
 
 
 def _winner(vote: Vote) -> str:
@@ -365,6 +449,9 @@ def shuffled(pairs: Sequence[Preference], seed: int) -> list[Preference]:
             rejected_codes=pair.chosen_codes,
             chosen_sha256=pair.rejected_sha256,
             rejected_sha256=pair.chosen_sha256,
+            aspects={name: -score for name, score in pair.aspects.items()},
+            chosen_marks=pair.rejected_marks,
+            rejected_marks=pair.chosen_marks,
         )
         if row in turned
         else pair

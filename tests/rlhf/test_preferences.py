@@ -6,7 +6,9 @@ import pytest
 
 from base_models.errors import UserError
 from rlhf.preferences import (
+    Mark,
     both_bad,
+    clip_marks,
     content_sha256,
     decided,
     load_snapshot,
@@ -236,3 +238,81 @@ def test_another_seed_turns_other_pairs(snapshot_of):
         [before.chosen_sha256 != after.chosen_sha256 for before, after in zip(pairs, shuffled(pairs, seed))] for seed in (1, 1, 2)
     )
     assert one == same != other
+
+
+def test_aspects_say_how_much_better_the_chosen_clip_is(snapshot_of):
+    """The file counts from -2 (x much better) to 2 (y much better), whichever side was shown first."""
+    votes = [
+        (0, "a", "x", {"aspects": {"musicality": -2, "prompt_fit": 1}}),
+        (0, "b", "x", {"aspects": {"musicality": 0}}),
+        (1, "a", "y", {"aspects": {"musicality": 2}}),
+    ]
+    snapshot = load_snapshot(snapshot_of(votes))
+    assert snapshot.votes[0].aspects == {"musicality": 2, "prompt_fit": -1}
+    by_pair = {pair.pair_id: pair for pair in training_pairs(snapshot)}
+    assert by_pair["0"].aspects == {"musicality": 1.0, "prompt_fit": -1.0}
+    assert by_pair["1"].aspects == {"musicality": 2.0}
+    weighted = training_pairs(snapshot, {"a": 3.0, "b": 1.0})[0]
+    assert weighted.aspects["musicality"] == pytest.approx(1.5)
+    assert training_pairs(snapshot, {"a": 0.0, "b": 1.0})[0].aspects == {"musicality": 0.0}
+
+
+def test_marks_follow_their_clip_and_silenced_raters_mark_nothing(snapshot_of):
+    bad = [{"side": "y", "t0_ms": 500, "t1_ms": 900, "tag": "bad"}, {"side": "x", "t0_ms": 0, "t1_ms": 100, "tag": "click"}]
+    snapshot = load_snapshot(snapshot_of([(0, "a", "x", {"marks": bad}), (0, "b", "both_bad", {"marks": [{**bad[0], "t0_ms": 100}]})]))
+    assert snapshot.votes[0].marks == (Mark(clip(1), 500, 900, "bad"), Mark(clip(0), 0, 100, "click"))
+    (pair,) = training_pairs(snapshot)
+    assert pair.chosen_marks == ((0, 100),)
+    assert pair.rejected_marks == ((100, 900), (500, 900))
+    assert clip_marks(snapshot, {"b": 1.0}) == {clip(1): ((100, 900),)}
+
+
+def test_shuffling_turns_aspects_and_marks_with_their_clips(snapshot_of):
+    told = {"aspects": {"musicality": -1}, "marks": [{"side": "y", "t0_ms": 0, "t1_ms": 9, "tag": "bad"}]}
+    pairs = training_pairs(load_snapshot(snapshot_of([(i, "a", "x", told) for i in range(4)])))
+    for before, after in zip(pairs, shuffled(pairs, seed=0)):
+        same = before.chosen_sha256 == after.chosen_sha256
+        assert after.aspects == {"musicality": 1.0 if same else -1.0}
+        assert (after.rejected_marks if same else after.chosen_marks) == ((0, 9),)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"aspects": {"musicality": 3}},
+        {"aspects": ["musicality"]},
+        {"marks": [{"side": "a", "t0_ms": 0, "t1_ms": 9}]},
+        {"marks": [{"side": "x", "t0_ms": 9, "t1_ms": 9}]},
+        {"marks": [{"side": "x"}]},
+    ],
+)
+def test_aspects_and_marks_that_mean_nothing_are_refused(snapshot_of, broken):
+    with pytest.raises(UserError, match="in vote 0"):
+        load_snapshot(snapshot_of([(0, "a", "x", broken)]))
+
+
+def test_snapshots_from_before_aspects_and_marks_still_load(snapshot_of):
+    (pair,) = training_pairs(load_snapshot(snapshot_of([(0, "a", "x", {})])))
+    assert (pair.aspects, pair.chosen_marks, pair.rejected_marks) == ({}, (), ())
+
+
+def test_what_the_app_exports_is_read_with_its_aspects_and_marks_the_right_way_round():
+    """db.export turns sides back; a vote shown swapped must reach the trainer as one that was not."""
+    from types import SimpleNamespace
+
+    from db.export import _vote as exported
+    from rlhf.preferences import _vote as read
+
+    row = dict.fromkeys(("id", "pair_id", "key", "text", "split", "handle", "status", "listen_a_ms", "listen_b_ms", "coverage_a"))
+    row |= dict.fromkeys(("coverage_b", "confidence", "comment", "gold", "kind", "policy", "propensity", "source", "ui_version"))
+    row |= {"rater_id": 1, "x": "clip-x", "y": "clip-y", "rep": 0, "created_at": SimpleNamespace(isoformat=lambda timespec: "now")}
+    said = {}
+    for swapped in (False, True):
+        better, worse = ("b", "a") if swapped else ("a", "b")  # x is better, and y is marked, wherever they stood
+        aspect = SimpleNamespace(aspect="musicality", score=-2 if better == "a" else 2)
+        mark = SimpleNamespace(side=worse, t0_ms=1, t1_ms=2, tag="bad")
+        made = exported(SimpleNamespace(**row, swapped=swapped, choice=better), None, "salt", [aspect], [mark])
+        said[swapped] = read(made)
+    for swapped, vote in said.items():
+        assert (vote.choice, vote.aspects, vote.marks) == ("x", {"musicality": 2}, (Mark("clip-y", 1, 2, "bad"),))
+        assert vote.shown_first == ("y" if swapped else "x")
