@@ -27,9 +27,6 @@ from base_models.sampling import generate
 from rlhf.controllers import RewardNormalizer
 from rlhf.losses import entropy, kl_k1
 
-Score = Callable[[Tensor, list[str]], Tensor]
-"""A judge: codes [B, K, T] and their prompts -> score [B]; the higher the better, non-finite where it cannot tell."""
-
 
 @dataclass(frozen=True)
 class Rollout:

@@ -53,7 +53,8 @@ from base_models.policy import PRETRAINED, load_policy
 from base_models.settings import run, to_mapping
 from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer
 from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo_policy_loss, ppo_value_loss
-from rlhf.rollout import Critic, Rollout, Score, judge, play, prompt_of, sample_seed, score_steps
+from rlhf.rewards import Score
+from rlhf.rollout import Critic, Rollout, judge, play, prompt_of, sample_seed, score_steps
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""Several judges, one reward: named parts, each measured in the base's own spread, added with weights that are written down.
+
+    codes [B, K, T], prompts -> marks [B, P] (raw) -> z = (mark - mean) / sd of the base's clips -> total = sum of w * z [B]
+
+What listeners like and what a prompt asks for are judged in different units; divided by how far the base's clips differ, a weight
+says how much one spread of the one is worth in spreads of the other. Mean and sd are measured once, on the first round, which
+the base plays (a fresh adapter is the identity), and then stand still: a running scale would move the goal under the policy.
+A part of weight 0 is judged and shown and never trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from base_models.errors import UserError
+
+Score = Callable[[Tensor, list[str]], Tensor]
+"""A judge: codes [B, K, T] and their prompts -> score [B]; the higher the better, non-finite where it cannot tell."""
+
+HUMAN = "human"
+"""The part that listeners' votes taught (a reward model)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One judge and what a spread of its marks weighs."""
+
+    score: Score
+    weight: float = 1.0
+    asked: bool = False
+    """It judges what a prompt asks for, and gives NaN where a prompt asks nothing of the kind: that counts as the base's mean. A
+    part that is not `asked` always has an opinion; where it gives none, the clip is left out."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """total [B], non-finite where a clip is to be left out; parts: name -> z [B], for plots."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Reward:
+    """Parts in a fixed order, with the scale that each was measured to have on the base."""
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        self.parts = dict(parts)
+        self.scales: dict[str, tuple[float, float]] = {}
+        """Name -> mean and sd of the base's marks; empty until `measure`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.parts)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The parts that have a weight."""
+        return tuple(name for name, part in self.parts.items() if part.weight)
+
+    def marks(self, codes: Tensor, prompts: list[str]) -> Tensor:
+        """Raw marks [B, P] of codes [B, K, T], in the order of `names`; without gradient, in float32."""
+        columns = []
+        for name, part in self.parts.items():
+            column = part.score(codes, prompts).detach()
+            if column.shape != (len(codes),):
+                raise ValueError(f"part {name!r} gave {tuple(column.shape)} for {len(codes)} clips")
+            columns.append(column.to(codes.device, torch.float32))
+        return torch.stack(columns, 1)
+
+    def measure(self, marks: Tensor) -> None:
+        """Take the scales from a round of the base: marks [B, P] over all ranks. Where all are equal, or none is finite, sd is 1."""
+        for name, column in zip(self.names, marks.unbind(1)):
+            finite = column[torch.isfinite(column)].double()
+            mean = float(finite.mean()) if len(finite) else 0.0
+            sd = float(finite.std(correction=0)) if len(finite) else 0.0
+            self.scales[name] = (mean, sd if sd > 1e-6 * max(1.0, abs(mean)) else 1.0)
+
+    def judge(self, marks: Tensor) -> Judgement:
+        """marks [B, P] -> total = sum of w * z [B], and each part's z.
+
+        A part that alone has a weight is taken as it is, w * mark: there is nothing to weigh it against, and PPO's own
+        normaliser brings it to unit scale.
+        """
+        parts = {}
+        for name, column in zip(self.names, marks.unbind(1)):
+            mean, sd = self.scales.get(name, (0.0, 1.0))
+            parts[name] = (column - mean) / sd
+        if len(self.trained) == 1:
+            (name,) = self.trained
+            return Judgement(self.parts[name].weight * marks[:, self.names.index(name)], parts)
+        total = torch.zeros_like(marks[:, 0])
+        for name in self.trained:
+            part, z = self.parts[name], parts[name]
+            total = total + part.weight * (torch.where(torch.isnan(z), torch.zeros_like(z), z) if part.asked else z)
+        return Judgement(total, parts)
+
+    def figures(self, marks: Tensor) -> dict[str, float]:
+        """For plots, of marks [B, P]: mean raw mark of each part, its mean z, and the share of clips that an `asked` part passed over."""
+        told: dict[str, float] = {}
+        for name, column, z in zip(self.names, marks.unbind(1), self.judge(marks).parts.values()):
+            there = torch.isfinite(column)
+            told[f"reward_{name}"] = float(column[there].mean()) if there.any() else float("nan")
+            told[f"reward_{name}_z"] = float(z[there].mean()) if there.any() else float("nan")
+            if self.parts[name].asked:
+                told[f"reward_{name}_not_asked"] = float(1 - there.float().mean())
+        return told
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": {n: p.weight for n, p in self.parts.items()}, "scales": {n: list(s) for n, s in self.scales.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError where the parts or their weights are not those of the run that is to go on."""
+        mine = self.state_dict()["weights"]
+        if state["weights"] != mine:
+            raise UserError(
+                f"a run of the reward {state['weights']}, now {mine}", "the same parts and weights", "resume with its --weights"
+            )
+        self.scales = {name: (float(mean), float(sd)) for name, (mean, sd) in state["scales"].items()}
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """'human=1.0,similarity=0.3' -> {"human": 1.0, "similarity": 0.3}. Raises UserError for anything else, or without a weight."""
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        name, equals, number = (piece.strip() for piece in item.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not equals or not math.isfinite(weight) or name in weights:
+            raise UserError(
+                f"{item.strip()!r} in the weights {text!r}", "name=number, each name once", "write e.g. human=1.0,similarity=0.3"
+            )
+        weights[name] = weight
+    if not any(weights.values()):
+        raise UserError(f"weights {text!r}, all zero", "a part that is trained on", "give at least one of them a weight")
+    return weights
+
+
+def weighted(weights: Mapping[str, float], human: Score, checks: Mapping[str, Score]) -> Reward:
+    """The reward of these weights over the listeners' part and the checks (verifiable parts, `asked`). UserError for an unknown name."""
+    known = {HUMAN: Part(human)} | {name: Part(score, asked=True) for name, score in checks.items()}
+    unknown = sorted(set(weights) - set(known))
+    if unknown:
+        raise UserError(f"weights for {unknown}", f"some of {list(known)}", "correct --weights")
+    return Reward({name: Part(known[name].score, weight, known[name].asked) for name, weight in weights.items()})

@@ -1,0 +1,105 @@
+"""Several judges: what a weight means, what NaN means, and that a lone judge is left as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from base_models.errors import UserError
+from rlhf.rewards import Part, Reward, Score, parse_weights, weighted
+
+NAN = float("nan")
+CODES = torch.zeros(4, 1, 2, dtype=torch.int64)
+PROMPTS = ["a", "b", "c", "d"]
+
+
+def says(*marks: float) -> Score:
+    return lambda codes, prompts: torch.tensor(marks)
+
+
+def measured(reward: Reward) -> tuple[Reward, Tensor]:
+    marks = reward.marks(CODES, PROMPTS)
+    reward.measure(marks)
+    return reward, marks
+
+
+def test_a_weight_is_worth_one_spread_of_the_base_whatever_the_parts_units() -> None:
+    small, large = says(0.1, 0.2, 0.3, 0.4), says(4000.0, 3000.0, 2000.0, 1000.0)
+    reward, marks = measured(Reward({"small": Part(small, 1.0), "large": Part(large, 1.0)}))
+    judged = reward.judge(marks)
+    torch.testing.assert_close(judged.total, torch.zeros(4), atol=1e-5, rtol=0)  # mirror images of equal weight
+    for z in judged.parts.values():
+        assert float(z.mean()) == pytest.approx(0, abs=1e-6)
+        assert float(z.std(correction=0)) == pytest.approx(1)
+
+
+def test_scales_stand_still_once_measured() -> None:
+    reward, marks = measured(Reward({"a": Part(says(0, 1, 2, 3)), "b": Part(says(3, 1, 0, 1), 0.5)}))
+    better = reward.judge(marks + 10).total - reward.judge(marks).total
+    torch.testing.assert_close(better, torch.full((4,), 10 / 1.25**0.5 + 0.5 * 10 / 1.1875**0.5))
+
+
+def test_a_part_of_weight_zero_is_judged_and_never_counted() -> None:
+    parts = {"a": Part(says(0, 1, 2, 3)), "b": Part(says(3, 1, 0, 1))}
+    without, _ = measured(Reward(parts))
+    reward, marks = measured(Reward({**parts, "watched": Part(says(9, NAN, 7, 5), 0.0)}))
+    judged = reward.judge(marks)
+    assert "watched" in judged.parts
+    assert torch.equal(judged.total, without.judge(without.marks(CODES, PROMPTS)).total)
+    assert reward.figures(marks)["reward_watched"] == 7.0
+
+
+def test_a_part_that_alone_has_a_weight_is_taken_as_it_is() -> None:
+    reward, marks = measured(Reward({"a": Part(says(5, 6, 7, NAN), 2.0), "watched": Part(says(1, 2, 3, 4), 0.0)}))
+    torch.testing.assert_close(reward.judge(marks).total, torch.tensor([10.0, 12, 14, NAN]), equal_nan=True)
+
+
+def test_not_asked_counts_as_the_bases_mean_and_no_opinion_leaves_the_clip_out() -> None:
+    human, tempo = Part(says(0, 1, 2, NAN)), Part(says(NAN, 1, 3, 2), asked=True)
+    reward, marks = measured(Reward({"human": human, "tempo": tempo}))
+    total = reward.judge(marks).total
+    assert float(total[0]) == pytest.approx(-1 / (2 / 3) ** 0.5)  # the listeners' part alone
+    assert torch.isfinite(total).tolist() == [True, True, True, False]
+    assert reward.figures(marks)["reward_tempo_not_asked"] == 0.25
+
+
+def test_an_asked_part_that_breaks_to_infinity_is_not_taken_for_not_asked() -> None:
+    reward, marks = measured(Reward({"human": Part(says(0, 1, 2, 3)), "tempo": Part(says(float("inf"), 1, 3, 2), asked=True)}))
+    assert torch.isfinite(reward.judge(marks).total).tolist() == [False, True, True, True]
+
+
+def test_a_part_that_never_differs_on_the_base_keeps_its_unit() -> None:
+    reward, marks = measured(Reward({"a": Part(says(0, 1, 2, 3)), "never": Part(says(0, 0, 0, 0))}))
+    later = marks.clone()
+    later[2, 1] = 1.0
+    assert float((reward.judge(later).total - reward.judge(marks).total)[2]) == 1.0
+
+
+def test_scales_survive_a_checkpoint_and_other_weights_are_refused() -> None:
+    reward, marks = measured(Reward({"a": Part(says(0, 1, 2, 3)), "b": Part(says(3, 1, 0, 1))}))
+    again = Reward(reward.parts)
+    again.load_state_dict(reward.state_dict())
+    assert torch.equal(again.judge(marks).total, reward.judge(marks).total)
+    with pytest.raises(UserError, match="the same parts and weights"):
+        Reward({**reward.parts, "b": Part(says(3, 1, 0, 1), 0.9)}).load_state_dict(reward.state_dict())
+
+
+def test_weights_are_read_from_the_command_line() -> None:
+    assert parse_weights("human=1.0, similarity=.3,key=0") == {"human": 1.0, "similarity": 0.3, "key": 0.0}
+
+
+@pytest.mark.parametrize("text", ["", "human", "human=", "=1", "human=x", "human=nan", "human=1,human=2", "human=0"])
+def test_weights_that_say_nothing_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="weights"):
+        parse_weights(text)
+
+
+def test_an_unknown_part_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(UserError, match="tempo"):
+        weighted({"human": 1.0, "loudness": 1.0}, says(1, 2, 3, 4), {"tempo": says(1, 2, 3, 4)})
+
+
+def test_a_judge_that_loses_clips_is_caught() -> None:
+    with pytest.raises(ValueError, match="for 4 clips"):
+        Reward({"a": Part(says(1, 2))}).marks(CODES, PROMPTS)
