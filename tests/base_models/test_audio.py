@@ -208,6 +208,14 @@ def test_silence_between_is_gated_away() -> None:
     assert audio.integrated_lufs(with_silence, 48000) == pytest.approx(audio.integrated_lufs(tone, 48000), abs=0.3)
 
 
+@pytest.mark.parametrize("sr", [11025, 16000, 44100])
+def test_what_comes_after_the_last_whole_block_does_not_count(sr: int) -> None:
+    soft = sine(997, sr, seconds=2, level=0.01)
+    burst = sine(997, sr, seconds=0.09)
+    assert audio.integrated_lufs(np.hstack([soft, burst]), sr) == audio.integrated_lufs(soft, sr)
+    assert audio.integrated_lufs(np.hstack([soft, burst, burst]), sr) > audio.integrated_lufs(soft, sr) + 10
+
+
 def test_silence_and_clips_shorter_than_a_block_have_a_loudness_too() -> None:
     assert audio.integrated_lufs(np.zeros((2, 48000)), 48000) == -math.inf
     assert math.isfinite(audio.integrated_lufs(sine(997, 48000, seconds=0.1), 48000))
