@@ -317,8 +317,8 @@ def training_pairs(
 
     With the raters' weights w (1 each without `reliability`): p(x beats y) = sum w [x wins] + w/2 [tie] over sum w,
     over the votes that order. Gold questions and "both bad" are left out; a repeat counts like any vote. A weight of 0
-    silences a rater. Aspects are joined over all votes on the pair that tell them, marks over all votes on the clip, both-bad
-    ones included.
+    silences a rater; below 0, the rater's answers count the other way round, |w| each. Aspects are joined over all votes
+    on the pair that tell them, marks over all votes on the clip, both-bad ones included.
 
     Args: reliability: rater -> weight (rlhf.raters.reliability). n_q, card: what the codec speaks, to refuse foreign
         codes. min_weight: leave out pairs whose votes weigh this or less.
@@ -341,11 +341,11 @@ def training_pairs(
     for (pair_id, first, second), told in sorted(groups.items()):
         votes = [vote for vote in told if vote.choice != BOTH_BAD]
         weights = [_weight(vote, reliability) for vote in votes]
-        total = sum(weights)
+        total = sum(abs(weight) for weight in weights)
         if not votes or total <= min_weight:
             continue
-        wins = [0.5 if vote.choice == TIE else float(_winner(vote) == first) for vote in votes]
-        p = sum(weight * win for weight, win in zip(weights, wins)) / total
+        wins = [0.5 if vote.choice == TIE else float((_winner(vote) == first) == (weight > 0)) for vote, weight in zip(votes, weights)]
+        p = sum(abs(weight) * win for weight, win in zip(weights, wins)) / total
         chosen, rejected = (first, second) if p >= 0.5 else (second, first)
         clip = snapshot.clips[chosen]
         pairs.append(
@@ -377,14 +377,14 @@ def training_pairs(
 
 
 def _weight(vote: Vote, reliability: Mapping[str, float] | None) -> float:
-    return 1.0 if reliability is None else max(0.0, reliability.get(vote.rater, 0.0))
+    return 1.0 if reliability is None else reliability.get(vote.rater, 0.0)
 
 
 def _joined_aspects(votes: Sequence[Vote], chosen: str, reliability: Mapping[str, float] | None) -> dict[str, float]:
-    """Aspect -> weighted mean score of chosen over the other clip, over the votes that judge it; raters of weight 0 say nothing."""
+    """Aspect -> weighted mean score of chosen over the other clip, over the votes that judge it; raters of weight 0 or less say nothing."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for vote in votes:
-        weight = _weight(vote, reliability)
+        weight = max(0.0, _weight(vote, reliability))
         for name, score in vote.aspects.items():
             sums[name][0] += weight * (score if vote.clip_x == chosen else -score)
             sums[name][1] += weight
@@ -392,7 +392,7 @@ def _joined_aspects(votes: Sequence[Vote], chosen: str, reliability: Mapping[str
 
 
 def clip_marks(snapshot: Snapshot, reliability: Mapping[str, float] | None = None) -> dict[str, Spans]:
-    """Clip -> the stretches that raters marked as bad, in whichever pair; gold questions and raters of weight 0 are left out."""
+    """Clip -> the stretches that raters marked as bad, in whichever pair; gold questions and raters of weight 0 or less are left out."""
     found: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for vote in snapshot.votes:
         if vote.marks and not vote.gold and _weight(vote, reliability) > 0:

@@ -169,6 +169,13 @@ def test_reliable_raters_outweigh_careless_ones(snapshot_of):
     assert (pair.chosen_sha256, pair.p) == (clip(0), pytest.approx(3 / 3.5))
 
 
+def test_a_rater_below_zero_counts_the_other_way_round(snapshot_of):
+    votes = [(0, "good", "x", {}), (0, "liar", "y", {}), (1, "liar", "tie", {})]
+    turned, tied = training_pairs(load_snapshot(snapshot_of(votes)), {"good": 1.0, "liar": -1.0})
+    assert (turned.chosen_sha256, turned.p, tied.p) == (clip(0), 1.0, 0.5)
+    assert turned.weight == pytest.approx(2 * tied.weight)
+
+
 def test_a_snapshot_of_ties_gives_half_labels_and_nothing_decided(snapshot_of):
     pairs = training_pairs(load_snapshot(snapshot_of([(i, "a", "tie", {}) for i in range(4)])))
     assert [pair.p for pair in pairs] == [0.5] * 4

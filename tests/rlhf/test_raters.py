@@ -1,8 +1,12 @@
+import choix
 import numpy as np
 import pytest
+from scipy.optimize import approx_fprime
 
+from base_models.errors import UserError
+from rlhf import raters
 from rlhf.preferences import Vote
-from rlhf.raters import agreement, ceiling, reliability, weights
+from rlhf.raters import agreement, ceiling, clip_strengths, habits, reliability, weights
 
 
 def vote(pair, rater, choice, **extra):
@@ -83,3 +87,108 @@ def test_gold_questions_settle_who_is_right():
 def test_weights_have_mean_one():
     found = weights(reliability(crowd([0.9, 0.8, 0.7, 0.6], n_pairs=400)))
     assert np.mean(list(found.values())) == pytest.approx(1)
+
+
+def test_an_adversary_may_be_turned_round_and_a_careless_rater_not():
+    found = reliability(crowd([0.85] * 6 + [0.15, 0.5], n_pairs=600))
+    assert [rater for rater, quality in found.items() if quality.adversary] == ["r6"]
+    silenced, inverted = weights(found), weights(found, "invert")
+    assert silenced["r6"] == 0
+    assert inverted["r6"] == pytest.approx(-inverted["r0"], rel=0.5)
+    assert inverted["r0"] == pytest.approx(silenced["r0"])
+    assert abs(inverted["r7"]) < 0.3
+
+
+# ---- strengths of clips ----------------------------------------------------------------------------------------------
+
+
+def test_without_ties_and_with_equal_raters_strengths_are_those_of_choix():
+    rng = np.random.default_rng(0)
+    votes, wins = [], []
+    for number in range(600):
+        i, j = (int(clip) for clip in rng.choice(8, 2, replace=False))
+        first = rng.random() < 1 / (1 + np.exp(-(i - j) / 3))
+        for shown_first in ("x", "y"):  # each answer on both sides: no side gains
+            said = "x" if first else "y"
+            votes.append(Vote(f"{number}{shown_first}", "", "p", "", "train", "r", said, f"c{i}", f"c{j}", shown_first=shown_first))
+            wins.append((i, j) if first else (j, i))
+    found = clip_strengths(votes, shrinkage=1e-6, scales=False)
+    oracle = choix.opt_pairwise(8, wins)
+    np.testing.assert_allclose([found.strengths[f"c{i}"] for i in range(8)], oracle - oracle.mean(), atol=2e-3)
+    assert found.side_bias == pytest.approx(0, abs=1e-3)
+
+
+def test_strengths_know_the_left_side_from_x():
+    votes = [Vote(f"{i}", "", "p", "", "train", "r", "x", f"a{i}", f"b{i}", shown_first="x" if i % 4 else "y") for i in range(200)]
+    assert clip_strengths(votes, scales=False).side_bias > 0.3  # three of four winners stood on the left
+    with pytest.raises(UserError, match="none orders"):
+        clip_strengths([vote(0, "r", "both_bad")])
+
+
+# ---- habits ----------------------------------------------------------------------------------------------------------
+
+
+def answers(slopes, leans, n, tie=0.5, seed=0):
+    """Votes of raters with these slopes and leans on margins from a standard normal: (votes, margins)."""
+    rng = np.random.default_rng(seed)
+    margins, votes = rng.normal(size=n), []
+    for number, d in enumerate(margins):
+        rater = int(rng.integers(len(slopes)))
+        left = rng.choice(["x", "y"])
+        half = (slopes[rater] * d + leans[rater] * (1 if left == "x" else -1)) / 2
+        odds = np.array([np.exp(half), np.exp(-half), tie])
+        said = str(rng.choice(["x", "y", "tie"], p=odds / odds.sum()))
+        votes.append(Vote(str(number), str(number), "p", "", "train", f"r{rater}", said, "x", "y", shown_first=str(left)))
+    return votes, margins
+
+
+def test_slopes_leans_and_ties_are_recovered():
+    slopes, leans = np.array([2.0, 1.5, 1.2, 1.0, 0.7, 0.2]), np.array([0.5, -0.4, 0.0, 0.3, 0.1, -0.2])
+    found = habits(*answers(slopes, leans, 20_000))
+    np.testing.assert_allclose([found.raters[f"r{i}"].slope * found.scale for i in range(6)], slopes, atol=0.15)
+    np.testing.assert_allclose([found.raters[f"r{i}"].lean for i in range(6)], leans, atol=0.12)
+    assert found.tie == pytest.approx(0.5, abs=0.03)
+    assert np.mean([habit.slope for habit in found.raters.values()]) == pytest.approx(1, abs=0.02)
+
+
+def test_standard_errors_of_slopes_hold():
+    """Over many crews the truth lies within two standard errors about 95 times in 100."""
+    rng = np.random.default_rng(0)
+    inside = []
+    for seed in range(12):
+        slopes = 1 + 0.4 * rng.normal(size=8)
+        found = habits(*answers(slopes, np.zeros(8), 1200, seed=seed))
+        got = np.array([found.raters[f"r{i}"].slope * found.scale for i in range(8)])
+        inside += list(np.abs(got - slopes) < 2 * np.array([found.raters[f"r{i}"].slope_se * found.scale for i in range(8)]))
+    assert 0.85 < np.mean(inside) <= 1
+
+
+def test_an_adversary_has_a_slope_below_zero_and_the_careless_one_has_none():
+    found = habits(*answers([1.5] * 6 + [-1.2, 0.0], [0.0] * 8, 2400)).raters
+    assert [rater for rater, habit in found.items() if habit.adversary] == ["r6"]
+    assert found["r6"].used() == 0 > found["r6"].used("invert")
+    assert abs(found["r7"].slope) < 0.3
+    assert found["r7"].used("invert") == max(0.0, found["r7"].slope)
+
+
+def test_a_rater_of_few_votes_is_taken_for_the_mean_one():
+    votes, margins = answers([1.5] * 5, [0.0] * 5, 1500)
+    new = Vote("new", "new", "p", "", "train", "new", "y", "x", "y")
+    assert habits([*votes, new], np.append(margins, 1.0)).raters["new"].slope == pytest.approx(1, abs=0.2)
+
+
+def test_margins_that_tell_nothing_make_no_habits():
+    votes, margins = answers([1.0] * 4, [0.0] * 4, 400)
+    assert habits(votes, np.random.default_rng(1).permutation(margins)) is None
+    assert habits(votes, np.zeros(400)) is None
+
+
+def test_slope_and_curvature_of_the_posterior_are_its_derivatives():
+    rng = np.random.default_rng(0)
+    said, d, o, who = np.eye(3)[rng.integers(0, 3, 40)], rng.normal(size=40), rng.choice([-1.0, 0.0, 1.0], 40), rng.integers(0, 3, 40)
+    at = rng.normal(size=9)
+    rest = (d, o, who, 0.6, 0.4)
+    numeric = approx_fprime(at, lambda x: raters._habits_loss(x, said, *rest)[0], 1e-6)
+    np.testing.assert_allclose(raters._habits_loss(at, said, *rest)[1], numeric, atol=1e-4)
+    numeric = approx_fprime(at, lambda x: raters._habits_loss(x, said, *rest)[1], 1e-6)
+    np.testing.assert_allclose(raters._habits_information(at, *rest), numeric, atol=1e-4)
