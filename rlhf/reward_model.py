@@ -3,11 +3,12 @@
     codes [B, K, T] -> blocks of frozen features [B, F] -> standardise within prompts -> E heads
                     -> (mean - lam * spread) / temperature [B]
 
-A few hundred votes cannot teach a network to listen, so nothing that listens is trained here: the features are statistics of the
-magnitudes that the codec is about to play (where the codec is ours), statistics of its latents, and the shared audio-text space
-(base_models.contrastive). What learns is a head: a linear one, or a Gaussian process over the features, whose score returns to
-the mean where no clip has been heard (Chu and Ghahramani 2005, "Preference learning with Gaussian processes", ICML; its posterior
-mode). Which blocks and which head is settled by held-out votes. Five heads see bootstraps of the prompts; where they disagree,
+A few hundred votes cannot teach a network to listen, so nothing that listens is trained here: the features are descriptors and
+statistics of the magnitudes that the codec is about to play (where the codec is ours), statistics of its latents, and the shared
+audio-text space (base_models.contrastive). What learns is a head: a linear one; a Gaussian process over the features, whose score
+returns to the mean where no clip has been heard (Chu and Ghahramani 2005, "Preference learning with Gaussian processes", ICML; its
+posterior mode); or a relevance head, which thinks that a taste is a sum of bumps in a few of the features and finds out which.
+Which blocks and which head is settled by held-out votes. Five heads see bootstraps of the prompts; where they disagree,
 lam makes the score cautious, which keeps a policy from walking where no vote has been (Coste et al. 2024, arXiv:2310.02743).
 
 Deliberately not here: the taste of any rater, a waveform, or a gradient to the codes.
@@ -27,13 +28,18 @@ from torch import Tensor
 from base_models.checkpoint import load_tensors, read_json, save_tensors, tensors_sha256, write_json
 from base_models.codec import Codec, MagnitudeCodec
 from base_models.errors import UserError
+from rlhf.descriptors import describe
 from rlhf.losses import bradley_terry_loss
 
 REACH = 4.0
 """Features are cut off at so many spreads within a prompt: no score runs away where no clip has been heard."""
 LANDMARKS = 1024
 """A Gaussian process is spanned by at most so many clips (Williams and Seeger 2001, "Using the Nystroem method"); fewer are exact."""
-LATENTS, MAGNITUDES, SHARED = "latents", "magnitudes", "shared"
+PARTS = 256
+"""Columns of a relevance head's kernel part; the strongest directions of the process, the rest is not missed."""
+ROUNDS, FLOOR = 3, 0.07
+"""Rounds of reweighting by relevance, and what the least relevant feature keeps of the most relevant one's prior."""
+LATENTS, MAGNITUDES, DESCRIPTORS, SHARED, FIT = "latents", "magnitudes", "descriptors", "shared", "fit"
 Table = Mapping[str, Tensor]
 """Blocks of features by name, [N, F] each."""
 
@@ -96,7 +102,8 @@ def magnitude_statistics(magnitude: Tensor, n_bands: int = 24) -> Tensor:
 
 def blocks_of(base: Base) -> tuple[str, ...]:
     """The blocks of features that this base can give."""
-    known = {LATENTS: True, MAGNITUDES: isinstance(base.codec, MagnitudeCodec), SHARED: base.contrastive is not None}
+    ours, shared = isinstance(base.codec, MagnitudeCodec), base.contrastive is not None
+    known = {LATENTS: True, MAGNITUDES: ours, DESCRIPTORS: ours, SHARED: shared, FIT: shared}
     return tuple(name for name, there in known.items() if there)
 
 
@@ -108,18 +115,26 @@ def features(base: Base, codes: Tensor, prompts: Sequence[str], blocks: Sequence
     """
     if len(prompts) != len(codes):
         raise ValueError(f"{len(codes)} clips and {len(prompts)} prompts")
+    wanted = blocks_of(base) if blocks is None else tuple(blocks)
     made: dict[str, Tensor] = {}
-    for block in blocks_of(base) if blocks is None else blocks:
-        if block == LATENTS:
-            made[block] = over_time(base.codec.latents(codes)).float()
-        elif block == MAGNITUDES:
-            assert isinstance(base.codec, MagnitudeCodec)
-            made[block] = magnitude_statistics(_magnitudes(base.codec, codes)).float()
-        else:
-            heard = base.contrastive.embed_codes(codes)
-            said = base.contrastive.embed_text(list(prompts)).to(heard)
-            made[block] = torch.cat([base.contrastive.features(codes), (heard * said).sum(1, keepdim=True)], dim=1).float()
-    return made
+    if LATENTS in wanted:
+        made[LATENTS] = over_time(base.codec.latents(codes)).float()
+    if {MAGNITUDES, DESCRIPTORS} & set(wanted):
+        assert isinstance(base.codec, MagnitudeCodec)
+        magnitude = _magnitudes(base.codec, codes)
+        if MAGNITUDES in wanted:
+            made[MAGNITUDES] = magnitude_statistics(magnitude).float()
+        if DESCRIPTORS in wanted:
+            made[DESCRIPTORS] = describe(magnitude, base.codec.sample_rate, base.codec.config.stft_hop).float()
+    if {SHARED, FIT} & set(wanted):
+        heard = base.contrastive.embed_codes(codes)
+        said = base.contrastive.embed_text(list(prompts)).to(heard)
+        fit = (heard * said).sum(1, keepdim=True)
+        if SHARED in wanted:
+            made[SHARED] = torch.cat([base.contrastive.features(codes), fit], dim=1).float()
+        if FIT in wanted:
+            made[FIT] = fit.float()
+    return {block: made[block] for block in wanted}
 
 
 @torch.no_grad()
@@ -167,19 +182,28 @@ class Pairs:
 class Head:
     """One way from features to a score, with how far scores are expected to range before any vote was heard."""
 
-    kind: Literal["linear", "kernel"]
+    kind: Literal["linear", "kernel", "relevance"]
+    """relevance: bumps in every feature by itself, plus a process over all of them, whose priors follow what proves relevant."""
     blocks: tuple[str, ...]
-    """The blocks of features it reads; each weighs alike, however many features it has."""
+    """The blocks of features it reads; each weighs alike, however many features it has (relevance: each feature by itself)."""
     prior: float
-    """Standard deviation of a score (kernel) or of a weight (linear) before any vote, in nats."""
+    """Standard deviation of a score (kernel, relevance) or of a weight (linear) before any vote, in nats."""
     length: float = 2.0
-    """kernel: the distance over which scores stay alike; 1 is one spread within a prompt in every feature."""
+    """kernel: the distance over which scores stay alike; 1 is one spread within a prompt in every feature. relevance: width of a bump."""
 
 
 def candidates(blocks: Sequence[str]) -> tuple[Head, ...]:
     """The heads that held-out votes choose among, for a base that gives these blocks."""
-    groups = [tuple(blocks)] + [(MAGNITUDES,)] * (MAGNITUDES in blocks and len(blocks) > 1)
-    return tuple(
+    plain = tuple(block for block in blocks if block in (LATENTS, MAGNITUDES, SHARED))
+    groups = [plain] + [(MAGNITUDES,)] * (MAGNITUDES in blocks and len(plain) > 1)
+    named = tuple(block for block in blocks if block in (DESCRIPTORS, FIT))
+    relevant = (
+        Head("relevance", named, 2.0, 2.0),
+        Head("relevance", named, 3.0, 2.5),
+        Head("kernel", (DESCRIPTORS,), 2.0, 1.5),
+        Head("linear", named, 0.6),
+    )
+    return (relevant if DESCRIPTORS in named else ()) + tuple(
         head
         for group in groups
         for head in (
@@ -230,10 +254,14 @@ def make_lens(head: Head, table: Table, prompt: Tensor) -> Lens:
     lens = Lens(rows.mean(0), torch.maximum(spread, floor), share, nothing, nothing)
     if head.kind == "linear":
         return lens
+    if head.kind == "relevance":
+        lens = replace(lens, share=torch.full_like(lens.share, len(lens.share) ** -0.5))
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:LANDMARKS].sort().values
     landmarks = lens.standard(rows[chosen])
-    values, vectors = torch.linalg.eigh(_kernel(landmarks, landmarks, head.length).double())
+    values, vectors = torch.linalg.eigh(_kernel(landmarks, landmarks, _reach(head)).double())
     kept = values > 1e-6 * values[-1]
+    if head.kind == "relevance":
+        kept[:-PARTS] = False
     return replace(lens, landmarks=landmarks, whiten=(vectors[:, kept] / values[kept].sqrt()).float().contiguous())
 
 
@@ -245,10 +273,55 @@ def _kernel(one: Tensor, other: Tensor, length: float) -> Tensor:
 def expand(lens: Lens, head: Head, table: Table) -> Tensor:
     """Blocks [B, F] -> what the head is linear in [B, P]."""
     standard = lens.standard(joined(table, head.blocks))
-    return standard if head.kind == "linear" else _kernel(standard, lens.landmarks, head.length) @ lens.whiten
+    if head.kind == "linear":
+        return standard
+    together = _kernel(standard, lens.landmarks, _reach(head)) @ lens.whiten
+    if head.kind == "kernel":
+        return together
+    padded = torch.nn.functional.pad(together, (0, PARTS - together.shape[1]))
+    return torch.cat([padded, bumps(standard / lens.share, head.length).flatten(1)], dim=1)
+
+
+def _reach(head: Head) -> float:
+    """The length of the process over all features together."""
+    return 1.5 if head.kind == "relevance" else head.length
+
+
+def bumps(standard: Tensor, width: float) -> Tensor:
+    """Features [B, F] -> [B, F, G]: a smooth function of one feature is linear in its G numbers, and a priori about 1 wide.
+
+    The Gaussian process of one variable with length `width`, spanned by a grid over the range that is not cut off.
+    """
+    grid = torch.arange(-REACH, REACH + 1, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(torch.exp(-(grid[:, None] - grid[None]).square() / (2 * width**2)))
+    kept = values > 1e-3 * values[-1]
+    onto = (vectors[:, kept] / values[kept].sqrt()).to(standard)
+    return torch.exp(-(standard[..., None] - grid.to(standard)).square() / (2 * width**2)) @ onto
 
 
 def fit(head: Head, inputs: Tensor, pairs: Pairs) -> Tensor:
+    """The most probable weights [P] of a head. A relevance head is fitted several times: what has moved scores gets more of the
+    prior, what has not gets less, down to FLOOR (as in automatic relevance determination: MacKay 1994; here by the spread of
+    each feature's part of the score, which needs no inverse of [P, P])."""
+    if head.kind != "relevance":
+        return _most_probable(inputs, pairs, head.prior)
+    width = bumps(torch.zeros(1, 1), head.length).shape[-1]
+    group = torch.cat([torch.zeros(PARTS, dtype=torch.long), 1 + torch.arange((inputs.shape[1] - PARTS) // width).repeat_interleave(width)])
+    n_groups = int(group.max()) + 1
+    scale = torch.full((n_groups,), (2 * (n_groups - 1)) ** -0.5)
+    scale[0] = 0.5**0.5
+    used = torch.unique(torch.cat([pairs.chosen, pairs.rejected]))
+    for turn in range(ROUNDS + 1):
+        weights = scale[group] * _most_probable(inputs * scale[group], pairs, head.prior)
+        if turn < ROUNDS:
+            parts = inputs.new_zeros((len(used), n_groups)).index_add_(1, group, inputs[used] * weights)
+            moved = parts.std(0, correction=0)
+            scale = moved / moved.max().clamp_min(1e-12) + FLOOR
+            scale = scale / scale.norm()
+    return weights
+
+
+def _most_probable(inputs: Tensor, pairs: Pairs, prior: float) -> Tensor:
     """The most probable weights [P]: Bradley-Terry likelihood, soft labels p, a normal prior; convex, by L-BFGS to the end.
 
     Weights are scaled to a mean of 1 over the pairs that have any, so that they say whom to believe more and not how many
@@ -264,7 +337,7 @@ def fit(head: Head, inputs: Tensor, pairs: Pairs) -> Tensor:
         solver.zero_grad()
         margin = difference @ weights
         loss = (loudness * bradley_terry_loss(margin, torch.zeros_like(margin), pairs.p)).sum()
-        value = (loss + weights.square().sum() / (2 * head.prior**2)) / len(pairs)
+        value = (loss + weights.square().sum() / (2 * prior**2)) / len(pairs)
         value.backward()
         return value
 

@@ -89,6 +89,33 @@ def test_kernel_head_learns_an_optimum_that_a_linear_one_cannot():
     assert reached["kernel"] > reached["linear"] + 0.05
 
 
+def test_relevance_head_finds_the_three_features_that_matter_among_sixty():
+    generator = torch.Generator().manual_seed(5)
+    table = torch.randn(1200, 60, generator=generator)
+    gold = 1.5 * torch.tanh(table[:, 0]) - (table[:, 1] - 0.5).square() + 0.8 * table[:, 2]
+    first = torch.arange(600) * 2
+    wish = gold[first] - gold[first + 1] + 0.5 * torch.randn(600, generator=generator)
+    chosen = torch.where(wish > 0, first, first + 1)
+    prompt = torch.arange(600) % 40
+    pairs = rm.Pairs(chosen, 2 * first + 1 - chosen, torch.ones(600), torch.ones(600), prompt)
+    seen, held = pairs.index(torch.arange(400)), pairs.index(torch.arange(400, 600))
+    reached = {}
+    for head in (rm.Head("relevance", ("all",), 2.0, 2.0), rm.Head("kernel", ("all",), 2.0, 1.5), rm.Head("linear", ("all",), 0.6)):
+        inputs = inputs_of(head, table, prompt.repeat_interleave(2))
+        reached[head.kind] = accuracy(rm.fit(head, inputs, seen), inputs, held)
+    assert reached["relevance"] > 0.78
+    assert reached["relevance"] > max(reached["kernel"], reached["linear"]) + 0.03
+
+
+def test_bumps_span_smooth_functions_of_one_feature():
+    x = torch.linspace(-3, 3, 61)[:, None]
+    made = rm.bumps(x, 2.0)[:, 0]
+    for wanted in (torch.sin(x[:, 0]), torch.tanh(x[:, 0]), x[:, 0].square() / 4):
+        weights = torch.linalg.lstsq(made, wanted[:, None]).solution
+        assert (made @ weights - wanted[:, None]).abs().max() < 0.12
+    assert made.square().sum(1).max() < 1.05  # a priori about one wide
+
+
 def test_soft_labels_of_one_half_teach_nothing():
     table, pairs, prompt = world(50)
     ties = rm.Pairs(pairs.chosen, pairs.rejected, torch.full((50,), 0.5), pairs.weight, pairs.prompt)
@@ -202,7 +229,7 @@ def test_a_disputed_clip_scores_lower_than_an_agreed_one():
 def test_features_of_a_clip_do_not_depend_on_its_batch(base):
     codes, prompts = codes_of(5), ["a", "bb", "ccc", "dddd", "e"]
     together, alone = rm.features(base, codes, prompts), rm.features(base, codes[2:3], prompts[2:3])
-    assert tuple(together) == rm.blocks_of(base) == (rm.LATENTS, rm.MAGNITUDES, rm.SHARED)
+    assert tuple(together) == rm.blocks_of(base) == (rm.LATENTS, rm.MAGNITUDES, rm.DESCRIPTORS, rm.SHARED, rm.FIT)
     for block, rows in together.items():
         torch.testing.assert_close(alone[block][0], rows[2], atol=1e-5, rtol=1e-4)
         assert torch.isfinite(rows).all()
@@ -214,7 +241,7 @@ def test_only_the_blocks_asked_for_are_computed(base):
     assert list(some) == [rm.LATENTS]
     torch.testing.assert_close(some[rm.LATENTS], rm.features(base, codes, ["a", "b"])[rm.LATENTS])
     deaf = SimpleNamespace(codec=base.codec, contrastive=None, sha256="c")
-    assert rm.blocks_of(deaf) == (rm.LATENTS, rm.MAGNITUDES)
+    assert rm.blocks_of(deaf) == (rm.LATENTS, rm.MAGNITUDES, rm.DESCRIPTORS)
 
 
 def test_features_include_the_match_of_prompt_and_sound(base):
