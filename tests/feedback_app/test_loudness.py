@@ -151,7 +151,7 @@ def test_by_ffmpeg_too_every_pair_is_equally_loud_within_a_fifth_of_a_lu_and_no_
     apart_lu = [abs(x.matched_lufs - y.matched_lufs) for x, y in by_pair.values()]
     before_lu = [abs(x.theirs_lufs - y.theirs_lufs) for x, y in by_pair.values()]
     highest_dbtp = max(clip.matched_peak_dbtp for clip in heard)
-    print(f"{len(apart_lu)} pairs: at most {max(before_lu):.1f} LU apart as they are, {max(apart_lu):.4f} as played; peak {highest_dbtp:.2f} dBTP")
+    print(f"{len(apart_lu)} pairs: up to {max(before_lu):.1f} LU apart, {max(apart_lu):.4f} as played; peak {highest_dbtp:.2f} dBTP")
     assert len(apart_lu) == N_CLIPS // 2
     assert max(apart_lu) <= 0.2 < max(before_lu)
     assert highest_dbtp <= PEAK_CEILING_DBFS + 0.25 < 0
