@@ -51,6 +51,24 @@ def preference_rows(
     return rows
 
 
+class LiveRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """The trainer's rows, which change from round to round while their number stays (the data loader is made once)."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.rows: list[dict[str, Any]] = []
+
+    def fill(self, rows: list[dict[str, Any]]) -> None:
+        assert len(rows) == self.n, f"{len(rows)} rows for {self.n} places"
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
 class PreferenceCollator(DataCollatorForPreference):
     """TRL's collator, which would drop the labels and weights."""
 
@@ -97,23 +115,27 @@ class FlatDPOTrainer(DPOTrainer):
         self,
         flat: FlatCausalLM,
         args: DPOConfig,
-        train_rows: Sequence[dict[str, Any]],
+        train_rows: Sequence[dict[str, Any]] | LiveRows,
         eval_rows: Sequence[dict[str, Any]] = (),
         r: int = 16,
         alpha: float = 32.0,
         callbacks: list[Any] | None = None,
     ) -> None:
         self.lm: MusicLM = flat.trunk.lm
+        live = train_rows if isinstance(train_rows, LiveRows) else None
+        known = [{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}] if live else list(train_rows)  # type: ignore[arg-type]
         super().__init__(
             model=flat,
             args=args,
             data_collator=PreferenceCollator(pad_token_id=flat.config.pad_token_id, max_length=None),
-            train_dataset=Dataset.from_list(list(train_rows)),
+            train_dataset=Dataset.from_list(known),
             eval_dataset=Dataset.from_list(list(eval_rows)) if eval_rows else None,
             processing_class=make_tokenizer(flat.config.n_q, flat.config.card, flat.config.n_prompts),
             peft_config=lora_config(r, alpha),
             callbacks=callbacks,
         )
+        if live is not None:
+            self.train_dataset = live  # TRL looks at a row of a table on disk; the data loader is made of this
         use_native_heads(flat)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:

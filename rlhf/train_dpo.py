@@ -1,7 +1,9 @@
-"""Direct preference optimisation: votes straight into a LoRA adapter, without a reward model.
+"""Direct preference optimisation: votes straight into a LoRA adapter; with a reward model, the policy's own clips too.
 
     accelerate launch rlhf/train_dpo.py --snapshot runs/votes --policy base_models/pretrained --out runs/dpo
+    accelerate launch rlhf/train_dpo.py --reward runs/reward --prompts prompts.jsonl [--snapshot runs/votes] --out runs/dpo
     python rlhf/train_dpo.py --preset smoke                       # a toy policy and toy votes, under a minute on a CPU
+    python rlhf/train_dpo.py --preset smoke_reward                # the same with a toy reward and rounds of own clips
     torchrun --nproc-per-node 2 rlhf/train_dpo.py ...             # or any accelerate configuration
 
     snapshot -> pairs (chosen, rejected: codes [K, T]) -> log-probs under policy and reference [B]
@@ -11,14 +13,21 @@ The loss is TRL's DPOTrainer over a flat view of the LM (`rlhf.flat_policy`). Th
 the loss begins at log 2 exactly. A pair's label is soft: the weighted share of its raters that preferred `chosen`; a tie is 1/2,
 which pulls the two clips together (`--ties drop` leaves such pairs out). "Both bad" orders nothing and never becomes a pair.
 
-It is not on-policy: what it knows is what was rated. See train_ppo.py for the other way.
+From rated pairs alone it is not on-policy: what it learns is what was rated, and a thousand pairs generalise hardly at all. With
+--reward it goes in rounds: the policy as it is plays --round-clips clips of --round-prompts prompts, the reward model judges them,
+and the best and the worst of each prompt are the round's pairs (`rlhf.own_pairs`). Rated pairs may be mixed in. The reference stays
+the base; between rounds reward and KL are measured on held-out prompts, and --kl-budget ends the run. It is the reward that limits
+it then: judge the result by listeners, not by the score.
 
 Papers: Rafailov et al. 2023, arXiv:2305.18290 (DPO). Mitchell 2023, "A note on DPO with noisy preferences" (soft labels). Pang et
-al. 2024, arXiv:2404.19733 (the likelihood term that keeps the chosen clips likely).
+al. 2024, arXiv:2404.19733 (the likelihood term that keeps the chosen clips likely). Liu et al. 2023, arXiv:2309.06657 (pairs from the
+policy, ordered by a reward). Xu et al. 2023, arXiv:2312.16682, and Dong et al. 2024, arXiv:2405.07863 (in rounds).
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -32,22 +41,25 @@ if not __package__:
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run to its makers otherwise
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from transformers import ProgressCallback, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 
 from adapters.library import Manifest, save_adapter
 from adapters.lora import adapter_disabled
-from base_models.checkpoint import append_jsonl, latest_training_state, write_json
+from base_models.checkpoint import latest_training_state, write_json
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import PRETRAINED, load_policy
 from base_models.sampling import generate
 from base_models.settings import run, to_mapping
-from rlhf.flat_dpo import FlatDPOTrainer, PreferenceCollator, preference_rows, reference_logps
+from rlhf.dpo_report import ProgressBar, Recorder
+from rlhf.flat_dpo import FlatDPOTrainer, LiveRows, PreferenceCollator, preference_rows, reference_logps
 from rlhf.flat_policy import PAD, FlatCausalLM
-from rlhf.preferences import Preference, decided, load_snapshot, shuffled, split_by_prompt, training_pairs
+from rlhf.own_pairs import BudgetSpentError, OwnPairs, Plan, Rounds
+from rlhf.preferences import Preference, decided, load_snapshot, prompt_folds, shuffled, split_by_prompt, training_pairs
+from rlhf.rollout import Score
+from rlhf.sample_pairs import read_prompts
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,8 @@ class Config:
     """The base whose clips were rated."""
     toy: bool = False
     """Take a tiny random policy and toy votes instead of --policy and --snapshot (what --preset smoke does)."""
+    toy_reward: bool = False
+    """With --toy: rounds of own clips, judged by a toy reward, instead of --reward (what --preset smoke_reward does)."""
     shuffle_votes: int | None = None
     """The control: turn half of each prompt's pairs round, drawn with this seed. What is learnt from that must not help."""
     ties: Literal["soft", "drop"] = "soft"
@@ -94,6 +108,34 @@ class Config:
     """Stop after this many steps; 0 goes by --epochs."""
     max_minutes: float = 0.0
     """Stop after this time and keep what was learnt; 0 sets no limit."""
+    reward: Path | None = None
+    """Reward model (train_reward.py) that judges the policy's own clips, round by round; not given: rated pairs only."""
+    prompts: Path | None = None
+    """Prompts that the policy plays for --reward: .jsonl with `prompt` and, where wanted, `tempo_bpm`, or text, one a line."""
+    rounds: int = 8
+    """Rounds of playing, judging and learning (--reward); --epochs then counts nothing."""
+    round_prompts: int = 64
+    """Prompts a round."""
+    round_clips: int = 8
+    """Clips of a prompt, of which the best and the worst are learnt from."""
+    round_epochs: int = 1
+    """Passes over a round's pairs."""
+    pairing: Literal["best_worst", "all"] = "best_worst"
+    """Which pairs of a prompt's clips: the extremes, or every pair (which costs more time than it tells)."""
+    labels: Literal["hard", "soft"] = "hard"
+    """What is said of an own pair: that the better one wins, or how probably, by the reward model's calibration."""
+    rated_share: float = 0.25
+    """Share of a round's pairs that are rated ones, in turn, where --snapshot is given."""
+    rated_weight: float = 1.0
+    """Weight of a rated pair beside an own one in the loss."""
+    n_frames: int = 100
+    """Codec frames T of an own clip."""
+    sample_batch: int = 64
+    """Clips that are played at once."""
+    held_out_clips: int = 32
+    """Clips by which reward and KL are measured between rounds, on the held-out prompts."""
+    kl_budget: float = 60.0
+    """End the rounds when the policy's KL exceeds this many nats a clip; beyond, it fools the reward more than it pleases listeners."""
     warmup_steps: int = 5
     """Steps until the peak learning rate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -112,9 +154,24 @@ class Config:
     """Seed of the adapter's start and the order of the pairs."""
 
 
+TOY: dict[str, Any] = {"toy": True, "r": 4, "alpha": 8.0, "lr": 5e-3, "kl_clips": 4}
+TOY_ROUNDS: dict[str, Any] = {"toy_reward": True, "rounds": 6, "round_prompts": 32, "round_clips": 4, "n_frames": 12, "held_out_clips": 16}
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"toy": True, "out": Path("runs/dpo-smoke"), "steps": 30, "r": 4, "alpha": 8.0, "lr": 5e-3, "kl_clips": 4}
+    "smoke": {**TOY, "out": Path("runs/dpo-smoke"), "steps": 30},
+    "smoke_reward": {**TOY, **TOY_ROUNDS, "out": Path("runs/dpo-smoke-reward"), "lr": 1e-2},
 }
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """What the policy is to play, and who judges it: prompts, one a row of the task's table from `first_row` on; which of them are
+    held out."""
+
+    prompts: list[str]
+    first_row: int
+    held_out: list[int]
+    score: Score
+    reward_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +184,7 @@ class Task:
     rows: dict[str, int]
     base_sha256: str
     snapshot_sha256: str | None
+    own: OwnTask | None = None
 
     def row_of(self, pair: Preference) -> int:
         return self.rows[pair.prompt_id]
@@ -135,13 +193,15 @@ class Task:
 def main(cfg: Config) -> dict[str, Any]:
     """Run it; returns the figures of the adapter's manifest."""
     began = time.monotonic()
-    # 1. What was rated, and by which policy it was played.
-    task = toy_task(cfg.seed) if cfg.toy else load_task(cfg)
+    # 1. What was rated, and by which policy it was played; or what it is to play now, and who judges it.
+    check(cfg)
+    task = toy_task(cfg) if cfg.toy else load_task(cfg)
     pairs = task.pairs if cfg.ties == "soft" else decided(task.pairs)
     if cfg.shuffle_votes is not None:
         pairs = shuffled(pairs, cfg.shuffle_votes)
-    train, held_out = split_by_prompt(pairs, cfg.held_out, cfg.seed) if cfg.held_out else (pairs, [])
-    args = training_arguments(cfg, len(train))
+    train, held_out = split_by_prompt(pairs, cfg.held_out, cfg.seed) if cfg.held_out and pairs else (pairs, [])
+    plan = round_plan(cfg, len(train))
+    args = training_arguments(cfg, plan.n_rows if task.own else len(train))
     if cfg.processes and args.world_size != cfg.processes:
         raise UserError(
             f"{args.world_size} process(es)",
@@ -163,35 +223,49 @@ def main(cfg: Config) -> dict[str, Any]:
         rows = rows if cfg.weight_pairs else [{**row, "weight": 1.0} for row in rows]
         scored.append(reference_logps(flat, rows, args, collator, cfg.batch_size))
 
-    # 3. Learn.
-    recorder = Recorder(cfg, args)
-    trainer = FlatDPOTrainer(flat, args, scored[0], scored[1], cfg.r, cfg.alpha, callbacks=[recorder])
+    # 3. Learn: from what was rated, or in rounds from what the policy plays.
+    recorder = Recorder(cfg.out, cfg.max_minutes, cfg.resume, args.should_save)
+    callbacks: list[TrainerCallback] = [recorder]
+    rows_to_learn: list[dict[str, Any]] | LiveRows = scored[0]
+    rounds = None
+    if task.own is not None:
+        rated = [{**row, "weight": row["weight"] * cfg.rated_weight} for row in scored[0]]
+        own = OwnPairs(flat, args, plan, task.own.prompts, task.own.first_row, task.own.held_out, task.own.score, rated)
+        rows_to_learn = LiveRows(plan.n_rows)
+        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder.write)
+        callbacks.append(rounds)
+    trainer = FlatDPOTrainer(flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks=callbacks)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
     newest = latest_training_state(cfg.out) if cfg.resume else None
-    result = trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    learning = time.monotonic()
+    with contextlib.suppress(BudgetSpentError):
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
 
     # 4. Measure.
     figures: dict[str, Any] = {"pairs": len(train), "pairs_held_out": len(held_out), "steps": trainer.state.global_step}
     figures |= recorder.summary()
+    if rounds is not None:
+        figures |= rounds.summary()
     if held_out:
         evaluation = trainer.evaluate()
         figures["held_out_accuracy"] = evaluation.get("eval_dpo/accuracy_decided")
         figures["held_out_loss"] = evaluation["eval_dpo/loss"]
-    if cfg.kl_clips and args.should_save:
+    if cfg.kl_clips and rounds is None and args.should_save:
         n_frames = int(train[0].chosen_codes.shape[1])
         figures["kl_nats_per_clip"] = sampled_kl(task, cfg.kl_clips, n_frames, cfg.temperature, cfg.seed, args.device)
-    figures["train_seconds"] = round(result.metrics["train_runtime"], 2)
+    figures["train_seconds"] = round(time.monotonic() - learning, 2)
     figures["seconds"] = round(time.monotonic() - began, 2)
 
     # 5. Tell.
     if args.should_save:
-        control = "" if cfg.shuffle_votes is None else "_shuffled"
+        name = "dpo" + ("_own" if task.own else "") + ("" if cfg.shuffle_votes is None else "_shuffled")
         manifest = Manifest(
-            name=f"dpo{control}",
+            name=name,
             base_sha256=task.base_sha256,
-            method=f"dpo{control}",
+            method=name,
             snapshot_sha256=task.snapshot_sha256,
+            reward_sha256=task.own.reward_sha256 if task.own else None,
             licence=cfg.licence,
             config=to_mapping(cfg),
             figures=figures,
@@ -207,26 +281,89 @@ def main(cfg: Config) -> dict[str, Any]:
 # ---- the pieces ------------------------------------------------------------------------------------------------------
 
 
+def check(cfg: Config) -> None:
+    """Refuse what cannot work, before anything is loaded or written."""
+    if cfg.toy:
+        return
+    if cfg.snapshot is None and cfg.reward is None:
+        raise UserError(
+            "neither --snapshot nor --reward",
+            "the folder of a frozen snapshot, or a reward model and --prompts",
+            "export one with `encore ratings export`, or train a reward with train_reward.py",
+        )
+    if (cfg.reward is None) != (cfg.prompts is None):
+        raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", "both or neither", "give the prompts that the policy is to play")
+
+
+def round_plan(cfg: Config, n_rated: int) -> Plan:
+    """How a round is made. Raises UserError for sizes that make no pair."""
+    if min(cfg.rounds, cfg.round_prompts, cfg.round_epochs, cfg.n_frames, cfg.sample_batch, cfg.held_out_clips) < 1 or cfg.round_clips < 2:
+        raise UserError("a size too small", "1 or more everywhere, and 2 or more --round-clips", "correct the sizes of the rounds")
+    if not 0 <= cfg.rated_share < 1:
+        raise UserError(f"--rated-share {cfg.rated_share}", "0 to less than 1", "to learn from rated pairs alone leave --reward out")
+    plan = Plan(
+        n_prompts=cfg.round_prompts,
+        n_clips=cfg.round_clips,
+        n_rated=0,
+        pairing=cfg.pairing,
+        labels=cfg.labels,
+        label_smoothing=cfg.label_smoothing,
+        n_frames=cfg.n_frames,
+        temperature=cfg.temperature,
+        sample_batch=cfg.sample_batch,
+        score_batch=2 * cfg.batch_size,
+        held_out_clips=cfg.held_out_clips,
+        kl_budget=cfg.kl_budget,
+        seed=cfg.seed,
+    )
+    share = cfg.rated_share / (1 - cfg.rated_share) if n_rated else 0.0
+    return dataclasses.replace(plan, n_rated=round(plan.n_rows * share))
+
+
 def load_task(cfg: Config) -> Task:
-    """The policy and the pairs of a snapshot; refuses clips of another base."""
-    if cfg.snapshot is None:
-        raise UserError("no --snapshot", "the folder of a frozen snapshot", "export one with `encore ratings export`")
+    """The policy, the pairs of a snapshot and the prompts to play; refuses clips, or a reward, of another base."""
     policy = load_policy(cfg.policy)
-    snapshot = load_snapshot(cfg.snapshot, policy.sha256)
-    pairs = training_pairs(snapshot, n_q=policy.lm.n_q, card=policy.lm.card)
+    pairs: list[Preference] = []
+    snapshot_sha256 = None
+    if cfg.snapshot is not None:
+        snapshot = load_snapshot(cfg.snapshot, policy.sha256)
+        pairs = training_pairs(snapshot, n_q=policy.lm.n_q, card=policy.lm.card)
+        snapshot_sha256 = snapshot.sha256
     first = {pair.prompt_id: pair for pair in reversed(pairs)}
-    table = policy.conditions([p.prompt for p in first.values()], [p.tempo_bpm for p in first.values()])
     rows = {prompt_id: row for row, prompt_id in enumerate(first)}
-    return Task(policy.lm, table, pairs, rows, policy.sha256, snapshot.sha256)
+    words, tempi = [p.prompt for p in first.values()], [p.tempo_bpm for p in first.values()]
+    own = None
+    if cfg.reward is not None and cfg.prompts is not None:
+        from rlhf.reward_model import load_reward
+
+        prompts = read_prompts(cfg.prompts)
+        reward = load_reward(cfg.reward, policy)
+        held_out = held_out_prompts([p.prompt_id for p in prompts], cfg.held_out, cfg.seed)
+        own = OwnTask([p.prompt for p in prompts], len(words), held_out, reward.score, reward.sha256)
+        words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
+        snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256
+    return Task(policy.lm, policy.conditions(words, tempi), pairs, rows, policy.sha256, snapshot_sha256, own)
 
 
-def toy_task(seed: int, n_pairs: int = 64, n_prompts: int = 16, n_frames: int = 12) -> Task:
-    """A random policy, and votes for clips whose codes come from the lower half of the codebooks; one pair in eight is a tie."""
+def held_out_prompts(ids: list[str], share: float, seed: int) -> list[int]:
+    """Places of the prompts that own clips are measured on and never learnt from: about `share` of them, at least one."""
+    folds = prompt_folds(ids, max(2, round(1 / share)) if share else len(ids), seed)
+    return [place for place, name in enumerate(ids) if folds[name] == 0]
+
+
+def toy_task(cfg: Config, n_pairs: int = 64, n_prompts: int = 16, n_frames: int = 12) -> Task:
+    """A random policy, and votes for clips whose codes come from the lower half of the codebooks; one pair in eight is a tie.
+
+    With `toy_reward` the policy also plays the prompts, and is judged by the share of its codes in the lower half."""
+    seed = cfg.seed
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = MusicLMConfig(n_q=4, card=32, d_model=32, n_layers=2, n_heads=2, d_ff=64, text_dim=16)
         lm = MusicLM(config).eval()
+        if cfg.toy_reward:  # fresh heads are almost flat; no adapter on the trunk could sharpen what it plays
+            for head in lm.decoder.lm_heads.parameters():
+                torch.nn.init.normal_(head, std=0.3)
     text = torch.randn((n_prompts, 6, config.text_dim), generator=generator)
     table = Conditions(text, torch.ones(n_prompts, 6, dtype=torch.bool), torch.full((n_prompts,), float("nan")))
     half, shape = config.card // 2, (n_pairs, config.n_q, n_frames)
@@ -248,17 +385,30 @@ def toy_task(seed: int, n_pairs: int = 64, n_prompts: int = 16, n_frames: int = 
         )
         for i in range(n_pairs)
     ]
-    return Task(lm, table, pairs, {str(i): i for i in range(n_prompts)}, lm.sha256(), None)
+    own = None
+    if cfg.toy_reward:
+        held_out = held_out_prompts([str(i) for i in range(n_prompts)], cfg.held_out, seed)
+
+        def score(codes: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            return 10 * (codes < half).float().mean((1, 2))
+
+        own = OwnTask([f"toy prompt {i}" for i in range(n_prompts)], 0, held_out, score)
+    return Task(lm, table, pairs, {str(i): i for i in range(n_prompts)}, lm.sha256(), None, own)
 
 
-def training_arguments(cfg: Config, n_pairs: int) -> DPOConfig:
-    """TRL's settings. Never truncate (its default cuts at 1,024 ids silently), never phone, never pickle."""
+def training_arguments(cfg: Config, n_rows: int) -> DPOConfig:
+    """TRL's settings. Never truncate (its default cuts at 1,024 ids silently), never phone, never pickle.
+
+    Rounds are saved whole: within one, the policy that played its clips is gone."""
+    in_rounds = cfg.reward is not None or (cfg.toy and cfg.toy_reward)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    a_round = cfg.round_epochs * math.ceil(math.ceil(n_rows / (cfg.batch_size * world)) / cfg.accumulation)
     cpu = not torch.cuda.is_available()
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster())
     return DPOConfig(
         output_dir=str(cfg.out),
         use_cpu=cpu,
-        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        ddp_backend="gloo" if cpu and world > 1 else None,
         ddp_find_unused_parameters=False,
         bf16=bf16,
         activation_checkpointing=False,
@@ -276,12 +426,12 @@ def training_arguments(cfg: Config, n_pairs: int) -> DPOConfig:
         per_device_train_batch_size=cfg.batch_size,
         per_device_eval_batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.accumulation,
-        num_train_epochs=cfg.epochs,
+        num_train_epochs=cfg.rounds * cfg.round_epochs if in_rounds else cfg.epochs,
         max_steps=cfg.steps or -1,
         logging_steps=1,
         logging_first_step=True,
         save_strategy="steps",
-        save_steps=cfg.save_every,
+        save_steps=a_round * max(1, round(cfg.save_every / a_round)) if in_rounds else cfg.save_every,
         report_to=[],
         dataloader_pin_memory=not cpu,
         seed=cfg.seed,
@@ -306,68 +456,6 @@ def sampled_kl(task: Task, n_clips: int, n_frames: int, temperature: float, seed
         reference = lm.logps(played.codes, cond, temperature)
     assert isinstance(reference, torch.Tensor)
     return float((played.logps - reference).sum(1).mean())
-
-
-class ProgressBar(ProgressCallback):
-    """transformers' bar, with the figures on it instead of a line a step."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        shown = {"loss": "dpo/loss", "accuracy": "dpo/accuracy_decided", "margin": "rewards/margins"}
-        if self.training_bar is not None and logs:
-            self.training_bar.set_postfix({name: f"{float(logs[key]):.3f}" for name, key in shown.items() if key in logs})
-
-
-class Recorder(TrainerCallback):
-    """metrics.jsonl and TensorBoard, the check of the first step, and the clock."""
-
-    def __init__(self, cfg: Config, args: DPOConfig) -> None:
-        self.cfg, self.main = cfg, args.should_save
-        self.began = time.monotonic()
-        self.first: dict[str, float] = {}
-        self.last: dict[str, float] = {}
-        self.board = SummaryWriter(str(cfg.out / "tensorboard")) if self.main else None
-        if self.main and not cfg.resume:
-            (cfg.out / "metrics.jsonl").unlink(missing_ok=True)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        row = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-        if "dpo/loss_hard_labels" in row and not self.first:
-            if state.global_step == 1 and abs(row["dpo/loss_hard_labels"] - math.log(2)) > 1e-3:
-                raise RuntimeError(f"the first loss is {row['dpo/loss_hard_labels']}, not log 2: policy and reference differ")
-            self.first = row
-        if "dpo/loss_hard_labels" in row:
-            self.last = row
-        if self.main and self.board is not None:
-            append_jsonl(self.cfg.out / "metrics.jsonl", {"step": state.global_step, **row})
-            for name, value in row.items():
-                self.board.add_scalar(name, value, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        late = bool(self.cfg.max_minutes) and time.monotonic() - self.began > 60 * self.cfg.max_minutes
-        if self.cfg.max_minutes and args.world_size > 1:
-            flag = torch.tensor(float(late), device=args.device)
-            torch.distributed.all_reduce(flag)
-            late = bool(flag > 0)
-        if late:
-            control.should_training_stop = True
-
-    def summary(self) -> dict[str, float]:
-        """First and last of what tells a healthy run from a collapsing one."""
-        names = {
-            "logps_chosen": "logps/chosen",
-            "logps_rejected": "logps/rejected",
-            "train_accuracy": "dpo/accuracy_decided",
-            "margin": "rewards/margins",
-        }
-        told = {f"{name}_{when}": round(row[key], 4) for name, key in names.items() for when, row in self._ends() if key in row}
-        return {"first_loss": self.first["dpo/loss_hard_labels"], **told} if self.first else told
-
-    def _ends(self) -> tuple[tuple[str, dict[str, float]], ...]:
-        return ("first", self.first), ("last", self.last)
-
-    def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
 
 
 if __name__ == "__main__":

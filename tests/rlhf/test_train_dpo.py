@@ -94,7 +94,7 @@ def test_kl_of_played_clips_is_positive_after_learning(run):
 def test_the_adapter_folder_names_its_base_and_settings(run):
     figures, out = run
     adapter = read_adapter(out / "adapter")
-    assert adapter.manifest.base_sha256 == toy_task(0).base_sha256
+    assert adapter.manifest.base_sha256 == toy_task(Config()).base_sha256
     assert adapter.manifest.method == "dpo"
     assert adapter.manifest.figures == figures
     assert adapter.manifest.config == json.loads((out / "config.json").read_text())
@@ -125,10 +125,10 @@ def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(run, tmp_path):
 
 def test_soft_labels_give_the_loss_of_our_own_formula(tmp_path):
     """All ties and weight 1: at log 2 the gradient is 0, so nothing is learnt; with hard labels it would be."""
-    task = toy_task(0)
+    task = toy_task(Config())
     ties = [dataclasses.replace(pair, p=0.5) for pair in task.pairs]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_dpo, "toy_task", lambda seed: dataclasses.replace(task, pairs=ties))
+        patch.setattr(train_dpo, "toy_task", lambda _: dataclasses.replace(task, pairs=ties))
         train_dpo.main(config(tmp_path / "run", precision="fp32", steps=4, kl_clips=0))
     rows = metrics(tmp_path / "run")
     assert rows[-1]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -205,7 +205,7 @@ def snapshot(tmp_path: Path) -> Path:
     """A frozen snapshot on disk: 12 prompts with one pair each, three votes a pair, of the toy base."""
     folder = tmp_path / "snapshot"
     folder.mkdir()
-    task = toy_task(0)
+    task = toy_task(Config())
     votes, clips = [], []
     for i, pair in enumerate(task.pairs[:12]):
         common = {"prompt_id": f"p{i}", "prompt": f"toy prompt {i}"}
@@ -237,7 +237,7 @@ class ToyPolicy:
 
 
 def test_votes_of_a_snapshot_become_soft_labels_and_the_manifest_names_it(snapshot, tmp_path, monkeypatch):
-    task = toy_task(0)
+    task = toy_task(Config())
     monkeypatch.setattr(train_dpo, "load_policy", lambda folder: ToyPolicy(task.lm, task.base_sha256))
     cfg = config(tmp_path / "run", toy=False, snapshot=snapshot, precision="fp32", steps=3, kl_clips=0, held_out=0.0)
     figures = train_dpo.main(cfg)
@@ -249,7 +249,7 @@ def test_votes_of_a_snapshot_become_soft_labels_and_the_manifest_names_it(snapsh
 
 
 def test_a_snapshot_of_another_base_is_refused_before_anything_is_written(snapshot, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_dpo, "load_policy", lambda folder: ToyPolicy(toy_task(0).lm, "0" * 64))
+    monkeypatch.setattr(train_dpo, "load_policy", lambda folder: ToyPolicy(toy_task(Config()).lm, "0" * 64))
     with pytest.raises(UserError, match="clips of base"):
         train_dpo.main(config(tmp_path / "run", toy=False, snapshot=snapshot))
     assert not (tmp_path / "run").exists()

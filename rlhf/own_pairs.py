@@ -1,0 +1,263 @@
+"""The policy's own clips, judged by a reward model, as preference pairs: DPO that stays on policy.
+
+    prompts -> n clips each, codes [n, K, T] -> score [n] -> best against worst -> rows of the DPO trainer, a round at a time
+
+A few hundred rated pairs say what *they* say, and a policy that has learnt them by heart has learnt little else. A reward model
+that was fitted on the same votes can judge any clip, so each round the policy as it then is plays new clips, and learns from the
+best and the worst of each prompt; the reference stays the base. That is sampling from the policy and ranking by a reward (Liu et
+al. 2023, arXiv:2309.06657), round after round (Xu et al. 2023, arXiv:2312.16682; best against worst of n: Dong et al. 2024,
+arXiv:2405.07863). It differs from PPO in that nothing but the order within a prompt is learnt: no critic, no scale of the score.
+
+What it must not do is believe the reward for ever: the KL to the base is measured on held-out prompts between rounds, and a run
+ends when it exceeds its budget.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import TrainerCallback
+
+from adapters.lora import adapter_disabled
+from base_models.conditions import Conditions
+from base_models.lm import MusicLM
+from base_models.sampling import generate
+from rlhf.flat_dpo import LiveRows, PreferenceCollator, reference_logps, smoothed
+from rlhf.flat_policy import FlatCausalLM
+from rlhf.rollout import Score, prompt_of, sample_seed
+
+Pairing = Literal["best_worst", "all"]
+Labels = Literal["hard", "soft"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Clips with a score: codes [B, K, T]; rows [B], of the prompt table; logps [B], nats a clip, the sampler's; score [B]."""
+
+    codes: Tensor
+    rows: list[int]
+    logps: Tensor
+    score: Tensor
+
+
+def play_and_judge(
+    lm: MusicLM,
+    table: Conditions,
+    prompts: Sequence[str],
+    rows: Sequence[int],
+    seeds: Sequence[int],
+    score: Score,
+    n_frames: int,
+    temperature: float,
+    batch_size: int,
+) -> Judged:
+    """Play one clip for each row of the table, `batch_size` at once, and judge it.
+
+    Args: table, prompts: the same prompts as conditions and as words. rows, seeds [B]: one clip each.
+    """
+    codes, logps, scores = [], [], []
+    cond = table.to(next(lm.parameters()).device)
+    for start in range(0, len(rows), batch_size):
+        part = list(rows[start : start + batch_size])
+        made = generate(lm, cond.index(part), n_frames, seeds=seeds[start : start + batch_size], temperature=temperature)
+        codes.append(made.codes.cpu())
+        logps.append(made.logps.sum(1).cpu())
+        scores.append(score(made.codes, [prompts[row] for row in part]).detach().float().cpu())
+    return Judged(torch.cat(codes), list(rows), torch.cat(logps), torch.cat(scores))
+
+
+def pair_up(score: Tensor, pairing: Pairing) -> list[tuple[int, int]]:
+    """Scores of one prompt's clips [n] -> (chosen, rejected) places; clips whose score is not finite are left out.
+
+    best_worst: one pair, the largest gap. all: every pair, which costs n - 1 times the training and tells more of the middle.
+    Equal scores order nothing.
+    """
+    order = [place for place in torch.argsort(score, descending=True, stable=True).tolist() if math.isfinite(score[place])]
+    pairs = [(order[0], order[-1])] if pairing == "best_worst" and order else [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
+    return [(chosen, rejected) for chosen, rejected in pairs if score[chosen] > score[rejected]]
+
+
+def label(difference: float, labels: Labels) -> float:
+    """How probably the better clip is preferred: 1 (hard), or sigmoid(score difference) as the reward model is calibrated (soft)."""
+    return 1.0 if labels == "hard" else 1.0 / (1.0 + math.exp(-difference))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a round is made; `rlhf.train_dpo.Config` says what each figure means."""
+
+    n_prompts: int
+    n_clips: int
+    n_rated: int
+    pairing: Pairing
+    labels: Labels
+    label_smoothing: float
+    n_frames: int
+    temperature: float
+    sample_batch: int
+    score_batch: int
+    held_out_clips: int
+    kl_budget: float
+    seed: int
+
+    @property
+    def pairs_per_prompt(self) -> int:
+        return 1 if self.pairing == "best_worst" else self.n_clips * (self.n_clips - 1) // 2
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_prompts * self.pairs_per_prompt + self.n_rated
+
+
+class OwnPairs:
+    """Makes the rows of a round from the policy as it is now, and measures it on prompts that it never learns from."""
+
+    def __init__(
+        self,
+        flat: FlatCausalLM,
+        args: Any,
+        plan: Plan,
+        prompts: Sequence[str],
+        first_row: int,
+        held_out: Sequence[int],
+        score: Score,
+        rated: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """prompts: one a row of the table, from `first_row` on. held_out: which of them are kept for measuring. rated: scored rows
+        of rated pairs, of which `plan.n_rated` go into each round, in turn."""
+        self.flat, self.args, self.plan, self.score = flat, args, plan, score
+        self.lm = flat.trunk.lm
+        self.prompts = {first_row + i: prompt for i, prompt in enumerate(prompts)}
+        self.held_out = [first_row + i for i in held_out]
+        self.learnt = [row for row in self.prompts if row not in set(self.held_out)]
+        self.rated = list(rated)
+        self.base_scores: Tensor | None = None
+        self.collator = PreferenceCollator(pad_token_id=flat.config.pad_token_id, max_length=None)
+
+    def round(self, number: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Play, judge, pair: `plan.n_rows` scored rows and what can be told of them. A function of the policy, seed and number."""
+        plan, rank, world = self.plan, self.args.process_index, self.args.world_size
+        size = plan.n_prompts * plan.n_clips
+        indices = range(number * size, (number + 1) * size)
+        rows = [self.learnt[i] for i in prompt_of(indices, len(self.learnt), plan.n_clips, plan.seed)]
+        mine = [i for i in range(size) if (i // plan.n_clips) % world == rank]
+        judged = self._play([rows[i] for i in mine], [sample_seed(plan.seed, indices[i]) for i in mine])
+        made: list[tuple[int, dict[str, Any]]] = []
+        gaps, unused = [], 0
+        for start in range(0, len(mine), plan.n_clips):
+            codes, score = judged.codes[start : start + plan.n_clips], judged.score[start : start + plan.n_clips]
+            places = pair_up(score, plan.pairing)
+            unused += plan.pairs_per_prompt - len(places)
+            gaps += [float(score[a] - score[b]) for a, b in places]
+            weights = [1.0] * len(places) + [0.0] * (plan.pairs_per_prompt - len(places))
+            for n, weight in enumerate(weights):
+                a, b = places[n] if weight else (0, 0)
+                p = label(float(score[a] - score[b]), plan.labels) if weight else 0.5
+                prompt, chosen = self.flat.sequence(judged.rows[start], codes[a])
+                _, rejected = self.flat.sequence(judged.rows[start], codes[b])
+                soft = {"p_chosen": smoothed(p, plan.label_smoothing), "weight": weight}
+                made.append((mine[start], {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **soft}))
+        told = [(judged.score.tolist(), gaps, unused)]
+        if world > 1:
+            made, told = gather_object(made), gather_object(told)
+        fresh = [row for _, row in sorted(made, key=lambda pair: pair[0])]
+        with adapter_disabled(self.lm):
+            fresh = reference_logps(self.flat, fresh, self.args, self.collator, plan.score_batch)
+        turn = [self.rated[(number * plan.n_rated + i) % len(self.rated)] for i in range(plan.n_rated)]
+        scores = torch.tensor([x for part, _, _ in told for x in part])
+        scores, all_gaps = scores[torch.isfinite(scores)], [x for _, part, _ in told for x in part]
+        return fresh + turn, {
+            "own/score": scores.mean().item() if len(scores) else float("nan"),
+            "own/gap": sum(all_gaps) / max(len(all_gaps), 1),
+            "own/pairs": float(len(all_gaps)),
+            "own/pairs_unordered": float(sum(n for _, _, n in told)),
+        }
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Held-out prompts, the same seeds each time: mean score, KL(policy || base) in nats a clip, and the share of clips that the
+        reward prefers to the base's clip of the same prompt and seed (ties half). Every process does it all: they agree exactly."""
+        plan = self.plan
+        rows = [self.held_out[i % len(self.held_out)] for i in range(plan.held_out_clips)]
+        seeds = [sample_seed(plan.seed ^ 0x4E1D, i) for i in range(len(rows))]
+        if self.base_scores is None:
+            with adapter_disabled(self.lm):
+                self.base_scores = self._play(rows, seeds).score
+        played = self._play(rows, seeds)
+        reference = []
+        with adapter_disabled(self.lm):
+            for start in range(0, len(rows), plan.score_batch):
+                cond = self.flat.trunk.table.index(rows[start : start + plan.score_batch]).to(self.args.device)
+                codes = played.codes[start : start + plan.score_batch].to(self.args.device)
+                logps = self.lm.logps(codes, cond, plan.temperature)
+                assert isinstance(logps, Tensor)
+                reference.append(logps.sum(1).cpu())
+        both = torch.isfinite(played.score) & torch.isfinite(self.base_scores)
+        mine, base = played.score[both], self.base_scores[both]
+        return {
+            "held_out/score": mine.mean().item(),
+            "held_out/score_base": base.mean().item(),
+            "held_out/preferred_to_base": ((mine > base).float() + 0.5 * (mine == base).float()).mean().item(),
+            "held_out/kl": (played.logps - torch.cat(reference)).mean().item(),
+        }
+
+    def _play(self, rows: Sequence[int], seeds: Sequence[int]) -> Judged:
+        plan, table = self.plan, self.flat.trunk.table
+        names = [self.prompts.get(row, "") for row in range(len(table))]
+        return play_and_judge(self.lm, table, names, rows, seeds, self.score, plan.n_frames, plan.temperature, plan.sample_batch)
+
+
+class BudgetSpentError(Exception):
+    """There is nothing left to train: the KL budget was spent before."""
+
+
+class Rounds(TrainerCallback):
+    """Between rounds: measure; stop where the KL budget is spent; else play, judge and hand the next rows to the trainer."""
+
+    def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, tell: Callable[[int, dict[str, float]], None]) -> None:
+        self.own, self.live, self.epochs, self.tell = own, live, epochs, tell
+        self.stopped = ""
+        self.last: dict[str, float] = {}
+        self.number = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._next(state, control)
+        if self.stopped:
+            raise BudgetSpentError  # a resumed run that had stopped: the trainer would take a step before it asks
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if int(state.epoch + 1e-6) % self.epochs == 0 or control.should_training_stop:
+            self._next(state, control)
+
+    def _next(self, state: Any, control: Any) -> None:
+        began, number = time.monotonic(), int((state.epoch or 0) + 1e-6) // self.epochs
+        figures = self.own.measure()
+        kl = figures["held_out/kl"]
+        if not kl <= self.own.plan.kl_budget:  # NaN too
+            self.stopped = f"kl {kl:.1f} nats a clip exceeds the budget of {self.own.plan.kl_budget:g}"
+            control.should_training_stop = True
+        if not control.should_training_stop and state.global_step < state.max_steps:
+            rows, more = self.own.round(number)
+            self.live.fill(rows)
+            figures |= more
+        figures["own/seconds"] = time.monotonic() - began
+        self.last = figures
+        self.number = number
+        self.tell(state.global_step, {"round": float(number), **figures})
+
+    def summary(self) -> dict[str, Any]:
+        """First and last held-out figures, and why it ended."""
+        names = ("held_out/score", "held_out/preferred_to_base", "held_out/kl")
+        told = {name.replace("/", "_"): round(self.last[name], 4) for name in names}
+        return {
+            "rounds": self.number,
+            "stopped": self.stopped or "rounds",
+            "held_out_score_base": round(self.last["held_out/score_base"], 4),
+        } | told

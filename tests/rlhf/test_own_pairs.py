@@ -1,0 +1,207 @@
+"""The policy's own clips as pairs: ordered by the reward, in rounds, on a KL budget, and resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters.library import read_adapter
+from adapters.lora import attach_lora
+from base_models.errors import UserError
+from rlhf import train_dpo
+from rlhf.flat_policy import FlatCausalLM, unflatten_ids
+from rlhf.own_pairs import OwnPairs, label, pair_up
+from rlhf.train_dpo import PRESETS, Config, Task, held_out_prompts, round_plan, toy_task, training_arguments
+
+K, V, T = 4, 32, 12
+
+
+def config(out: Path, **changes: Any) -> Config:
+    return dataclasses.replace(Config(**PRESETS["smoke_reward"]), out=out, precision="fp32", **changes)
+
+
+def rounds(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "round" in row]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The preset: a toy policy that is judged by the share of its codes in the lower half."""
+    out = tmp_path_factory.mktemp("own") / "run"
+    return train_dpo.main(config(out)), out
+
+
+def own_pairs(tmp_path: Path, task: Task, **changes: Any) -> OwnPairs:
+    cfg = config(tmp_path, **changes)
+    plan = round_plan(cfg, 0)
+    flat = FlatCausalLM(task.lm, task.table).eval()
+    attach_lora(task.lm, r=2, alpha=4)
+    assert task.own is not None
+    args = training_arguments(cfg, plan.n_rows)
+    return OwnPairs(flat, args, plan, task.own.prompts, task.own.first_row, task.own.held_out, task.own.score)
+
+
+# -- pairs
+
+
+def test_the_best_and_the_worst_make_the_pair_and_unjudged_clips_none():
+    assert pair_up(torch.tensor([0.1, 0.9, -3.0, 0.5]), "best_worst") == [(1, 2)]
+    assert pair_up(torch.tensor([math.nan, 1.0, math.inf, 2.0]), "best_worst") == [(3, 1)]
+    assert pair_up(torch.tensor([1.0, 1.0]), "best_worst") == []
+    assert pair_up(torch.tensor([math.nan, 1.0]), "best_worst") == []
+
+
+def test_all_pairs_are_all_ordered_pairs():
+    pairs = pair_up(torch.tensor([2.0, 0.0, 1.0, 1.0]), "all")
+    assert set(pairs) == {(0, 1), (0, 2), (0, 3), (2, 1), (3, 1)}
+
+
+def test_soft_labels_are_what_the_calibrated_reward_says():
+    assert label(math.log(3), "soft") == pytest.approx(0.75)
+    assert label(math.log(3), "hard") == 1.0
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_a_rounds_rows_hold_the_clips_that_were_played_in_the_order_of_their_scores(tmp_path, labels):
+    task = toy_task(config(tmp_path))
+    own = own_pairs(tmp_path, task, labels=labels)
+    rows, figures = own.round(0)
+    assert len(rows) == own.plan.n_rows == figures["own/pairs"] + figures["own/pairs_unordered"]
+    assert task.own is not None
+    gaps = []
+    for row in rows:
+        chosen, rejected = (unflatten_ids(torch.tensor([row[name]]), K, V) for name in ("chosen_ids", "rejected_ids"))
+        gap = float(task.own.score(chosen, [""]) - task.own.score(rejected, [""]))
+        gaps.append(gap)
+        assert gap > 0
+        assert row["p_chosen"] == (1.0 if labels == "hard" else pytest.approx(label(gap, "soft")))
+    assert sum(gaps) / len(gaps) == pytest.approx(figures["own/gap"], abs=1e-5)
+
+
+def test_a_round_is_a_function_of_policy_seed_and_number_and_held_out_prompts_never_enter_it(tmp_path):
+    task = toy_task(config(tmp_path))
+    own = own_pairs(tmp_path, task, round_prompts=28)
+    one, two, next_one = own.round(0)[0], own.round(0)[0], own.round(1)[0]
+    assert one == two
+    assert one[0]["chosen_ids"] != next_one[0]["chosen_ids"]
+    held = {own.flat.sequence(row, torch.zeros(K, 1))[0][0] for row in own.held_out}
+    assert held
+    assert not held & {row["prompt_ids"][0] for row in one + next_one}
+    assert len({row["prompt_ids"][0] for row in one}) == len(own.learnt)
+
+
+def test_reference_log_probs_of_own_clips_are_the_bases(tmp_path):
+    task = toy_task(config(tmp_path))
+    own = own_pairs(tmp_path, task)
+    with torch.no_grad():
+        for name, parameter in task.lm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    rows, _ = own.round(0)
+    base = toy_task(config(tmp_path)).lm
+    for row in rows[:4]:
+        codes = unflatten_ids(torch.tensor([row["chosen_ids"]]), K, V)
+        with torch.no_grad():
+            expected = base.logps(codes, task.table.index([row["prompt_ids"][0] - 2 - K * V])).sum()
+        assert row["ref_chosen_logps"] == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_prompts_that_make_no_pair_are_told_and_weigh_nothing(tmp_path):
+    task = toy_task(config(tmp_path))
+    assert task.own is not None
+    blind = dataclasses.replace(task.own, score=lambda codes, prompts: torch.full((len(codes),), math.nan))
+    rows, figures = own_pairs(tmp_path, dataclasses.replace(task, own=blind)).round(0)
+    assert {row["weight"] for row in rows} == {0.0}
+    assert figures["own/pairs"] == 0
+    assert figures["own/pairs_unordered"] == 32
+
+
+# -- rounds
+
+
+def test_the_reward_of_held_out_prompts_rises_from_round_to_round(run):
+    figures, out = run
+    told = rounds(out)
+    assert [row["round"] for row in told] == list(range(len(told)))
+    assert told[0]["held_out/preferred_to_base"] == 0.5
+    assert abs(told[0]["held_out/kl"]) < 1e-4
+    assert told[-1]["held_out/score"] > told[0]["held_out/score"] + 1.0
+    assert figures["held_out_preferred_to_base"] > 0.8
+    assert told[-1]["held_out/kl"] > told[1]["held_out/kl"] > 0
+    assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert figures["stopped"] == "rounds"
+
+
+def test_the_manifest_says_that_the_clips_were_its_own(run):
+    _, out = run
+    assert read_adapter(out / "adapter").manifest.method == "dpo_own"
+
+
+def test_rated_pairs_take_their_share_of_a_round_at_their_weight(tmp_path):
+    cfg = config(tmp_path, rated_share=0.25)
+    assert round_plan(cfg, n_rated=56).n_rated == round(32 / 3)
+    assert round_plan(cfg, n_rated=0).n_rated == 0
+    assert round_plan(dataclasses.replace(cfg, rated_share=0.0), n_rated=56).n_rated == 0
+    with pytest.raises(UserError, match="rated-share"):
+        round_plan(dataclasses.replace(cfg, rated_share=1.0), 56)
+
+
+def test_the_run_ends_when_the_kl_budget_is_spent_and_a_resumed_one_learns_nothing_more(tmp_path):
+    changes: dict[str, Any] = {"kl_budget": 0.5, "lr": 3e-2, "rounds": 4}
+    figures = train_dpo.main(config(tmp_path / "run", **changes))
+    assert "budget" in figures["stopped"]
+    assert figures["rounds"] < 4
+    before = read_adapter(tmp_path / "run" / "adapter").lora.tensors
+    again = train_dpo.main(config(tmp_path / "run", resume=True, **changes))
+    assert "budget" in again["stopped"]
+    after = read_adapter(tmp_path / "run" / "adapter").lora.tensors
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_resumed_between_rounds_ends_bitwise_where_the_unbroken_one_does(tmp_path):
+    changes: dict[str, Any] = {"rounds": 3, "save_every": 1}
+    train_dpo.main(config(tmp_path / "whole", **changes))
+    train_dpo.main(config(tmp_path / "broken", **changes))
+    saved = sorted((tmp_path / "broken" / "checkpoints").iterdir())
+    shutil.rmtree(saved[-1])
+    shutil.rmtree(tmp_path / "broken" / "adapter")
+    train_dpo.main(config(tmp_path / "broken", resume=True, **changes))
+    one, two = (read_adapter(tmp_path / name / "adapter").lora.tensors for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert rounds(tmp_path / "whole")[-1]["held_out/score"] == rounds(tmp_path / "broken")[-1]["held_out/score"]
+
+
+def test_a_constant_reward_makes_no_pair_and_moves_nothing(tmp_path, monkeypatch):
+    def constant(codes: Tensor, prompts: list[str]) -> Tensor:
+        return torch.ones(len(codes))
+
+    def no_taste(cfg: Config) -> Task:
+        task = toy_task(cfg)
+        assert task.own is not None
+        return dataclasses.replace(task, own=dataclasses.replace(task.own, score=constant), pairs=[])
+
+    monkeypatch.setattr(train_dpo, "toy_task", no_taste)
+    figures = train_dpo.main(config(tmp_path / "run", rounds=2))
+    assert abs(figures["held_out_kl"]) < 1e-4
+
+
+# -- refusals
+
+
+def test_a_reward_without_prompts_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--prompts None"):
+        train_dpo.main(Config(out=tmp_path / "run", reward=tmp_path))
+
+
+def test_some_prompts_are_always_held_out():
+    assert len(held_out_prompts([str(i) for i in range(16)], 0.0, 0)) == 1
+    assert 2 <= len(held_out_prompts([str(i) for i in range(40)], 0.1, 0)) <= 6
