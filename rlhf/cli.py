@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--duration", type=float, default=6.0, help="seconds")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--system", help="the name under which the clips are kept (raters never see it)")
+    _best_arguments(p)
     p.add_argument("--campaign", help="register the clips as pairs of this campaign")
     p.add_argument("--db", default=DEMO_DB)
     p.add_argument("--target-votes", type=int, default=3)
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-n", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--duration", type=float, default=6.0)
+    _best_arguments(p)
     p.add_argument("--out", type=Path, required=True)
 
     p = _command(commands, "lineage", lineage, "what an adapter was made from: reward, snapshot, base, votes")
@@ -147,6 +149,11 @@ def _policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", type=Path, help="policy folder; default: the base that ships with Encore")
     parser.add_argument("--adapter", type=Path, action="append", default=[], help="adapter folder; may be given several times")
     parser.add_argument("--weight", type=float, action="append", help="weight of each adapter, in order; default 1")
+
+
+def _best_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="keep the best of N candidates for each clip")
+    parser.add_argument("--reward", type=Path, help="folder of the reward model that says which is best")
 
 
 def _policy_dir(args: argparse.Namespace) -> Path:
@@ -172,7 +179,8 @@ def sample(args: argparse.Namespace) -> int:
     from rlhf.sample_pairs import Settings, sample_folder
 
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
-    manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight)
+    best = {"n_best": args.best_of, "reward_dir": args.reward}
+    manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight, **best)
     print(manifest)
     if args.campaign:
         wanted = ["--db", args.db, "--name", args.campaign, "--manifest", str(manifest), "--target-votes", str(args.target_votes)]
@@ -263,14 +271,18 @@ def adapters_show(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     from adapters.library import read_adapter
     from base_models.policy import load_policy
+    from rlhf.best_of_n import BestOf, best_of
     from rlhf.evaluate_models import evaluate as run
     from rlhf.sample_pairs import Settings, read_prompts
 
-    systems = {read_adapter(folder).manifest.name: folder for folder in args.adapter}
+    policy = load_policy(_policy_dir(args))
+    systems: dict[str, Path | BestOf] = {read_adapter(folder).manifest.name: folder for folder in args.adapter}
     if len(systems) < len(args.adapter):
         raise UserError("two adapters of one name", "different names", "rename one of the folders' manifests")
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
-    figures = run(load_policy(_policy_dir(args)), systems, read_prompts(args.prompts), args.out, settings)
+    if args.best_of != 1 or args.reward is not None:
+        systems[f"best-of-{args.best_of}"] = best_of(args.best_of, args.reward, policy)
+    figures = run(policy, systems, read_prompts(args.prompts), args.out, settings)
     print(json.dumps(figures, indent=2))
 
 

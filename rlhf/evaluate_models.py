@@ -23,6 +23,7 @@ from adapters.lora import adapter_disabled
 from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.policy import Policy
+from rlhf.best_of_n import BestOf
 from rlhf.metrics import diversity, mean_ci, paired_outcomes, win_rate
 from rlhf.sample_pairs import Prompt, Settings, sample
 
@@ -59,31 +60,38 @@ def clip_features(policy: Policy, codes: torch.Tensor) -> np.ndarray:
 
 
 def evaluate(
-    policy: Policy, systems: Mapping[str, Path], prompts: Sequence[Prompt], out: Path, settings: Settings
+    policy: Policy, systems: Mapping[str, Path | BestOf], prompts: Sequence[Prompt], out: Path, settings: Settings
 ) -> dict[str, dict[str, Any]]:
     """Sample base and systems and measure KL and diversity.
 
-    Args: systems: name -> adapter folder. settings.n >= 2, since diversity is measured within a prompt.
-    Returns: per system {manifest, kl, kl_ci, diversity, diversity_ratio, adapter_sha256}; written to out/evaluation.json.
+    Args: systems: name -> adapter folder, or the best of n of the base. settings.n >= 2, since diversity is measured within a prompt.
+    Returns: per system {manifest, kl, kl_ci, diversity, diversity_ratio, adapter_sha256}; written to out/evaluation.json. The KL of
+        a best of n is its bound, and its interval is empty: a point.
     """
     if settings.n < 2:
         raise UserError(f"n = {settings.n} clips a prompt", "at least 2", "pass -n 2")
     figures: dict[str, dict[str, Any]] = {}
     unload_adapters(policy.lm)
     for name in (BASE, *systems):
-        hashes = []
-        if name != BASE:
-            unload_adapters(policy.lm)
-            hashes = [m.adapter_sha256 for m in load_adapter(policy, systems[name])]
-        manifest = sample(policy, prompts, out / name, settings, name, hashes)
+        hashes, best, system = [], None, systems.get(name)
+        unload_adapters(policy.lm)
+        if isinstance(system, BestOf):
+            best = system
+        elif system is not None:
+            hashes = [m.adapter_sha256 for m in load_adapter(policy, system)]
+        manifest = sample(policy, prompts, out / name, settings, name, hashes, best)
         rows = read_jsonl(manifest)
         codes = read_codes(manifest, rows)
         ids = [row["prompt_id"] for row in rows]
         varied = diversity(clip_features(policy, codes), ids)
         entry: dict[str, Any] = {"manifest": str(manifest), "diversity": varied, "adapter_sha256": hashes[0] if hashes else None}
-        if name != BASE:
+        if best is not None:
+            entry |= {"kl": best.kl_bound, "kl_ci": [best.kl_bound] * 2}
+        elif name != BASE:
             kl = mean_ci(kl_to_base(policy, rows, codes), ids)
-            entry |= {"kl": kl.value, "kl_ci": list(kl.ci), "diversity_ratio": varied / figures[BASE]["diversity"]}
+            entry |= {"kl": kl.value, "kl_ci": list(kl.ci)}
+        if name != BASE:
+            entry["diversity_ratio"] = varied / figures[BASE]["diversity"]
         figures[name] = entry
     unload_adapters(policy.lm)
     write_json(out / "evaluation.json", figures)

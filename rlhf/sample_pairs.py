@@ -31,6 +31,7 @@ from base_models.errors import UserError
 from base_models.pipeline import check_prompt
 from base_models.policy import Policy, load_policy
 from base_models.sampling import generate
+from rlhf.best_of_n import Best, BestOf, best_of, play_best
 
 logger = logging.getLogger(__name__)
 LICENCE = "CC0-1.0"
@@ -103,11 +104,18 @@ def clip_seed(seed: int, prompt_index: int, k: int) -> int:
 
 
 def sample(
-    policy: Policy, prompts: Sequence[Prompt], out: str | Path, settings: Settings, system: str, adapters: Sequence[str] = ()
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    out: str | Path,
+    settings: Settings,
+    system: str,
+    adapters: Sequence[str] = (),
+    best: BestOf | None = None,
 ) -> Path:
     """Sample into `out` and return the path of its manifest.
 
     Args: system: the name under which the clips stand in the database. adapters: hashes of the adapters that `policy` carries.
+    best: keep the best of several candidates for each clip; a row then says which it was.
     Raises UserError when `out` holds samples that were made otherwise.
     """
     out = Path(out)
@@ -117,6 +125,7 @@ def sample(
         "system": system,
         "prompts": [[p.prompt, p.prompt_id, p.tempo_bpm] for p in prompts],
         **{k: v for k, v in vars(settings).items() if k != "batch_size"},
+        **({"best_of": best.n, "reward_sha256": best.reward_sha256} if best else {}),
     }
     manifest, partial = out / "manifest.jsonl", out / "manifest.partial.jsonl"
     if (out / "sample.json").is_file():
@@ -141,14 +150,19 @@ def sample(
             chosen = [prompts[i] for i, _ in part]
             cond = policy.conditions([p.prompt for p in chosen], [p.tempo_bpm for p in chosen])
             seeds = [clip_seed(settings.seed, i, k) for i, k in part]
-            codes = generate(policy.lm, cond, frames, seeds=seeds, **how).codes
-            for (i, k), prompt, seed, clip_codes in zip(part, chosen, seeds, codes):
+            found: list[dict[str, Any]] = [{}] * len(part)
+            if best is None:
+                codes = generate(policy.lm, cond, frames, seeds=seeds, **how).codes
+            else:
+                won = play_best(policy.lm, cond, frames, seeds, [p.prompt for p in chosen], best, **how)
+                codes, found = won.codes, _won(won, best)
+            for (i, k), prompt, seed, clip_codes, more in zip(part, chosen, seeds, codes, found):
                 wav = policy.decode(clip_codes[None])[0].float().cpu().numpy()
                 row = _write_clip(out, f"{i:06d}_{k}", wav, clip_codes.cpu().numpy(), policy.codec.sample_rate)
                 row |= {
                     "prompt": prompt.prompt, "prompt_id": prompt.prompt_id, "split": prompt.split, "tempo_bpm": prompt.tempo_bpm,
                     "genre": prompt.genre, "mood": prompt.mood, "seed": seed, "system": system, "policy_sha256": policy.sha256,
-                    "adapters": list(adapters), "gen": how, "licence": LICENCE, "consent": CONSENT,
+                    "adapters": list(adapters), "gen": how | more, "licence": LICENCE, "consent": CONSENT,
                 }  # fmt: skip
                 rows.write(json.dumps(row, ensure_ascii=False) + "\n")
                 rows.flush()
@@ -159,6 +173,14 @@ def sample(
     write_prompts(manifest, ordered)
     partial.unlink()
     return manifest
+
+
+def _won(won: Best, best: BestOf) -> list[dict[str, Any]]:
+    """What the rows of a best of n say beside the settings: `seed` stays the row's place, `sampled_seed` gives the codes again."""
+    return [
+        {"best_of": best.n, "candidate": int(number), "sampled_seed": seed, "score": float(score), "reward_sha256": best.reward_sha256}
+        for number, seed, score in zip(won.candidate, won.seeds, won.score)
+    ]
 
 
 def _write_clip(out: Path, name: str, wav: np.ndarray, codes: np.ndarray, sample_rate: int) -> dict[str, Any]:
@@ -201,8 +223,10 @@ def sample_folder(
     settings: Settings,
     system: str | None = None,
     weights: Sequence[float] | None = None,
+    n_best: int = 1,
+    reward_dir: str | Path | None = None,
 ) -> Path:
-    """The command line's work: load, adapt, sample."""
+    """The command line's work: load, adapt, sample; the best of `n_best` where that is more than 1."""
     prompts = read_prompts(prompts_file)
     policy = load_policy(policy_dir)
     hashes: list[str] = []
@@ -211,4 +235,7 @@ def sample_folder(
         manifests = load_adapter(policy, list(adapter_dirs), weights)
         hashes = [m.adapter_sha256 for m in manifests]
         name = system or "+".join(m.name for m in manifests)
-    return sample(policy, prompts, out, settings, name, hashes)
+    best = best_of(n_best, reward_dir, policy) if n_best != 1 or reward_dir is not None else None
+    if best is not None and system is None:
+        name = f"{name}-best-of-{n_best}"
+    return sample(policy, prompts, out, settings, name, hashes, best)

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from base_models.checkpoint import tensors_sha256, write_json
-from base_models.codec import load_codec
+from base_models.checkpoint import write_json
 from base_models.errors import UserError
-from base_models.lm import MusicLM, MusicLMConfig
-from base_models.policy import PRETRAINED, load_policy
+from base_models.lm import MusicLM
+from base_models.policy import load_policy
 from db.export import export_snapshot
 from db.store import open_store
 from rlhf import cli
@@ -25,19 +24,6 @@ from rlhf.demo import ROOT, Demo, DemoConfig
 from rlhf.preferences import load_snapshot, training_pairs
 from rlhf.sample_pairs import Settings, clip_seed, read_prompts, sample, write_prompts
 from rlhf.train_ppo import read_prompts as ppo_prompts
-
-
-@pytest.fixture(scope="module")
-def policy_dir(tmp_path_factory) -> Path:
-    """The shipped codec and embedding with a tiny untrained language model."""
-    folder = tmp_path_factory.mktemp("policy")
-    for part in ("codec", "contrastive"):
-        shutil.copytree(PRETRAINED / part, folder / part)
-    torch.manual_seed(0)
-    codec_sha256 = tensors_sha256(load_codec(folder / "codec").state_dict())
-    MusicLM(MusicLMConfig(d_model=32, n_layers=1, n_heads=2, d_ff=64, codec_sha256=codec_sha256)).save(folder / "lm")
-    write_json(folder / "policy.json", {"text_encoder": "minilm"})
-    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""Best of n: play n clips for each prompt and keep the one that the reward model likes best. The rival that any training must beat.
+
+    encore sample --best-of 8 --reward runs/reward --prompts prompts.jsonl --out runs/best-of-8
+    encore evaluate --best-of 8 --reward runs/reward --prompts heldout.jsonl --out runs/compared
+
+    prompts -> n candidates each, codes [B, K, T] -> score [B] -> the best one -> the manifest that any sampling writes
+
+It costs n times the sampling, every time, and no training. How far it moves from the base is known without measuring:
+KL <= log n - (n - 1) / n nats a clip (Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; that it is a bound: Beirami et al. 2024,
+arXiv:2401.01879). The candidates have seeds of their own, so that the base's clip of the same row is none of them and a comparison
+with it is one of strangers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from base_models.conditions import Conditions
+from base_models.errors import UserError
+from base_models.lm import MusicLM
+from base_models.policy import Policy
+from base_models.sampling import generate
+from rlhf.rollout import Score
+
+MOST = 1024
+"""Candidates a clip; log n grows so slowly that more are better spent on training."""
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """How the best is chosen: out of how many, by whom."""
+
+    n: int
+    score: Score
+    reward_sha256: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= MOST:
+            raise UserError(f"best of {self.n}", f"1 to {MOST} candidates", "pass another --best-of")
+
+    @property
+    def kl_bound(self) -> float:
+        return kl_bound(self.n)
+
+
+@dataclass(frozen=True)
+class Best:
+    """codes [B, K, T]; score [B]; candidate [B] long: which of the n it was; seeds: those of the winners."""
+
+    codes: Tensor
+    score: Tensor
+    candidate: Tensor
+    seeds: list[int]
+
+
+def kl_bound(n: int) -> float:
+    """log n - (n - 1) / n: the most that the best of n strays from the policy it is drawn from, nats a clip."""
+    return math.log(n) - (n - 1) / n
+
+
+def candidate_seed(seed: int, candidate: int) -> int:
+    """The seed of a row's candidate: a hash of the row's seed, which itself is left to the plain sample."""
+    digest = hashlib.sha256(f"{seed}|candidate|{candidate}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def play_best(lm: MusicLM, cond: Conditions, n_frames: int, seeds: Sequence[int], prompts: Sequence[str], best: BestOf, **how: Any) -> Best:
+    """Sample `best.n` clips for each of B conditions, keep each row's best. how: temperature, top_k, cfg_coef.
+
+    A score that is not finite never wins; the earlier of two equals does. Memory is that of B clips, whatever n.
+    Raises: UserError when no candidate of a row has a finite score.
+    """
+    codes, top, candidate = None, None, torch.zeros(len(cond), dtype=torch.long)
+    kept = list(seeds)
+    for number in range(best.n):
+        drawn = [candidate_seed(seed, number) for seed in seeds]
+        played = generate(lm, cond, n_frames, seeds=drawn, **how).codes
+        score = best.score(played, list(prompts)).float().cpu()
+        score = torch.where(torch.isfinite(score), score, -math.inf)
+        better = score > top if top is not None else torch.ones(len(cond), dtype=torch.bool)
+        codes = played if codes is None else torch.where(better.to(played.device)[:, None, None], played, codes)
+        top = score if top is None else torch.maximum(top, score)
+        candidate[better] = number
+        kept = [new if won else old for new, old, won in zip(drawn, kept, better.tolist())]
+    assert codes is not None
+    assert top is not None
+    if not bool(torch.isfinite(top).all()):
+        blind = [prompts[row] for row in torch.isinf(top).nonzero()[:, 0].tolist()]
+        raise UserError(f"no finite score for any of {best.n} clips of {blind[0]!r}", "a reward that can judge them", "train it again")
+    return Best(codes, top, candidate, kept)
+
+
+def best_of(n: int, reward_dir: str | Path | None, policy: Policy) -> BestOf:
+    """The command line's: a reward model's folder, on the policy that plays. Raises UserError for one of another base."""
+    from rlhf.reward_model import load_reward
+
+    if reward_dir is None:
+        raise UserError(f"--best-of {n} without --reward", "the folder of a reward model", "train one with rlhf/train_reward.py")
+    reward = load_reward(reward_dir, policy)
+    return BestOf(n, reward.score, reward.sha256)

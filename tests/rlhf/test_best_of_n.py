@@ -1,0 +1,113 @@
+"""Best of n: the best is the best, the bound is the bound, and the baseline stands in the same harness as what is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from base_models.checkpoint import read_json, read_jsonl
+from base_models.errors import UserError
+from base_models.policy import load_policy
+from base_models.sampling import generate
+from rlhf import cli
+from rlhf.best_of_n import BestOf, candidate_seed, kl_bound, play_best
+from rlhf.sample_pairs import Settings, read_prompts, sample
+from rlhf.train_ppo import share_of_code_3, toy_task
+
+
+def test_the_best_of_n_is_the_best_of_its_candidates():
+    task, seeds = toy_task(0), [11, 22, 33]
+    cond = task.table.index([0, 1, 2])
+    best = play_best(task.lm, cond, 8, seeds, task.prompts[:3], BestOf(5, share_of_code_3, "r"))
+    for row, seed in enumerate(seeds):
+        drawn = [candidate_seed(seed, k) for k in range(5)]
+        codes = generate(task.lm, cond.index([row] * 5), 8, seeds=drawn).codes
+        scores = share_of_code_3(codes, [])
+        assert best.score[row] == scores.max()
+        assert best.candidate[row] == int(scores.argmax())
+        assert best.seeds[row] == drawn[int(scores.argmax())]
+        assert torch.equal(best.codes[row], codes[int(scores.argmax())])
+
+
+def test_the_bound_holds_and_is_reached_where_no_two_clips_are_alike():
+    """The best of n among N equally likely clips with distinct scores: its distribution is known, so its KL is too."""
+    for n in (1, 2, 4, 16):
+        size = 4000
+        rank = np.arange(1, size + 1) / size
+        share = rank**n - (rank - 1 / size) ** n
+        kl = float((share * np.log(share * size)).sum())
+        assert kl <= kl_bound(n) + 1e-9
+        assert kl == pytest.approx(kl_bound(n), abs=2e-3)
+
+
+def test_more_candidates_score_higher_and_none_is_the_plain_clip():
+    task = toy_task(0)
+    cond = task.table.index([0] * 64)
+    means = [float(play_best(task.lm, cond, 8, range(64), ["x"] * 64, BestOf(n, share_of_code_3, "r")).score.mean()) for n in (1, 4, 16)]
+    assert means[0] < means[1] < means[2]
+    assert len({candidate_seed(s, k) for s in range(50) for k in range(20)} | set(range(50))) == 1050
+
+
+def test_a_candidate_without_a_finite_score_never_wins_and_none_at_all_is_an_error():
+    task = toy_task(0)
+
+    def half_blind(codes, prompts):
+        score = share_of_code_3(codes, prompts)
+        return torch.where(score > score.median(), torch.nan, score)
+
+    best = play_best(task.lm, task.table.index([0] * 16), 8, range(16), ["x"] * 16, BestOf(6, half_blind, "r"))
+    assert bool(torch.isfinite(best.score).all())
+    blind = BestOf(2, lambda codes, prompts: torch.full((len(codes),), math.nan), "r")
+    with pytest.raises(UserError, match="no finite score for any of 2 clips of 'x'"):
+        play_best(task.lm, task.table.index([0]), 8, [0], ["x"], blind)
+
+
+def test_the_rows_of_a_best_of_n_lead_back_to_their_codes(policy_dir, tmp_path):
+    (tmp_path / "p.txt").write_text("sad piano\nfast techno, 130 BPM\n")
+    policy = load_policy(policy_dir)
+    best = BestOf(3, lambda codes, prompts: codes.float().mean((1, 2)), "a" * 64)
+    settings = Settings(n=2, duration_s=0.6)
+    manifest = sample(policy, read_prompts(tmp_path / "p.txt"), tmp_path / "best", settings, "best", best=best)
+    plain = sample(policy, read_prompts(tmp_path / "p.txt"), tmp_path / "plain", settings, "base")
+    for row, base in zip(read_jsonl(manifest), read_jsonl(plain)):
+        assert (row["prompt_id"], row["seed"]) == (base["prompt_id"], base["seed"])  # clip k of one meets clip k of the other
+        assert row["sha256"] != base["sha256"]
+        again = generate(policy.lm, policy.conditions([row["prompt"]], [row["tempo_bpm"]]), 15, seeds=[row["gen"]["sampled_seed"]])
+        assert np.array_equal(again.codes[0], np.load(manifest.parent / row["codes_file"], allow_pickle=False))
+    with pytest.raises(UserError, match="other samples"):
+        sample(policy, read_prompts(tmp_path / "p.txt"), tmp_path / "best", settings, "best", best=BestOf(4, best.score, "a" * 64))
+
+
+def test_evaluate_sets_the_best_of_n_beside_the_base_with_its_bound(policy_dir, reward_dir, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("sad piano\ncalm folk\n")
+    where = ["--policy", str(policy_dir), "--prompts", str(tmp_path / "p.txt"), "--duration", "0.6"]
+    assert cli.main(["evaluate", *where, "--best-of", "4", "--reward", str(reward_dir), "--out", str(tmp_path / "e")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures.keys() == {"base", "best-of-4"}
+    assert figures["best-of-4"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    assert figures["best-of-4"]["diversity_ratio"] > 0
+    assert read_json(tmp_path / "e" / "evaluation.json") == figures
+    assert cli.main(["sample", *where, "-n", "1", "--best-of", "2", "--reward", str(reward_dir), "--out", str(tmp_path / "s")]) == 0
+    rows = read_jsonl(tmp_path / "s" / "manifest.jsonl")
+    assert {row["system"] for row in rows} == {"base-best-of-2"}
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--best-of", "4"], "without --reward"),
+        (["--best-of", "0", "--reward", "{reward}"], "1 to 1024 candidates"),
+        (["--best-of", "4", "--reward", "{reward}", "--policy", "{other}"], "reward model of base"),
+    ],
+)
+def test_a_best_of_n_that_cannot_be_is_refused(more, match, policy_dir, other_policy_dir, reward_dir, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("sad piano\n")
+    filled = [part.format(reward=reward_dir, other=other_policy_dir) for part in more]
+    where = ["--policy", str(policy_dir), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "s")]
+    assert cli.main(["sample", *where, *filled]) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()

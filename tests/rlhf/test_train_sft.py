@@ -1,0 +1,161 @@
+"""Fine-tuning on winners: it learns them, says how far it moved, and is resumed where it was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.library import read_adapter
+from base_models.checkpoint import read_jsonl
+from base_models.errors import UserError
+from base_models.policy import load_policy
+from rlhf import train_sft
+from rlhf.evaluate_models import evaluate
+from rlhf.sample_pairs import Settings, read_prompts
+from rlhf.train_sft import PRESETS, Config, Winner, by_length, main, split, toy_task, voted
+
+SCRIPT = Path(train_sft.__file__).resolve()
+
+
+class KilledError(Exception):
+    """Stands in for a kill between two steps."""
+
+
+def config(out: Path, **changes: Any) -> Config:
+    return dataclasses.replace(Config(**PRESETS["smoke"]), out=out, **changes)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return read_adapter(out / "adapter").lora.tensors
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("sft") / "run"
+    return out, main(config(out, save_every=10))
+
+
+def test_winners_become_likelier_on_prompts_that_were_not_trained(learned):
+    _, figures = learned
+    assert figures["winners_held_out"] >= 4
+    assert figures["held_out_nats_a_code"] < figures["held_out_nats_a_code_base"] - 0.3  # half the codes are never played: ln 2 at best
+    assert figures["kl_ci"][0] > 0
+
+
+def test_the_adapter_names_its_base_and_its_figures(learned):
+    out, figures = learned
+    manifest = read_adapter(out / "adapter").manifest
+    assert manifest.method == "sft"
+    assert manifest.base_sha256 == toy_task(0).base_sha256
+    assert manifest.figures == figures
+    assert {p.suffix for p in out.rglob("*") if p.is_file() and "tfevents" not in p.name} == {".json", ".jsonl", ".safetensors", ".md"}
+
+
+def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(learned, tmp_path):
+    out, _ = learned
+    n = max(row["step"] for row in read_jsonl(out / "metrics.jsonl"))
+
+    real = train_sft.Learner.learn
+
+    def dies(self):
+        if self.step == 25:
+            raise KilledError
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft.Learner, "learn", dies)
+        with pytest.raises(KilledError):
+            main(config(tmp_path / "run", save_every=10))
+    with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as rows:
+        rows.write('{"step": 26, "nats')  # as a kill leaves it
+    main(config(tmp_path / "run", save_every=10, resume=True))
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == list(range(1, n + 1))
+    one, two = weights(out), weights(tmp_path / "run")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_microbatches_and_two_processes_change_nothing(tmp_path):
+    few = {"steps": 6, "kl_clips": 0}
+    main(config(tmp_path / "one", **few))
+    main(config(tmp_path / "small", microbatch=3, **few))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += ["--preset", "smoke", "--steps", "6", "--kl-clips", "0", "--out", "two"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    told = {}
+    for name in ("one", "small", "two"):
+        told[name] = [row["nats_a_code"] for row in read_jsonl(tmp_path / name / "metrics.jsonl")]
+    assert len(told["one"]) == 6
+    assert told["small"] == pytest.approx(told["one"], abs=1e-4)
+    assert told["two"] == pytest.approx(told["one"], abs=1e-4)
+
+
+def test_winners_weigh_what_their_votes_say_and_ties_nothing(snapshot_dir, policy_dir):
+    task = voted(Config(policy=policy_dir), snapshot_dir)
+    assert len(task.winners) == 5
+    assert sum(winner.weight for winner in task.winners) == pytest.approx(5)
+    assert task.snapshot_sha256 == json.loads((snapshot_dir / "snapshot.json").read_text())["sha256"]
+
+
+def test_sft_on_votes_and_on_the_best_of_n_runs_in_the_harness_of_ppo_and_dpo(snapshot_dir, reward_dir, policy_dir, tmp_path):
+    (tmp_path / "p.txt").write_text("sad piano\ncalm folk\ndark rock\n")
+    common = {"policy": policy_dir, "steps": 4, "r": 4, "lr": 5e-2, "kl_clips": 2}
+    main(Config(out=tmp_path / "voted", snapshot=snapshot_dir, **common))
+    own = {"reward": reward_dir, "prompts": tmp_path / "p.txt", "best_of": 2, "duration_s": 0.6}
+    main(Config(out=tmp_path / "picked", **own, **common))
+    assert read_adapter(tmp_path / "picked" / "adapter").manifest.reward_sha256
+    assert len(read_jsonl(tmp_path / "picked" / "winners" / "manifest.jsonl")) == 3
+    systems = {name: tmp_path / name / "adapter" for name in ("voted", "picked")}
+    settings = Settings(n=2, duration_s=0.6)
+    figures = evaluate(load_policy(policy_dir), systems, read_prompts(tmp_path / "p.txt"), tmp_path / "e", settings)
+    assert figures.keys() == {"base", "voted", "picked"}
+    assert all(figures[name]["kl"] != 0 for name in systems)
+
+
+def test_clips_of_several_lengths_are_never_padded():
+    winners = [Winner(torch.zeros(2, length, dtype=torch.long), 0, str(i), 1.0) for i, length in enumerate([5, 9, 5, 5, 9])]
+    groups = by_length(winners, 2)
+    assert [len({w.codes.shape for w in group}) for group in groups] == [1] * len(groups)
+    assert sorted(w.prompt_id for group in groups for w in group) == list("01234")
+    assert max(len(group) for group in groups) == 2
+
+
+def test_held_out_winners_share_no_prompt_with_trained_ones():
+    task = toy_task(0)
+    train, held_out = split(task.winners, 0.2)
+    assert not {w.prompt_id for w in train} & {w.prompt_id for w in held_out}
+    assert len(train) + len(held_out) == len(task.winners)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({}, "either --snapshot"),
+        ({"snapshot": Path("a"), "reward": Path("b")}, "either --snapshot"),
+        ({"reward": Path("b")}, "expected both"),
+        ({"toy": True, "batch_size": 0}, "size below 1"),
+        ({"snapshot": "{snapshot}", "policy": "{other}"}, "clips of base"),
+        ({"reward": "{reward}", "prompts": "{prompts}", "policy": "{other}"}, "reward model of base"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, match, tmp_path, snapshot_dir, reward_dir, other_policy_dir):
+    (tmp_path / "p.txt").write_text("sad piano\n")
+    known = {"{snapshot}": snapshot_dir, "{reward}": reward_dir, "{other}": other_policy_dir, "{prompts}": tmp_path / "p.txt"}
+    with pytest.raises(UserError, match=match):
+        main(Config(out=tmp_path / "run", **{k: known.get(v, v) if isinstance(v, str) else v for k, v in changes.items()}))
+
+
+def test_another_run_is_not_overwritten_and_not_resumed_with_other_winners(learned, tmp_path):
+    out, _ = learned
+    with pytest.raises(UserError, match="another run"):
+        main(config(out))
+    with pytest.raises(UserError, match="winners_sha256"):
+        main(config(out, resume=True), task=dataclasses.replace(toy_task(0), winners=toy_task(0).winners[::-1]))
