@@ -31,7 +31,8 @@ from base_models.lm import MusicLM
 from base_models.sampling import generate
 from rlhf.flat_dpo import LiveRows, PreferenceCollator, reference_logps, smoothed
 from rlhf.flat_policy import FlatCausalLM
-from rlhf.rollout import Score, prompt_of, sample_seed
+from rlhf.rewards import Score
+from rlhf.rollout import prompt_of, sample_seed
 
 Pairing = Literal["best_worst", "all"]
 Labels = Literal["hard", "soft"]

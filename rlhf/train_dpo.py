@@ -58,7 +58,7 @@ from rlhf.flat_dpo import FlatDPOTrainer, LiveRows, PreferenceCollator, preferen
 from rlhf.flat_policy import PAD, FlatCausalLM
 from rlhf.own_pairs import BudgetSpentError, OwnPairs, Plan, Rounds
 from rlhf.preferences import Preference, decided, load_snapshot, prompt_folds, shuffled, split_by_prompt, training_pairs
-from rlhf.rollout import Score
+from rlhf.rewards import Score
 from rlhf.sample_pairs import read_prompts
 
 
