@@ -1,6 +1,6 @@
 """Gold scores of sampled clips, for the report: the one place where the hidden taste is asked directly.
 
-    python -m rlhf.simulation.judge --manifest base/manifest.jsonl --manifest ppo/manifest.jsonl --out gold.json
+    python -m rlhf.simulation.judge --manifest base/manifest.jsonl --manifest ppo/manifest.jsonl --out gold.json [--taste drive]
 
 Reads each clip's file beside its manifest and writes {"clips": [{system, prompt_id, prompt, split, seed, sha256, file,
 gold}], "summary": {system: {n, mean, spread_within_prompt}}}. Nothing that trains reads this file."""
@@ -23,15 +23,15 @@ from rlhf.simulation import taste
 KEPT = ("system", "prompt_id", "prompt", "split", "seed", "sha256", "file", "policy_sha256", "adapters")
 
 
-def judge(manifests: list[Path]) -> list[dict[str, Any]]:
-    """One row a clip, in the order of the manifests, with its gold score."""
+def judge(manifests: list[Path], name: str = taste.DEFAULT) -> list[dict[str, Any]]:
+    """One row a clip, in the order of the manifests, with its gold score by the named taste."""
     rows = []
     for manifest in manifests:
         for line in io.StringIO(manifest.read_text(encoding="utf-8")):
             if not line.strip():
                 continue
             clip = json.loads(line)
-            gold = taste.score_file(manifest.parent / clip["file"])
+            gold = taste.score_file(manifest.parent / clip["file"], name)
             rows.append({key: clip[key] for key in KEPT if key in clip} | {"gold": gold})
     return rows
 
@@ -57,9 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", required=True, action="append", type=Path, help="a samples' manifest.jsonl; repeatable")
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--taste", choices=sorted(taste.TASTES), default=taste.DEFAULT, help="whose ears")
     args = parser.parse_args(argv)
     try:
-        rows = judge(args.manifest)
+        rows = judge(args.manifest, args.taste)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         print(f"got {error!r}; expected manifests beside their clips; remedy: check the paths", file=sys.stderr)
         return 2

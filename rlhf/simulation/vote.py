@@ -34,9 +34,10 @@ RETRIED = (429, 500, 502, 503, 504)
 
 
 class ScoreCache:
-    """Gold scores by content and gain, shared by all raters: a clip is analysed once."""
+    """Gold scores by taste, content and gain, shared by all raters: a clip is analysed once."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = taste.DEFAULT) -> None:
+        self.name = name
         self._scores: dict[tuple[str, float], float] = {}
         self._lock = threading.Lock()
 
@@ -47,7 +48,7 @@ class ScoreCache:
         with self._lock:
             known = self._scores.get(key)
         if known is None:
-            known = taste.score_bytes(audio, gain_db)
+            known = taste.score_bytes(audio, gain_db, self.name)
             with self._lock:
                 self._scores[key] = known
         return sha256, known
@@ -138,13 +139,14 @@ def run(
     patience_s: float = 60.0,
     tell: Callable[[Progress], None] | None = None,
     transport: httpx.BaseTransport | None = None,
+    taste_name: str = taste.DEFAULT,
 ) -> Progress:
     """Let every account vote in its own thread until no pair is left for it, or until it has given `votes_per_rater`
     votes.
 
     Raises the first rater's error after all have stopped. `transport` replaces the network in tests.
     """
-    cache, progress, failed = ScoreCache(), Progress(), threading.Event()
+    cache, progress, failed = ScoreCache(taste_name), Progress(), threading.Event()
     listeners = raters.crew(len(accounts))
 
     def work(number: int) -> None:
@@ -177,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--campaign", default=None, help="rate only this campaign")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--votes-per-rater", type=int, default=None, help="stop after so many (default: when no pair is left)")
+    parser.add_argument("--taste", choices=sorted(taste.TASTES), default=taste.DEFAULT, help="what the raters like")
     parser.add_argument("--patience-s", type=float, default=60.0, help="how long to wait for a server that is away")
     args = parser.parse_args(argv)
     try:
@@ -203,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{progress.votes} votes, {progress.votes / (now - started):.1f} a second", flush=True)
 
     try:
-        progress = run(args.url, accounts, args.campaign, args.seed, args.votes_per_rater, args.patience_s, tell)
+        progress = run(args.url, accounts, args.campaign, args.seed, args.votes_per_rater, args.patience_s, tell, taste_name=args.taste)
     except httpx.HTTPError as error:
         print(f"got {error}; expected a rating app at {args.url}; remedy: start it and check the raters' tokens", file=sys.stderr)
         return 2

@@ -38,3 +38,11 @@ def test_a_missing_or_damaged_clip_is_an_error_and_writes_nothing(samples, capsy
     assert judge.main(["--manifest", str(samples / "manifest.jsonl"), "--out", str(samples / "gold.json")]) == 2
     assert "remedy" in capsys.readouterr().err
     assert not (samples / "gold.json").exists()
+
+
+def test_another_taste_tells_something_else(samples):
+    manifest, out = samples / "manifest.jsonl", samples / "gold.json"
+    assert judge.main(["--manifest", str(manifest), "--out", str(out), "--taste", "space"]) == 0
+    told = json.loads(out.read_text())["clips"][1]["gold"]
+    assert told == pytest.approx(taste.score_file(samples / "1.wav", "space"))
+    assert told != pytest.approx(taste.score_file(samples / "1.wav"))

@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_votes_and_another_seed_others():
 def test_a_clip_is_analysed_once(monkeypatch):
     calls = []
     honest = taste.score_bytes
-    monkeypatch.setattr(taste, "score_bytes", lambda data, gain: calls.append(gain) or honest(data, gain))
+    monkeypatch.setattr(taste, "score_bytes", lambda data, gain, name: calls.append(gain) or honest(data, gain, name))
     cache = vote.ScoreCache()
     first = cache.score(audio(1), 0.0)
     assert cache.score(audio(1), 0.0) == first
