@@ -312,6 +312,7 @@ def training_pairs(
     n_q: int | None = None,
     card: int | None = None,
     min_weight: float = 0.0,
+    known: Mapping[str, Codes] | None = None,
 ) -> list[Preference]:
     """Join the votes of each pair into one preference; the order of the result depends on the content only.
 
@@ -321,7 +322,7 @@ def training_pairs(
     on the pair that tell them, marks over all votes on the clip, both-bad ones included.
 
     Args: reliability: rater -> weight (rlhf.raters.reliability). n_q, card: what the codec speaks, to refuse foreign
-        codes. min_weight: leave out pairs whose votes weigh this or less.
+        codes. min_weight: leave out pairs whose votes weigh this or less. known: codes of clips that were read already.
     Raises: UserError when no ordered pair is left, or for codes that are not of this codec.
     """
     groups: dict[tuple[str, str, str], list[Vote]] = defaultdict(list)
@@ -330,11 +331,11 @@ def training_pairs(
             groups[(vote.pair_id, min(vote.clip_x, vote.clip_y), max(vote.clip_x, vote.clip_y))].append(vote)
     marks = clip_marks(snapshot, reliability)
 
-    codes: dict[str, Codes] = {}
+    codes = dict(known or {})
 
     def codes_of(clip: str) -> Codes:
         if clip not in codes:
-            codes[clip] = _checked(read_codes(snapshot, clip), snapshot.clips[clip], n_q, card)
+            codes[clip] = checked_codes(snapshot, clip, n_q, card)
         return codes[clip]
 
     pairs = []
@@ -405,7 +406,9 @@ def _winner(vote: Vote) -> str:
     return vote.clip_x if vote.choice == X else vote.clip_y
 
 
-def _checked(codes: Codes, clip: Clip, n_q: int | None, card: int | None) -> Codes:
+def checked_codes(snapshot: Snapshot, clip_sha256: str, n_q: int | None = None, card: int | None = None) -> Codes:
+    """The codes [K, T] of a clip. Raises: UserError when they are not there, or not of a codec of n_q books of `card` entries."""
+    codes, clip = read_codes(snapshot, clip_sha256), snapshot.clips[clip_sha256]
     bad_books = n_q is not None and codes.shape[0] != n_q
     bad_values = codes.size == 0 or codes.min() < 0 or (card is not None and codes.max() >= card)
     if bad_books or bad_values:
@@ -468,6 +471,40 @@ def prompt_folds(prompt_ids: Iterable[str], n_folds: int, seed: int = 0) -> dict
     if len(ids) < n_folds:
         raise UserError(f"votes on {len(ids)} prompts", f"at least {n_folds}, one a fold", "collect votes on more prompts")
     return {name: index % n_folds for index, name in enumerate(ids)}
+
+
+def prompt_groups(snapshot: Snapshot) -> dict[str, str]:
+    """prompt_id -> the group it is held out with: prompts whose clips share an artist stand together. Without artists, each alone."""
+    parent = {vote.prompt_id: vote.prompt_id for vote in snapshot.votes} | {
+        clip.prompt_id: clip.prompt_id for clip in snapshot.clips.values()
+    }
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    first: dict[str, str] = {}
+    for clip in sorted(snapshot.clips.values(), key=lambda clip: clip.sha256):
+        if clip.artist:
+            one, other = root(first.setdefault(clip.artist, clip.prompt_id)), root(clip.prompt_id)
+            parent[max(one, other)] = min(one, other)
+    return {name: root(name) for name in sorted(parent)}
+
+
+def pairs_sha256(pairs: Sequence[Preference]) -> str:
+    """What a training set is known by: clips, codes, labels, weights, aspects and marks; not the order of the pairs, nor who voted."""
+    digest = hashlib.sha256()
+    for line in sorted(json.dumps(_content(pair), sort_keys=True) for pair in pairs):
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _content(pair: Preference) -> dict[str, Any]:
+    codes = hashlib.sha256(pair.chosen_codes.tobytes() + b"|" + pair.rejected_codes.tobytes()).hexdigest()
+    clips = [pair.chosen_sha256, pair.rejected_sha256, pair.chosen_codes.shape, pair.rejected_codes.shape, codes]
+    said = [round(pair.p, 9), round(pair.weight, 9), dict(pair.aspects), pair.chosen_marks, pair.rejected_marks]
+    return {"prompt": [pair.prompt_id, pair.prompt, pair.tempo_bpm], "clips": clips, "said": said}
 
 
 def split_by_prompt(pairs: Sequence[Preference], held_out: float = 0.2, seed: int = 0) -> tuple[list[Preference], list[Preference]]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from base_models.codec import Codec, MagnitudeCodec
 from base_models.errors import UserError
 from rlhf.descriptors import describe
 from rlhf.losses import bradley_terry_loss
+
+if TYPE_CHECKING:
+    from rlhf.frame_reward import FrameHead
 
 REACH = 4.0
 """Features are cut off at so many spreads within a prompt: no score runs away where no clip has been heard."""
@@ -377,10 +380,27 @@ def best_temperature(margin: Tensor, pairs: Pairs) -> float:
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A second opinion over the same features: one aspect of the music, or whether a clip is acceptable at all."""
+
+    members: Tensor
+    """[E, P]"""
+    offsets: Tensor
+    """[E]: what a score of 0 stands for: the mean clip, or of `acceptable` the level that raters draw."""
+    temperature: float
+
+
+ACCEPTABLE = "acceptable"
+"""The extra head of "both bad": log-odds that the better of two clips like this one is not called bad."""
+
+
 class RewardModel:
     """An ensemble of heads over a base's frozen features.
 
     score(codes, prompts) -> [B], in calibrated nats: sigmoid(score(a) - score(b)) is how probably a is preferred to b.
+    spread(codes, prompts) -> [B]: how far the heads are apart, in the same unit. extra_scores: by aspect, and `acceptable`.
+    per_frame(codes, prompts) -> [B, T]: where a clip is good and bad, where raters have marked clips.
     """
 
     def __init__(self, base: Base, head: Head, lens: Lens, members: Tensor, offsets: Tensor, lam: float, temperature: float) -> None:
@@ -392,6 +412,10 @@ class RewardModel:
         self.lam, self.temperature = lam, temperature
         self.snapshot_sha256: str | None = None
         """The votes it was fitted on."""
+        self.extras: dict[str, Extra] = {}
+        """Heads of aspects, and ACCEPTABLE, where votes told enough."""
+        self.frames: FrameHead | None = None
+        """rlhf.frame_reward.FrameHead, where raters marked enough."""
 
     def member_scores(self, table: Table) -> Tensor:
         """Features, blocks [B, F] -> [E, B], each head about 0 on the clips it was fitted on."""
@@ -404,12 +428,49 @@ class RewardModel:
     @torch.no_grad()
     def score(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
         """codes [B, K, T] and their prompts -> score [B] on the codes' device."""
-        table = features(self.base, codes, prompts, self.head.blocks)
-        return self.score_features({block: rows.cpu() for block, rows in table.items()}).to(codes.device)
+        return self.score_features(self._heard(codes, prompts)).to(codes.device)
+
+    @torch.no_grad()
+    def spread(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
+        """codes [B, K, T] and their prompts -> standard deviation between the heads [B], in units of the score; 0 for one head."""
+        members = self.member_scores(self._heard(codes, prompts)) / self.temperature
+        return (members.std(0, correction=1) if len(members) > 1 else torch.zeros_like(members[0])).to(codes.device)
+
+    @torch.no_grad()
+    def extra_scores(self, codes: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """codes [B, K, T] and their prompts -> aspect, or `acceptable` -> [B] in calibrated nats, without caution."""
+        inputs = expand(self.lens, self.head, self._heard(codes, prompts)) if self.extras else None
+        return {
+            name: ((extra.members @ inputs.T - extra.offsets[:, None]).mean(0) / extra.temperature).to(codes.device)
+            for name, extra in self.extras.items()
+            if inputs is not None
+        }
+
+    @torch.no_grad()
+    def per_frame(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
+        """codes [B, K, T] and their prompts -> [B, T] in nats: how good each frame is beside the rest of its clip; 0 on average.
+
+        Raises: UserError when the votes it was fitted on had too few marks.
+        """
+        if len(prompts) != len(codes):
+            raise ValueError(f"{len(codes)} clips and {len(prompts)} prompts")
+        if self.frames is None:
+            got = "a reward model without a head for frames"
+            raise UserError(got, "votes with stretches marked as bad", "ask raters to mark stretches, then train again")
+        from rlhf.frame_reward import frame_features
+
+        return self.frames(frame_features(self.base.codec, codes).cpu()).to(codes.device)
+
+    def _heard(self, codes: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {block: rows.cpu() for block, rows in features(self.base, codes, prompts, self.head.blocks).items()}
 
     def tensors(self) -> dict[str, Tensor]:
+        from rlhf.frame_reward import frame_tensors
+
         state = {f"lens.{field.name}": getattr(self.lens, field.name) for field in fields(self.lens)}
-        return {**state, "members": self.members, "offsets": self.offsets}
+        for name, extra in self.extras.items():
+            state |= {f"extra.{name}.members": extra.members, f"extra.{name}.offsets": extra.offsets}
+        return {**state, **frame_tensors(self.frames), "members": self.members, "offsets": self.offsets}
 
     @property
     def sha256(self) -> str:
@@ -429,6 +490,7 @@ class RewardModel:
             "head": asdict(self.head),
             "lam": self.lam,
             "temperature": self.temperature,
+            "extras": {name: extra.temperature for name, extra in self.extras.items()},
         }
         write_json(folder / "manifest.json", manifest)
 
@@ -450,6 +512,8 @@ def load_reward(folder: str | Path, base: Base) -> RewardModel:
 
     Raises: UserError when the folder is not one, was changed, or belongs to another base.
     """
+    from rlhf.frame_reward import read_frame_head
+
     folder = Path(folder)
     manifest = read_json(folder / "manifest.json")
     if manifest.get("kind") != "reward":
@@ -473,6 +537,9 @@ def load_reward(folder: str | Path, base: Base) -> RewardModel:
     head = Head(**{**manifest["head"], "blocks": tuple(manifest["head"]["blocks"])})
     model = RewardModel(base, head, lens, state["members"], state["offsets"], manifest["lam"], manifest["temperature"])
     model.snapshot_sha256 = manifest["snapshot_sha256"]
+    for name, temperature in manifest.get("extras", {}).items():
+        model.extras[name] = Extra(state[f"extra.{name}.members"], state[f"extra.{name}.offsets"], temperature)
+    model.frames = read_frame_head(state)
     return model
 
 

@@ -12,7 +12,9 @@ from rlhf.preferences import (
     content_sha256,
     decided,
     load_snapshot,
+    pairs_sha256,
     prompt_folds,
+    prompt_groups,
     shuffled,
     split_by_prompt,
     training_pairs,
@@ -323,3 +325,33 @@ def test_what_the_app_exports_is_read_with_its_aspects_and_marks_the_right_way_r
     for swapped, vote in said.items():
         assert (vote.choice, vote.aspects, vote.marks) == ("x", {"musicality": 2}, (Mark("clip-y", 1, 2, "bad"),))
         assert vote.shown_first == ("y" if swapped else "x")
+
+
+def test_prompts_that_share_an_artist_are_held_out_together(snapshot_of):
+    """Pair p plays clips 2p and 2p + 1 of prompt p // 2: prompts 0 and 2 share one artist, 2 and 3 another, so all three go together."""
+    folder = snapshot_of([(i, "a", "x", {}) for i in range(10)], n_pairs=10)
+    artist = {0: "ada", 8: "ada", 10: "bo", 12: "bo"}
+    lines = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
+    for number, name in artist.items():
+        lines[number] |= {"gen": {"artist": name}} if number == 0 else {"artist": name}
+    (folder / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "snapshot.json").write_text(json.dumps({"name": "test", "sha256": content_sha256(folder)}))
+    groups = prompt_groups(load_snapshot(folder))
+    assert groups["p0"] == groups["p2"] == groups["p3"]
+    assert len({groups["p0"], groups["p1"], groups["p4"]}) == 3
+
+
+def test_a_training_set_is_known_by_its_content(snapshot_of):
+    votes = [(0, "a", "x", {}), (1, "a", "y", {}), (2, "b", "x", {})]
+    pairs = training_pairs(load_snapshot(snapshot_of(votes)))
+    assert pairs_sha256(pairs) == pairs_sha256(pairs[::-1]) == pairs_sha256(training_pairs(load_snapshot(snapshot_of(votes[::-1]))))
+    changed = [
+        [(0, "a", "y", {}), *votes[1:]],
+        [(0, "a", "x", {"aspects": {"musicality": 1}}), *votes[1:]],
+        [(0, "a", "x", {"marks": [{"side": "x", "t0_ms": 0, "t1_ms": 1}]}), *votes[1:]],
+        votes[1:],
+    ]
+    assert len({pairs_sha256(pairs), *(pairs_sha256(training_pairs(load_snapshot(snapshot_of(v)))) for v in changed)}) == 5
+    folder = snapshot_of(votes)
+    np.save(folder / "codes" / "0.npy", np.zeros((2, 5), dtype=np.int16))  # other codes under the name of the same clip
+    assert pairs_sha256(training_pairs(load_snapshot(folder))) != pairs_sha256(pairs)
