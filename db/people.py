@@ -54,15 +54,27 @@ def check_invitation(store: Store, token: str, clock: Callable[[], datetime] = u
         _open_invitation(session, token, clock())
 
 
-def join(store: Store, token: str, handle: str, consent_version: str, clock: Callable[[], datetime] = utc_now) -> Newcomer:
+def join(
+    store: Store,
+    token: str,
+    handle: str,
+    consent_version: str,
+    access_code: str | None = None,
+    clock: Callable[[], datetime] = utc_now,
+) -> Newcomer:
     """Makes a rater from an invitation and an accepted consent page, all or nothing.
 
+    Args: access_code: a code that only this newcomer's call can bring about. Whoever has joined with it already is handed out again,
+        under the first name, and no use of the link is spent: the first answer was lost. Default: a new one.
     Raises: NotFoundError, RefusedError (link expired or used up, name that cannot be), ConflictError (name taken). No use of
         the link is spent then.
     """
     if not 1 <= len(handle) <= 64 or not handle.isprintable() or handle != handle.strip():
         raise RefusedError(f"name {handle!r}", "1 to 64 printable characters", "choose another name")
-    access_code, now = secrets.token_urlsafe(16), clock()
+    repeatable, now = access_code is not None, clock()
+    access_code = access_code or secrets.token_urlsafe(16)
+    if repeatable and (joined := _joined_with(store, access_code)):
+        return joined
     try:
         with store.write() as session:
             invitation = _open_invitation(session, token, now)
@@ -72,9 +84,19 @@ def join(store: Store, token: str, handle: str, consent_version: str, clock: Cal
             _use(session, invitation, rater.id)
             session.add(Consent(rater_id=rater.id, version=consent_version, accepted=True, at=now))
             newcomer = RaterIdentity(rater.id, rater.handle, rater.role, rater.session_epoch)
-    except IntegrityError as error:
+    except (IntegrityError, RefusedError) as error:
+        if repeatable and (joined := _joined_with(store, access_code)):  # the same call, a moment earlier
+            return joined
+        if isinstance(error, RefusedError):
+            raise
         raise ConflictError(f"name {handle!r}, which is taken", "a name of your own", "choose another name") from error
     return Newcomer(newcomer, access_code)
+
+
+def _joined_with(store: Store, access_code: str) -> Newcomer | None:
+    with store.read() as session:
+        rater = session.scalar(select(Rater).where(Rater.token_sha256 == token_sha256(access_code), Rater.status == "active"))
+        return Newcomer(RaterIdentity(rater.id, rater.handle, rater.role, rater.session_epoch), access_code) if rater else None
 
 
 def join_as(store: Store, token: str, rater_id: int, clock: Callable[[], datetime] = utc_now) -> None:
@@ -107,19 +129,36 @@ def record_consent(store: Store, rater_id: int, version: str, accepted: bool, cl
             session.execute(update(Rater).where(Rater.id == rater_id).values(session_epoch=Rater.session_epoch + 1))
 
 
-def record_screen(store: Store, rater_id: int, right: int, trials: int, clock: Callable[[], datetime] = utc_now) -> bool:
+def screens_taken(store: Store, rater_id: int) -> int:
+    """How many headphone checks this rater has behind them: the number of the next one."""
+    with store.read() as session:
+        return _tries(session.scalars(select(Rater.screen).where(Rater.id == rater_id)).one())
+
+
+def record_screen(
+    store: Store, rater_id: int, right: int, trials: int, number: int | None = None, clock: Callable[[], datetime] = utc_now
+) -> bool:
     """Stores the newest headphone check and how many there were; returns whether it was passed. 0 trials: not taken.
 
-    Raises: RefusedError when more answers are right than were asked.
+    Args: number: which check it was, counted from 0. What was found of the last one stands, whatever comes for it again.
+    Raises: RefusedError when more answers are right than were asked; ConflictError for a check that is not this rater's next one.
     """
     if not 0 <= right <= trials:
         raise RefusedError(f"{right} right answers in {trials} trials", "no more than were asked", "report what was answered")
     passed = trials > 0 and right >= PASS_SHARE * trials
     with store.write() as session:
         rater = session.scalars(select(Rater).where(Rater.id == rater_id).with_for_update()).one()
-        tries = int((rater.screen or {}).get("tries", 0)) + 1
-        rater.screen = {"passed": passed, "right": right, "trials": trials, "tries": tries, "at": clock().isoformat()}
+        tries = _tries(rater.screen)
+        if number is not None and rater.screen is not None and number == tries - 1:
+            return bool(rater.screen["passed"])
+        if number not in (None, tries):
+            raise ConflictError(f"answers to headphone check {number}", f"answers to check {tries}", "begin the check anew")
+        rater.screen = {"passed": passed, "right": right, "trials": trials, "tries": tries + 1, "at": clock().isoformat()}
     return passed
+
+
+def _tries(screen: dict[str, Any] | None) -> int:
+    return int((screen or {}).get("tries", 0))
 
 
 def record_practice(store: Store, rater_id: int, clock: Callable[[], datetime] = utc_now) -> None:

@@ -24,10 +24,11 @@ from db.store import RaterIdentity, Store
 from db.voting import Mark
 from feedback_app import consent
 from feedback_app.assignment import PairView, next_pair
-from feedback_app.auth import COOKIE, SESSION_MAX_AGE_S, Sessions, SignedIn, same_origin
+from feedback_app.auth import COOKIE, SESSION_MAX_AGE_S, JoinCodes, Sessions, SignedIn, same_origin
 from feedback_app.guard import Guard
 from feedback_app.limits import Limits
 from feedback_app.media import Tickets, audio_response
+from feedback_app.screen import TONES, TRIALS, Checks
 
 NoNul = r"^[^\x00]*$"
 Milliseconds = Annotated[int, Field(ge=0, le=24 * 3600 * 1000)]
@@ -85,9 +86,16 @@ class ConsentAnswer(BaseModel):
     accepted: bool = Field(description="false withdraws an earlier yes and ends all sessions; the votes so far stay")
 
 
+class CheckView(BaseModel):
+    number: int = Field(description="this rater's headphone check, counted from 0")
+    trials: list[str] = Field(description="addresses of the trials' sound, in order; three tones each, one of them softer")
+
+
 class ScreenAnswer(BaseModel):
-    right: int = Field(ge=0, le=100, description="trials of the headphone check that were answered right")
-    trials: int = Field(ge=0, le=100, description="trials asked; 0 where the check was left out")
+    number: int = Field(ge=0, le=2**31 - 1, description="the check that was taken")
+    answers: list[Annotated[int, Field(ge=0, lt=TONES)]] = Field(
+        max_length=TRIALS, description="the softest tone of each trial, 0 to 2; empty where the check was left out"
+    )
 
 
 class ScreenView(BaseModel):
@@ -215,11 +223,21 @@ def invitation(request: Request, invited: Invited) -> None:
 
 
 @router.post("/join", status_code=201, responses={404: {"model": Problem}, 409: {"model": Problem}})
-def join(request: Request, response: Response, joining: Joining) -> JoinedView:
-    """Makes a rater from an open invitation and an accepted consent page, and signs in."""
+def join(
+    request: Request,
+    response: Response,
+    joining: Joining,
+    idempotency_key: Annotated[str | None, Header(min_length=16, max_length=128, pattern=r"^[\x21-\x7e]+$")] = None,
+) -> JoinedView:
+    """Makes a rater from an open invitation and an accepted consent page, and signs in.
+
+    With a random Idempotency-Key a lost answer costs nothing: the same key again is answered alike, and spends no place of the link.
+    """
     same_origin(request)
     _current_consent(joining.consent_version)
-    newcomer = people.join(_store(request), joining.invitation, joining.handle.strip(), joining.consent_version)
+    codes: JoinCodes = request.app.state.join_codes
+    access_code = codes.of(joining.invitation, idempotency_key) if idempotency_key else None
+    newcomer = people.join(_store(request), joining.invitation, joining.handle.strip(), joining.consent_version, access_code)
     session = _open_session(request, response, newcomer.rater)
     return JoinedView(session=session, handle=newcomer.rater.handle, access_code=newcomer.access_code)
 
@@ -254,10 +272,32 @@ def answer_consent(request: Request, answer: ConsentAnswer, rater: SignedIn) -> 
     people.record_consent(_store(request), rater.id, answer.version, answer.accepted)
 
 
-@router.post("/me/screen", status_code=201)
+@router.get("/me/screen")
+def check(request: Request, rater: SignedIn) -> CheckView:
+    """The headphone check that this rater may take now; the same one until it is answered."""
+    number = people.screens_taken(_store(request), rater.id)
+    return CheckView(number=number, trials=[f"{router.prefix}/me/screen/{number}/{trial}" for trial in range(TRIALS)])
+
+
+@router.get("/me/screen/{number}/{trial}", response_class=Response, responses={404: {"model": Problem}})
+def check_sound(request: Request, number: int, trial: int, rater: SignedIn) -> Response:
+    """Three tones as a WAV. Which is the softest is for the ear: nothing else that is sent tells it."""
+    if not 0 <= trial < TRIALS or number != people.screens_taken(_store(request), rater.id):
+        raise NotFoundError("a trial of no open headphone check", "one of GET /api/v1/me/screen", "begin the check anew")
+    checks: Checks = request.app.state.checks
+    return Response(checks.sound(rater.id, number, trial), media_type="audio/wav")
+
+
+@router.post("/me/screen", status_code=201, responses={409: {"model": Problem}, 429: {"model": Problem}})
 def screen(request: Request, answer: ScreenAnswer, rater: SignedIn) -> dict[Literal["passed"], bool]:
-    """Stores what the headphone check found. It locks nobody out, except of campaigns that want it passed."""
-    return {"passed": people.record_screen(_store(request), rater.id, answer.right, answer.trials)}
+    """Counts and stores what the headphone check found. It locks nobody out, except of campaigns that want it passed."""
+    if len(answer.answers) not in (0, TRIALS):
+        raise RefusedError(f"{len(answer.answers)} answers", f"{TRIALS}, or none", "answer each trial, or leave the check out")
+    limits: Limits = request.app.state.limits
+    limits.check(rater.id)
+    checks: Checks = request.app.state.checks
+    right = checks.count_right(rater.id, answer.number, answer.answers)
+    return {"passed": people.record_screen(_store(request), rater.id, right, len(answer.answers), answer.number)}
 
 
 @router.post("/me/practice", status_code=204)
@@ -405,6 +445,7 @@ def create_api(store: Store, secret: str, consent_of_everyone: bool = False) -> 
 
     app = FastAPI(title="Encore rating API", version="1", docs_url=None, redoc_url=None, lifespan=closing_store)
     app.state.store, app.state.sessions, app.state.tickets = store, Sessions(secret), Tickets(secret)
+    app.state.checks, app.state.join_codes = Checks(secret), JoinCodes(secret)
     app.state.consent_of_everyone, app.state.agreed = consent_of_everyone, set()
     app.state.limits = Limits()
     app.include_router(router)

@@ -6,6 +6,9 @@ dated, bound to the rater's `session_epoch`, in a cookie (HttpOnly, SameSite=Lax
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import os
 import secrets
 from pathlib import Path
@@ -40,6 +43,20 @@ class Sessions:
             return int(rater_id), int(epoch)
         except (BadSignature, ValueError, TypeError):
             return None
+
+
+class JoinCodes:
+    """Access codes of those who join, drawn from a key of their own: the same call again is given the same code.
+
+    Nobody can tell a code without the server's secret, the invitation and the newcomer's key. Args: secret: as for `Sessions`.
+    """
+
+    def __init__(self, secret: str) -> None:
+        self._key = secret.encode()
+
+    def of(self, invitation: str, key: str) -> str:
+        said = f"encore-join:{hashlib.sha256(invitation.encode('utf-8', 'surrogatepass')).hexdigest()}:{key}"
+        return base64.urlsafe_b64encode(hmac.digest(self._key, said.encode(), hashlib.sha256)[:16]).decode().rstrip("=")
 
 
 def same_origin(request: Request) -> None:

@@ -55,6 +55,7 @@ class Limits:
         self.address = Buckets(per_s=1.0, burst=100)
         self.votes = Buckets(per_s=30.0, burst=300)
         self.changes = Buckets(per_s=5.0, burst=100)
+        self.checks = Buckets(per_s=1 / 60, burst=10)
 
     def before_sign_in(self, request: Request, name: str) -> None:
         """Raises HTTPException 429 after too many failures from here."""
@@ -69,6 +70,10 @@ class Limits:
     def vote(self, rater_id: int) -> None:
         """Raises HTTPException 429 for more votes than any listener gives."""
         _refuse_if(self.votes.take(rater_id), "votes")
+
+    def check(self, rater_id: int) -> None:
+        """Raises HTTPException 429 for more headphone checks than patience gives: one in 56 is passed by guessing."""
+        _refuse_if(self.checks.take(rater_id), "headphone checks")
 
     def change(self, owner_id: int) -> None:
         """Raises HTTPException 429 for more changes than any owner makes."""

@@ -1,4 +1,4 @@
-/* Sounds made in the page: the level tone, the headphone trials and the rehearsal's pairs. Nothing is fetched. */
+/* Sounds made in the page: the level tone and the rehearsal's pairs. Nothing is fetched. */
 const RATE = 44100;
 
 function makeBuffer(context, seconds, channels, sample) {
@@ -16,22 +16,6 @@ const edge = (t, seconds, ramp) => Math.min(1, t / ramp, Math.max(0, (seconds - 
 const levelTone = (context) => makeBuffer(context, 4, 1, (t) => (
   0.06 * edge(t, 4, 0.3) * (0.75 + 0.25 * Math.sin(Math.PI * t)) * [262, 330, 392].reduce((sum, hz) => sum + Math.sin(2 * Math.PI * hz * t), 0)
 ));
-
-/* Three tones of 200 Hz, 1 s each, half a second apart: one is 6 dB softer (the answer), one has its right channel turned
-   over. Over loudspeakers that one all but vanishes and is taken for the softest.   Woods et al. 2017, doi:10.3758/s13414-017-1361-2 */
-const TRIALS = 6;
-const trialTone = (context, soft, turned) => makeBuffer(context, 4, 2, (t, channel) => {
-  const which = Math.floor(t / 1.5);
-  const within = t - 1.5 * which;
-  if (within >= 1) return 0;
-  const level = 0.25 * (which === soft ? 0.5 : 1) * (which === turned && channel === 1 ? -1 : 1);
-  return level * edge(within, 1, 0.1) * Math.sin(2 * Math.PI * 200 * within);
-});
-
-function drawTrial() {
-  const soft = Math.floor(Math.random() * 3);
-  return { soft, turned: (soft + 1 + Math.floor(Math.random() * 2)) % 3 };
-}
 
 /* The rehearsal: one tune twice, once spoiled so that nobody can doubt which is better. */
 const TUNE = [262, 330, 392, 523, 440, 392, 330, 294, 262, 330];

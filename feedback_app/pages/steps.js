@@ -1,9 +1,10 @@
 /* The way to the first pair: invitation, consent, name and code, guide, headphone check, rehearsal. Each once; the server
    knows what was done, so a refresh goes on where it stopped. The menu leads back to each. */
 const INVITE_KEY = 'encore.invite';
+const JOIN_KEY = 'encore.join'; // a joining that was sent and not yet answered: { key, body }
 const post = (path, body) => call(path, { method: 'POST', body: JSON.stringify(body) });
 let consentPage = null;
-let trial = null; // the headphone check: { soft, turned, index, right }
+let trial = null; // the headphone check: { number, sounds, index, answers, played }. The server alone knows what is right
 let toneNode = null;
 let checkDue = false; // whether the pairs that wait are only for those who passed the check
 let rehearsal = 0;
@@ -14,6 +15,12 @@ const rehearsed = () => sessionStorage.getItem('encore.rehearsed') === 'yes';
 async function arrive() {
   const token = sessionStorage.getItem(INVITE_KEY);
   if (me && !token) return true;
+  const pending = JSON.parse(sessionStorage.getItem(JOIN_KEY) || 'null');
+  if (token && pending && pending.body.invitation === token) { // joined perhaps, and never told so: asked again, the answer is the same
+    const joined = await sendJoining();
+    if (joined === null) return null;
+    if (joined.ok) return (welcome(await joined.json()), false);
+  }
   const answer = await call('/me');
   if (answer === null) return null;
   if (answer.status === 401) return token ? offerInvitation(token) : askToSignIn(me ? KEPT : '');
@@ -91,10 +98,23 @@ async function refuse() {
 
 async function join(handle) {
   const problem = find('.view-join .problem');
-  const answer = await post('/join', { invitation: sessionStorage.getItem(INVITE_KEY) || '', handle, consent_version: consentPage.version });
-  if (answer === null) return void (problem.textContent = 'The server does not answer. Try again in a moment.');
+  const body = { invitation: sessionStorage.getItem(INVITE_KEY) || '', handle, consent_version: consentPage.version };
+  const { key } = JSON.parse(sessionStorage.getItem(JOIN_KEY) || '{}');
+  sessionStorage.setItem(JOIN_KEY, JSON.stringify({ key: key || newKey(), body }));
+  const answer = await sendJoining();
+  if (answer === null) return void (problem.textContent = 'The server does not answer. Try again in a moment; you will join only once.');
   if (!answer.ok) return void (problem.textContent = `That did not work. ${await reason(answer)}.`);
-  const joined = await answer.json();
+  welcome(await answer.json());
+}
+
+async function sendJoining() {
+  const { key, body } = JSON.parse(sessionStorage.getItem(JOIN_KEY));
+  const answer = await call('/join', { method: 'POST', headers: { 'Idempotency-Key': key }, body: JSON.stringify(body) });
+  if (answer !== null) sessionStorage.removeItem(JOIN_KEY);
+  return answer;
+}
+
+function welcome(joined) {
   sessionStorage.removeItem(INVITE_KEY);
   localStorage.setItem(NAME_KEY, joined.handle);
   find('.newname').textContent = joined.handle;
@@ -109,6 +129,7 @@ function startCheck() {
   const [level, asking, found] = ['.level', '.trial', '.found'].map(find);
   [level.hidden, asking.hidden, found.hidden, find('.leave').hidden] = [false, true, true, false];
   find('.due').hidden = !checkDue;
+  find('.view-check .problem').textContent = '';
 }
 
 function hushTone() {
@@ -121,7 +142,7 @@ async function playTone() {
   const context = player.audio();
   if (context.state !== 'running') await context.resume();
   const source = context.createBufferSource();
-  source.buffer = trial ? trialTone(context, trial.soft, trial.turned) : levelTone(context);
+  source.buffer = trial ? trial.sounds[trial.index] : levelTone(context);
   source.loop = !trial;
   source.connect(context.destination);
   source.start();
@@ -129,25 +150,44 @@ async function playTone() {
   if (trial) trial.played = true;
 }
 
-function nextTrial(index, right) {
+async function openCheck() {
+  const answer = await call('/me/screen');
+  return answer && answer.ok ? answer.json() : null;
+}
+
+async function beginTrials() {
+  const problem = find('.view-check .problem');
+  problem.textContent = 'One moment…';
+  try {
+    const { number, trials } = await openCheck();
+    const sounds = await Promise.all(trials.map(async (url) => player.audio().decodeAudioData(await fetchAudio(url))));
+    trial = { number, sounds, answers: [] };
+  } catch {
+    return void (problem.textContent = 'The tones could not be loaded. Try again in a moment.');
+  }
+  problem.textContent = '';
+  nextTrial(0);
+}
+
+function nextTrial(index) {
   hushTone();
-  trial = { ...drawTrial(), index, right, played: false };
+  Object.assign(trial, { index, played: false });
   [find('.level').hidden, find('.trial').hidden] = [true, false];
-  find('.nth').textContent = `${index + 1} of ${TRIALS}`;
+  find('.nth').textContent = `${index + 1} of ${trial.sounds.length}`;
 }
 
 async function answerTrial(which) {
-  if (!trial || !trial.played) return;
-  const right = trial.right + (which === trial.soft ? 1 : 0);
-  if (trial.index + 1 < TRIALS) return nextTrial(trial.index + 1, right);
-  hushTone();
-  await finishCheck(right, TRIALS);
+  if (!trial || !trial.played || trial.answers.length > trial.index) return;
+  trial.answers.push(which);
+  if (trial.index + 1 < trial.sounds.length) return nextTrial(trial.index + 1);
+  await finishCheck(trial.answers);
 }
 
-async function finishCheck(right, trials) {
+async function finishCheck(answers) {
   hushTone();
-  const answer = await post('/me/screen', { right, trials });
-  const passed = answer && answer.ok && (await answer.json()).passed;
+  const check = trial || (await openCheck());
+  const answer = check && (await post('/me/screen', { number: check.number, answers }));
+  const passed = Boolean(answer && answer.ok && (await answer.json()).passed);
   [find('.level').hidden, find('.trial').hidden, find('.found').hidden, find('.leave').hidden] = [true, true, false, true];
   let text = 'The server does not answer. Go on; you will be asked again.';
   if (answer && answer.ok) {
@@ -159,13 +199,12 @@ async function finishCheck(right, trials) {
   find('.found .onward').textContent = checkDue && !passed ? 'Try again' : 'Go on';
   find('.due').hidden = true;
   trial = null;
-  if (answer && answer.ok) me.screen = { passed, right, trials };
-  else me.screen = { passed: false }; // for this visit only: the server will ask again
+  me.screen = { passed }; // unanswered, it is so for this visit only: the server will ask again
   find('.found .onward').focus();
 }
 
 const CHECK_KEYS = {
-  ' ': () => playTone(), Enter: () => { if (!trial && !find('.level').hidden) nextTrial(0, 0); },
+  ' ': () => playTone(), Enter: () => { if (!trial && !find('.level').hidden) beginTrials(); },
   1: () => answerTrial(0), 2: () => answerTrial(1), 3: () => answerTrial(2),
 };
 
@@ -212,8 +251,8 @@ function stepClick(button) {
   if (button.dataset.step) openStep(button.dataset.step);
   else if (button.dataset.tone) answerTrial(Number(button.dataset.tone));
   else if (button.matches('.tone')) playTone();
-  else if (button.matches('.leveled')) nextTrial(0, 0);
-  else if (button.matches('.leave')) finishCheck(0, 0);
+  else if (button.matches('.leveled')) beginTrials();
+  else if (button.matches('.leave')) finishCheck([]);
   else if (button.matches('.agree')) agree();
   else if (button.matches('.refuse')) refuse();
   else if (button.matches('.reconsider')) { location.reload(); }

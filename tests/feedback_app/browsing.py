@@ -12,9 +12,11 @@ import pytest
 from playwright.sync_api import Browser, Error, Page, Playwright, sync_playwright
 from sqlalchemy import select, update
 
-from db.people import record_screen
+from db.people import record_screen, screens_taken
 from db.schema import Assignment, Campaign, Invitation, Pair, Rater, Vote, utc_now
 from db.store import open_store
+from feedback_app.auth import load_or_make_secret, secret_path
+from feedback_app.screen import TRIALS, Checks
 
 HOSTILE = '<img src=x onerror="window.pwned=1"> ${window.pwned=2} {{window.pwned=3}} `${window.pwned=4}` <b>bold</b> \u202egnol\u202c'
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
@@ -113,6 +115,16 @@ def add_listener(demo: object, handle: str = "ada", right: int = 6) -> str:
             rater_id = session.scalars(select(Rater.id).where(Rater.handle == handle)).one()
         record_screen(store, rater_id, right, 6)
     return code
+
+
+def softest(demo: object, handle: str) -> list[str]:
+    """The keys that answer this rater's open headphone check right: known to whoever has the server's secret."""
+    with open_store(demo.url) as store:
+        with store.read() as session:
+            rater_id = session.scalars(select(Rater.id).where(Rater.handle == handle)).one()
+        number = screens_taken(store, rater_id)
+    checks = Checks(load_or_make_secret(secret_path(demo.url)))
+    return [str(checks.draw(rater_id, number, trial)[0] + 1) for trial in range(TRIALS)]
 
 
 def set_up(demo: object, **rules: object) -> str:

@@ -16,10 +16,13 @@ import pytest
 import soundfile
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from sqlalchemy import select
 
+from db.schema import Rater
 from db.store import Store, open_store
 from feedback_app.api import create_api
 from feedback_app.campaigns import register_campaign
+from feedback_app.screen import TONES, TRIALS, Checks
 from tests.feedback_app.browsing import browser, hostile_demo, playwright, visit  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +104,21 @@ def sign_in(api: FastAPI, store: Store) -> Callable[[str], TestClient]:
         return client
 
     return enter
+
+
+@pytest.fixture
+def take_check(api: FastAPI, store: Store) -> Callable[..., httpx.Response]:
+    """take_check(client, right) answers so many trials of the client's open headphone check right and the others wrong."""
+
+    def take(client: TestClient, right: int) -> httpx.Response:
+        number = client.get("/api/v1/me/screen").json()["number"]
+        with store.read() as session:
+            rater_id = session.scalars(select(Rater.id).where(Rater.handle == client.get("/api/v1/me").json()["handle"])).one()
+        checks: Checks = api.state.checks
+        answers = [(checks.draw(rater_id, number, trial)[0] + (trial >= right)) % TONES for trial in range(TRIALS)]
+        return client.post("/api/v1/me/screen", json={"number": number, "answers": answers})
+
+    return take
 
 
 @pytest.fixture

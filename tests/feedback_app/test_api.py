@@ -193,7 +193,8 @@ def test_the_schema_names_every_endpoint_and_health_is_open(api: FastAPI) -> Non
     paths = client.get("/openapi.json").json()["paths"]
     assert {path for path in paths if not path.startswith("/api/v1/owner")} == {
         "/api/v1/invitation", "/api/v1/join", "/api/v1/consent", "/api/v1/me", "/api/v1/me/invitation", "/api/v1/me/consent",
-        "/api/v1/me/screen", "/api/v1/me/practice", "/api/v1/login", "/api/v1/logout", "/api/v1/pairs/next", "/api/v1/audio/{token}",
+        "/api/v1/me/screen", "/api/v1/me/screen/{number}/{trial}",
+        "/api/v1/me/practice", "/api/v1/login", "/api/v1/logout", "/api/v1/pairs/next", "/api/v1/audio/{token}",
         "/api/v1/votes", "/api/v1/stats", "/healthz",
     }  # fmt: skip
     assert client.get("/healthz").json() == {"ok": True, "database": "sqlite"}

@@ -43,14 +43,16 @@ def test_every_endpoint_but_the_doors_needs_a_session_and_the_owners_need_an_own
     found = endpoints(api)
     assert len([path for _, path in found if path.startswith("/api/v1/owner/")]) >= 15
     for method, path in found:
-        address = path.replace("{token}", "x").replace("{name}", "x").format(campaign_id=1, rater_id=1, invitation_id=1)
+        address = path.replace("{token}", "x").replace("{name}", "x").format(campaign_id=1, rater_id=1, invitation_id=1, number=0, trial=0)
         if path not in OPEN:
             assert nobody.request(method, address, json={}).status_code == 401, (method, path)
         if path.startswith("/api/v1/owner/"):
             assert ada.request(method, address, json={}).status_code == 403, (method, path)
 
 
-def test_an_owner_makes_runs_and_freezes_a_campaign(boss: TestClient, ada: TestClient, demo: object, tmp_path: Path) -> None:
+def test_an_owner_makes_runs_and_freezes_a_campaign(
+    boss: TestClient, ada: TestClient, demo: object, tmp_path: Path, take_check: Callable
+) -> None:
     wanted = {"name": "new", "sources": [{"path": str(demo.folder)}], "rules": {"min_listen_ms": 0, "target_votes": 1}, "n_gold": 2}
     made = boss.post("/api/v1/owner/campaigns", json=wanted)
     assert (made.status_code, made.json()) == (201, {"name": "new", "n_clips": 10, "n_pairs": 4, "n_new_pairs": 4, "n_gold": 2})
@@ -63,7 +65,7 @@ def test_an_owner_makes_runs_and_freezes_a_campaign(boss: TestClient, ada: TestC
     assert boss.patch(f"{url}/rules", json={"aspects": ["musicality"], "target_votes": 2}).json()["aspects"] == ["musicality"]
     assert boss.patch(f"{url}/rules", json={"require_screen": True}).json()["require_screen"]
     assert ada.get("/api/v1/pairs/next?campaign=new").json()["detail"]["step"] == "check"
-    ada.post("/api/v1/me/screen", json={"right": 6, "trials": 6})
+    take_check(ada, 6)
 
     pair = ada.get("/api/v1/pairs/next?campaign=new").json()
     ballot = {"assignment_id": pair["assignment_id"], "choice": "a", "listen_ms": {"a": 0, "b": 0}}

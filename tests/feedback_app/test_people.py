@@ -41,9 +41,9 @@ def invite(store: Store) -> Callable[..., str]:
     return make
 
 
-def join(client: TestClient, token: str, handle: str = "ada", version: str = consent.VERSION):
+def join(client: TestClient, token: str, handle: str = "ada", version: str = consent.VERSION, key: str | None = None):
     body = {"invitation": token, "handle": handle, "consent_version": version}
-    return client.post("/api/v1/join", json=body, headers=SAME_ORIGIN)
+    return client.post("/api/v1/join", json=body, headers=SAME_ORIGIN | ({"Idempotency-Key": key} if key else {}))
 
 
 def count(store: Store, table: type) -> int:
@@ -122,6 +122,43 @@ def test_sixteen_who_come_at_once_share_three_places(api: FastAPI, store: Store,
     assert (count(store, Rater), count(store, Membership), uses(store)) == (3, 3, 3)
 
 
+KEY = "0123456789abcdef0123456789abcdef"
+
+
+def test_a_joining_whose_answer_was_lost_is_sent_again_and_spends_one_place(api: FastAPI, store: Store, invite: Callable) -> None:
+    token = invite()
+    lost = join(TestClient(api), token, "ada", key=KEY)
+    newcomer = TestClient(api)
+    for handle in ("ada", "ada", "a name thought better of"):  # the first name stands
+        again = join(newcomer, token, handle, key=KEY)
+        assert again.status_code == 201
+        assert (again.json()["handle"], again.json()["access_code"]) == ("ada", lost.json()["access_code"])
+    assert newcomer.get("/api/v1/pairs/next").status_code == 200
+    assert (count(store, Rater), count(store, Membership), count(store, Consent), uses(store)) == (1, 1, 1, 1)
+    back = TestClient(api).post("/api/v1/login", json={"handle": "ada", "token": lost.json()["access_code"]})
+    assert back.status_code == 200
+
+
+def test_the_same_joining_sixteen_times_at_once_is_one_person(api: FastAPI, store: Store, invite: Callable) -> None:
+    token = invite(max_uses=3)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: join(TestClient(api), token, "ada", key=KEY), range(16)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.json()["access_code"] for answer in answers}) == 1
+    assert (count(store, Rater), uses(store)) == (1, 1)
+
+
+def test_a_key_is_worth_nothing_without_its_invitation_and_server(api: FastAPI, store: Store, invite: Callable) -> None:
+    first, other = invite(), invite("another-invitation")
+    assert join(TestClient(api), first, "ada", key=KEY).status_code == 201
+    assert join(TestClient(api), other, "ada", key=KEY).status_code == 409
+    assert join(TestClient(api), first, "ada", key=KEY[::-1]).status_code == 422  # the link is used up
+    assert join(TestClient(create_api(store, "another secret")), first, "ada", key=KEY).status_code == 422
+    assert join(TestClient(api), other, "eve", key="short").status_code == 422
+    store.block_rater("ada")
+    assert join(TestClient(api), first, "ada", key=KEY).status_code == 422
+
+
 def test_a_rater_takes_up_one_more_invitation_once(ada: TestClient, store: Store, invite: Callable) -> None:
     token = invite(max_uses=5)
     for _ in range(2):
@@ -164,33 +201,6 @@ def test_whom_the_owner_added_by_hand_is_asked_only_if_the_server_is_told_to(sto
         assert client.get("/api/v1/pairs/next").status_code == status
 
 
-@pytest.mark.parametrize(("right", "trials", "passed"), [(6, 6, True), (5, 6, True), (4, 6, False), (0, 0, False)])
-def test_the_headphone_check_is_stored_and_locks_nobody_out(ada: TestClient, store: Store, right: int, trials: int, passed: bool) -> None:
-    assert ada.get("/api/v1/me").json()["screen"] is None
-    for tries in (1, 2):
-        assert ada.post("/api/v1/me/screen", json={"right": right, "trials": trials}).json() == {"passed": passed}
-        assert ada.get("/api/v1/me").json()["screen"] == {"passed": passed, "right": right, "trials": trials, "tries": tries}
-    assert ada.get("/api/v1/pairs/next").status_code == 200
-
-
-def test_a_campaign_that_wants_the_check_sends_a_client_there_first(ada: TestClient, store: Store) -> None:
-    with store.write() as session:
-        session.execute(update(Campaign).values(require_screen=True))
-    for right, trials in [(None, None), (4, 6), (0, 0)]:
-        if trials is not None:
-            ada.post("/api/v1/me/screen", json={"right": right, "trials": trials})
-        refused = ada.get("/api/v1/pairs/next")
-        assert (refused.status_code, refused.json()["detail"]["step"]) == (403, "check")
-        assert set(refused.json()["detail"]) == {"got", "expected", "remedy", "step"}
-    ada.post("/api/v1/me/screen", json={"right": 6, "trials": 6})
-    assert ada.get("/api/v1/pairs/next").status_code == 200
-
-
-def test_more_right_answers_than_questions_are_refused(ada: TestClient) -> None:
-    assert ada.post("/api/v1/me/screen", json={"right": 7, "trials": 6}).status_code == 422
-    assert ada.get("/api/v1/me").json()["screen"] is None
-
-
 def test_practice_is_noted_once(ada: TestClient, store: Store) -> None:
     stored = []
     for _ in range(2):
@@ -224,7 +234,7 @@ def test_another_site_can_neither_join_nor_answer_for_a_visitor(api: FastAPI, st
     for path, body in [
         ("consent", {"version": consent.VERSION, "accepted": False}),
         ("practice", None),
-        ("screen", {"right": 0, "trials": 0}),
+        ("screen", {"number": 0, "answers": []}),
     ]:
         assert visitor.post(f"/api/v1/me/{path}", json=body).status_code == 403
 
