@@ -26,7 +26,7 @@ def imported(file):
 
 def test_simulation_runs_without_torch():
     code = (
-        "import sys, rlhf.simulation.vote, rlhf.simulation.judge\n"
+        "import sys, rlhf.simulation.vote, rlhf.simulation.judge, rlhf.simulation.ears\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'accelerate', 'gradio', 'sqlalchemy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

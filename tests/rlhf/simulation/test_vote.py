@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from rlhf.simulation import taste, vote
+from rlhf.simulation import raters, taste, vote
+from rlhf.simulation.ears import Ears, played_db, worst_stretch_ms
+from tests.rlhf.simulation.piece import pad
 
 
 def audio(seed):
@@ -115,7 +117,7 @@ def test_a_clip_is_analysed_once(monkeypatch):
     calls = []
     honest = taste.score_bytes
     monkeypatch.setattr(taste, "score_bytes", lambda data, gain, name: calls.append(gain) or honest(data, gain, name))
-    cache = vote.ScoreCache()
+    cache = Ears()
     first = cache.score(audio(1), 0.0)
     assert cache.score(audio(1), 0.0) == first
     assert len(calls) == 1
@@ -148,3 +150,65 @@ def test_a_bad_raters_file_is_refused(tmp_path, capsys, content):
     (tmp_path / "raters.json").write_text(content)
     assert vote.main(["--url", "http://app", "--raters", str(tmp_path / "raters.json")]) == 2
     assert "remedy" in capsys.readouterr().err
+
+
+# ---- habits that are heard through HTTP ------------------------------------------------------------------------------
+
+
+def ballots(listener, n=300, gain_b=0.0, first=1, second=2):
+    """`n` ballots of one listener on one pair; only the noise differs."""
+    pair = {"gain_db": {"a": 0.0, "b": gain_b}, "duration_s": 1.0, "aspects": ["musicality", "sound_quality", "prompt_fit"]}
+    ears, sounds = Ears(), {"a": audio(first), "b": audio(second)}
+    return [vote.ballot(listener, ears, sounds, pair, 0, index) for index in range(n)]
+
+
+def share_of_a(told):
+    return sum(vote["choice"] == "a" for vote in told) / len(told)
+
+
+def test_the_louder_side_is_preferred_by_those_who_fall_for_it_alone():
+    even, loud = raters.Listener(0.5), raters.Listener(0.5, loudness_bias=0.2)
+    assert share_of_a(ballots(loud, gain_b=-6)) > share_of_a(ballots(loud)) + 0.1
+    assert share_of_a(ballots(even, gain_b=-6)) == pytest.approx(share_of_a(ballots(even)), abs=0.05)
+    assert played_db(audio(1), -6.0) == pytest.approx(played_db(audio(1), 0.0) - 6)
+
+
+def test_talkative_raters_tell_aspects_confidence_and_marks_that_the_app_takes():
+    from feedback_app.api import Ballot
+
+    told = ballots(raters.Listener(0.5, talkative=0.4), first=1, second=6)
+    whole = [Ballot(assignment_id="0", listen_ms={"a": 1, "b": 1}, **vote) for vote in told]
+    assert 0.3 < sum(bool(vote.aspects) for vote in whole) / len(whole) < 0.5
+    assert 0.1 < sum(vote.confidence is not None for vote in whole) / len(whole) < 0.3
+    gold = [Ears().score(audio(seed), 0.0) for seed in (1, 6)]
+    better = np.mean([vote.aspects["musicality"] for vote in whole if vote.aspects])
+    assert np.sign(better) == np.sign(gold[1] - gold[0])
+    marks = [mark for vote in whole for mark in vote.marks]
+    assert all(0 <= mark.t0_ms < mark.t1_ms <= 1000 for mark in marks)
+
+
+def test_the_demo_crew_tells_its_choice_and_nothing_else():
+    assert all(set(vote) == {"choice"} for vote in ballots(raters.crew(12)[0], n=20))
+
+
+def test_a_mixture_of_tastes_lies_between_them():
+    ears, sound = Ears(), audio(3)
+    warm, space = ears.score(sound, 0.0, {"warm": 1.0}), ears.score(sound, 0.0, {"space": 1.0})
+    assert ears.score(sound, 0.0, {"warm": 0.25, "space": 0.75}) == pytest.approx(0.25 * warm + 0.75 * space)
+    assert ears.score(sound, 0.0) == warm != pytest.approx(space)
+
+
+def test_the_marked_stretch_is_the_spoiled_one():
+    rng = np.random.default_rng(0)
+    wav = pad(duration_s=4.0)
+    wav[32_000:48_000] = 0.1 * rng.normal(size=16_000)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wav, 16_000, format="WAV")
+    assert {worst_stretch_ms(buffer.getvalue(), name) for name in taste.TASTES} <= {1500, 2000, 2500}
+
+
+def test_a_crowd_in_which_nobody_listens_is_refused(tmp_path, capsys):
+    (tmp_path / "raters.json").write_text(json.dumps(accounts(2)))
+    asked = ["--url", "http://app", "--raters", str(tmp_path / "raters.json"), "--crew", "crowd", "--careless", "1"]
+    assert vote.main(asked) == 2
+    assert "nobody listens" in capsys.readouterr().err
