@@ -1,14 +1,15 @@
 """Which pair a rater hears next, and with what probability. `db.voting` leases what is drawn here.
 
     least_voted   one of the WINDOW least voted pairs that wait, each as likely
-    random        any pair that waits, each as likely
+    random        any pair that waits: one of the SPREAD that follow a random place in the line of pairs, around its end
     informative   `random_floor` of the draws as `random`; the others among the POOL pairs of highest priority, in proportion to it
 
 A share of `gold_rate` and `repeat_rate` of the draws are controls instead: a gold pair new to the rater, or one of the rater's
 own pairs of at least REPEAT_GAP votes ago with its sides turned. Controls come only while an ordinary pair waits as well, so
 that they neither prolong the work nor show themselves by standing at its end.
 
-The propensity of a draw is the probability with which this pair came to this rater at this moment, given what then waited.
+The propensity of a draw is the probability with which this pair came to this rater at this moment, given what then waited. A
+draw asks the database a few questions, each about at most SPREAD pairs, so that it costs the same in a campaign of any size.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import BindParameter, Connection, Row, and_, bindparam, func, or_, select, update
+from sqlalchemy import BindParameter, Connection, Integer, Row, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from db.errors import NotFoundError, StoreError
@@ -41,8 +42,8 @@ REPEAT_GAP = 5
 """So many votes lie at least between a pair and its repeat."""
 REPEAT_POOL = 200
 """A repeat is one of the rater's last votes, this many of them."""
-TRIES = 16
-"""How often a uniform draw may hit a pair the rater has answered before it lists all that waits."""
+SPREAD = 256
+"""A random draw is among this many pairs; while fewer wait, each of them is as likely."""
 
 AnyRow = Row[*tuple[Any, ...]]
 
@@ -83,17 +84,13 @@ def _of_rater(rep: int) -> Any:
 _candidates = select(Pair.id, _own.id, _own.swapped).outerjoin(_own, _of_rater(0))
 WAITING = _candidates.where(HAS_ROOM, _unanswered)
 LEAST_VOTED = WAITING.order_by(Pair.n_open, Pair.id).limit(WINDOW)
-ALL_WAITING = WAITING.add_columns(Pair.priority).order_by(Pair.id)
-HIGHEST_PRIORITY = ALL_WAITING.order_by(None).order_by(Pair.priority.desc(), Pair.id.desc()).limit(POOL)
-COUNT_WITH_ROOM = select(func.count()).select_from(Pair).where(HAS_ROOM)
-COUNT_ANSWERED = (
-    select(func.count())
-    .select_from(_own)
-    .join(Pair, _own.pair_id == Pair.id)
-    .where(HAS_ROOM, _own.rater_id == _rater, _own.rep == 0, _own.status != "expired")
-)
-_nth = select(Pair.id).where(HAS_ROOM).order_by(Pair.n_open, Pair.id).limit(1).offset(bindparam("n")).scalar_subquery()
-NTH_WITH_ROOM = _candidates.add_columns(Pair.priority).where(Pair.id == _nth, _unanswered)
+_place, _limit = bindparam("place", type_=Integer), bindparam("limit", type_=Integer)
+HIGHEST_PRIORITY = WAITING.add_columns(Pair.priority).order_by(Pair.priority.desc(), Pair.id.desc()).limit(_limit)
+FOLLOWING = WAITING.add_columns(Pair.priority).where(Pair.id >= _place).order_by(Pair.id).limit(_limit)
+PRECEDING = WAITING.with_only_columns(Pair.id).where(Pair.id < _place).order_by(Pair.id.desc()).limit(_limit)
+_with_room = select(Pair.id).where(HAS_ROOM).limit(1)
+LINE = select(_with_room.order_by(Pair.id).scalar_subquery(), _with_room.order_by(Pair.id.desc()).scalar_subquery())
+"""The first and the last pair with room."""
 NEW_GOLD = _candidates.where(Pair.campaign_id == _campaign, Pair.gold.is_not(None), _unanswered).order_by(Pair.id)
 _first = aliased(Assignment)
 _recent = (
@@ -158,22 +155,26 @@ def least_voted(connection: Connection, scope: Mapping[str, Any], floor: float, 
 
 
 def at_random(connection: Connection, scope: Mapping[str, Any], floor: float, rng: random.Random) -> Chosen | None:
-    found = _uniform(connection, scope, rng)
-    return (found[0], "random", 1 / found[2]) if found else None
+    line = _line(connection, scope)
+    rows = _from_a_random_place(connection, scope, line, rng) if line else []
+    if not rows or not line:
+        return None
+    row = rng.choice(rows)
+    p = 1 / len(rows) if len(rows) < SPREAD else _chance_of_place(connection, scope, line, row.id)
+    return Candidate(*row[:3]), f"random-{SPREAD}", p
 
 
 def informative(connection: Connection, scope: Mapping[str, Any], floor: float, rng: random.Random) -> Chosen | None:
-    found = _uniform(connection, scope, rng)
-    if found is None:
+    pool = connection.execute(HIGHEST_PRIORITY, {**scope, "limit": POOL}).all()
+    if not pool:
         return None
-    candidate, priority, n = found
-    pool = connection.execute(HIGHEST_PRIORITY, scope).all()
-    total = sum(row.priority for row in pool)
-    if rng.random() >= floor:
-        row = rng.choices(pool, [row.priority for row in pool])[0]
-        candidate, priority = Candidate(*row[:3]), row.priority
-    in_pool = any(row[0] == candidate.pair_id for row in pool)
-    return candidate, f"informative-{POOL}", floor / n + (1 - floor) * in_pool * priority / total
+    whole, line = len(pool) < POOL, _line(connection, scope)
+    row = rng.choices(pool, [row.priority for row in pool])[0]
+    if rng.random() < floor:
+        row = rng.choice(pool if whole or not line else _from_a_random_place(connection, scope, line, rng) or pool)
+    uniform = 1 / len(pool) if whole or not line else _chance_of_place(connection, scope, line, row.id)
+    directed = row.priority / sum(one.priority for one in pool) if any(one.id == row.id for one in pool) else 0.0
+    return Candidate(*row[:3]), f"informative-{POOL}", floor * uniform + (1 - floor) * directed
 
 
 CHOOSE: dict[str, Callable[[Connection, Mapping[str, Any], float, random.Random], Chosen | None]] = {
@@ -183,24 +184,38 @@ CHOOSE: dict[str, Callable[[Connection, Mapping[str, Any], float, random.Random]
 }
 
 
-def _uniform(connection: Connection, scope: Mapping[str, Any], rng: random.Random) -> tuple[Candidate, float, int] | None:
-    """Any pair that waits for this rater, each as likely; its priority; and how many there are.
+def _line(connection: Connection, scope: Mapping[str, Any]) -> tuple[int, int] | None:
+    first, last = connection.execute(LINE, scope).one()
+    return None if first is None else (first, last)
 
-    Draws among the pairs with room until one is unanswered, which is uniform over those, and cheap while they are many.
+
+def _from_a_random_place(connection: Connection, scope: Mapping[str, Any], line: tuple[int, int], rng: random.Random) -> list[AnyRow]:
+    """The SPREAD waiting pairs that follow a random id between the first and the last, around the end; all, if there are fewer."""
+    place = rng.randint(*line)
+    rows = list(connection.execute(FOLLOWING, {**scope, "place": place, "limit": SPREAD}))
+    if len(rows) < SPREAD:
+        around = connection.execute(FOLLOWING, {**scope, "place": line[0], "limit": SPREAD - len(rows)})
+        rows += [row for row in around if row.id < place]
+    return rows
+
+
+def _chance_of_place(connection: Connection, scope: Mapping[str, Any], line: tuple[int, int], pair_id: int) -> float:
+    """The probability of one pair among SPREAD or more: 1 / SPREAD of the places from which it is among the SPREAD that follow.
+
+    These are the ids after its SPREAD-th waiting predecessor up to itself: p_i = (id_i - id_(i - SPREAD)) / (SPREAD n_places), which
+    adds up to 1 over all that wait, and is even but for how densely the waiting pairs lie there.
     """
-    with_room = connection.scalar(COUNT_WITH_ROOM, scope) or 0
-    n = with_room - (connection.scalar(COUNT_ANSWERED, scope) or 0)
-    if n <= 0:
-        return None
-    for _ in range(TRIES):
-        row = connection.execute(NTH_WITH_ROOM, {**scope, "n": rng.randrange(with_room)}).one_or_none()
-        if row is not None:
-            return Candidate(*row[:3]), row.priority, n
-    rows = connection.execute(ALL_WAITING, scope).all()
-    if not rows:
-        return None  # others took the last ones since the count
-    row = rng.choice(rows)
-    return Candidate(*row[:3]), row.priority, n
+    n_places = line[1] - line[0] + 1
+    before = connection.scalars(PRECEDING, {**scope, "place": pair_id, "limit": SPREAD}).all()
+    if len(before) == SPREAD:
+        reach = pair_id - before[-1]
+    else:
+        n_behind = SPREAD - len(before)
+        behind = connection.scalars(PRECEDING, {**scope, "place": line[1] + 1, "limit": n_behind}).all()
+        if len(behind) < n_behind:  # others took some since the draw; all that still wait are listed now
+            return 1 / max(1, len(behind))
+        reach = pair_id - behind[-1] + n_places
+    return reach / (SPREAD * n_places)
 
 
 # ---------------------------------------------------------------- where a vote tells most

@@ -32,8 +32,9 @@ from db.quality import Rules, clip_x, clip_y
 from db.schema import Assignment, Campaign, Clip, Pair, Prompt, Rater, Snapshot, SnapshotRater, SpanMark, Vote, VoteAspect, utc_now
 from db.store import Store
 
-SCHEMA_VERSION = 2
-"""1 had no aspects, marks, coverage, kind, propensity, policy, side shown first, comment, source and page version; readers take both."""
+SCHEMA_VERSION = 3
+"""1 had no aspects, marks, coverage, kind, propensity, policy, side shown first, comment, source and page version; 2 no events, rep
+and time of issue. Readers take all. The client's clock, idempotency keys and ends of leases stay in the database."""
 CHUNK = 2000
 """Votes held in memory at a time."""
 
@@ -175,6 +176,8 @@ def _votes(session: Session, campaign: Campaign, rules: Rules, out: Mapping[int,
         Vote.created_at,
         Vote.source,
         Vote.ui_version,
+        Vote.events,
+        Assignment.issued_at,
         Assignment.swapped,
         Assignment.rep,
         Assignment.kind,
@@ -235,7 +238,10 @@ def _vote(row: Row[Any], reason: str | None, salt: str, aspects: Sequence[Any], 
         "gold": row.gold,
         "repeat": row.rep > 0,
         "kind": row.kind,
+        "rep": row.rep,
         "shown_first": side["a"],
+        "issued_at": row.issued_at.isoformat(timespec="milliseconds"),
+        "events": [[since, what, side.get(shown, shown), at] for since, what, shown, at in row.events],
         "policy": row.policy,
         "propensity": row.propensity,
         "source": row.source,
@@ -328,10 +334,12 @@ def _preferences(session: Session, campaign: Campaign, split: str, ordered: Mapp
 
 
 def pseudonym(salt: str, rater_id: int, handle: str = "", status: str = "") -> str:
-    """A name that tells votes of one rater together and not who it is; a rater who was imported under one keeps it."""
+    """A name that tells votes of one rater together and not who it is. A rater who was imported under one keeps it; whoever was
+    forgotten gets another, from the random handle that erasure gave, so that no list of old pseudonyms leads to later exports."""
     if status == "external" and handle.startswith("r_") and len(handle) == 18:
         return handle
-    return "r_" + hmac.new(salt.encode(), str(rater_id).encode(), "sha256").hexdigest()[:16]
+    known_by = handle if status == "erased" else str(rater_id)
+    return "r_" + hmac.new(salt.encode(), known_by.encode(), "sha256").hexdigest()[:16]
 
 
 def _record(store: Store, campaign: Campaign, snapshot: Mapping[str, Any], by_rater: Mapping[int, int]) -> None:

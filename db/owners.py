@@ -307,7 +307,7 @@ def erase_rater(store: Store, actor_id: int | None, rater_id: int, votes: Litera
             for owned in (Vote, Assignment, RaterQuality, Consent):
                 session.execute(delete(owned).where(owned.rater_id == rater_id).execution_options(synchronize_session=False))
         else:
-            session.execute(update(Vote).where(Vote.rater_id == rater_id).values(comment=None, client_ms=None))
+            session.execute(update(Vote).where(Vote.rater_id == rater_id).values(comment=None, client_ms=None, events=[]))
             session.execute(update(Assignment).where(Assignment.rater_id == rater_id).values(note=None))
             leased = (Assignment.rater_id == rater_id) & (Assignment.status == "leased")
             session.execute(update(Assignment).where(leased).values(status="expired"))

@@ -41,6 +41,8 @@ CHOOSERS = ("least_voted", "random", "informative")
 """How a campaign chooses the next pair: the least voted first, any that waits, or where a vote tells most."""
 HAS_ROOM = text("n_open < target_votes and gold is null")
 """The pairs that still want votes have indexes of their own: a campaign of a million votes is searched as fast as a new one."""
+IS_GOLD = text("gold is not null")
+"""So have those with a known answer, which are few."""
 
 
 def utc_now() -> datetime:
@@ -245,6 +247,8 @@ class Pair(Base):
         CheckConstraint("gold in ('x','y')", name="gold"),
         CheckConstraint("n_open >= 0 and n_open <= target_votes", name="target"),
         Index("ix_pair_room", "campaign_id", "n_open", "id", sqlite_where=HAS_ROOM, postgresql_where=HAS_ROOM),
+        Index("ix_pair_waiting", "campaign_id", "id", sqlite_where=HAS_ROOM, postgresql_where=HAS_ROOM),
+        Index("ix_pair_gold", "campaign_id", "id", sqlite_where=IS_GOLD, postgresql_where=IS_GOLD),
         Index("ix_pair_priority", "campaign_id", "priority", "id", sqlite_where=HAS_ROOM, postgresql_where=HAS_ROOM),
     )
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from db.choice import REPEAT_GAP, beta_variance, draw, refresh_priorities, renewed_priorities, strengths
 from db.errors import NotFoundError
@@ -78,6 +78,52 @@ def test_the_stated_propensity_is_how_often_a_pair_is_drawn(
     for key, p in said.items():
         assert abs(drawn[key] / n - p) < 4.5 * (p * (1 - p) / n) ** 0.5, key
     assert {kind for kind, _ in drawn} >= {"normal", "repeat"}
+
+
+@pytest.mark.parametrize("chooser", ["random", "informative"])
+def test_the_stated_propensity_holds_where_more_wait_than_are_looked_at(
+    store: Store, make_campaign: Callable, add_raters: Callable, monkeypatch: pytest.MonkeyPatch, chooser: str
+) -> None:
+    monkeypatch.setattr("db.choice.SPREAD", 3)
+    monkeypatch.setattr("db.choice.POOL", 4)
+    make_campaign(14, chooser=chooser, random_floor=0.5)
+    one, _ = add_raters(2)
+    with store.write() as session:
+        for pair in session.scalars(select(Pair)):
+            pair.priority = pair.id % 5 + 1
+            pair.n_open = 3 * (pair.id in (2, 3, 4, 9, 14))  # gaps: what follows them comes more often
+    for _ in range(2):
+        vote(store, one)
+    n = 2500
+    drawn, said = draws(store, one, n)
+    assert len(said) == 7
+    assert sum(said.values()) == pytest.approx(1.0)
+    assert len({round(p, 9) for p in said.values()}) > 1
+    for key, p in said.items():
+        assert abs(drawn[key] / n - p) < 4.5 * (p * (1 - p) / n) ** 0.5, key
+
+
+@pytest.mark.parametrize("chooser", ["least_voted", "random", "informative"])
+def test_a_draw_asks_a_bounded_number_of_questions_answered_from_an_index(
+    store: Store, make_campaign: Callable, add_raters: Callable, monkeypatch: pytest.MonkeyPatch, chooser: str
+) -> None:
+    monkeypatch.setattr("db.choice.SPREAD", 8)
+    monkeypatch.setattr("db.choice.POOL", 8)
+    make_campaign(40, n_gold=2, chooser=chooser, gold_rate=0.2, repeat_rate=0.2)
+    (rater,) = add_raters(1)
+    for _ in range(12):
+        vote(store, rater)
+    rng, asked = random.Random(0), []
+    with store.read_core() as connection:
+        campaign = connection.execute(select(Campaign.__table__)).one()
+        event.listen(connection, "before_cursor_execute", lambda _c, _cursor, sql, *_: asked.append(sql))
+        for _ in range(30):
+            assert draw(connection, campaign, rater, rng)
+        assert len(asked) <= 30 * 8
+        if connection.dialect.name == "sqlite":
+            for sql in set(asked):
+                plan = [row[3] for row in connection.exec_driver_sql("explain query plan " + sql, (1,) * sql.count("?"))]
+                assert not [step for step in plan if step.startswith(("SCAN pair", "SCAN vote", "SCAN assignment"))], (sql, plan)
 
 
 def test_sides_are_even_over_5000_draws(store: Store, make_campaign: Callable, add_raters: Callable) -> None:

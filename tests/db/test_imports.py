@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
-import random
+import shutil
+import tempfile
+import tracemalloc
+from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import func, select
 
 from db.errors import StoreError
 from db.export import export_snapshot
 from db.imports import import_votes
 from db.leaderboard import leaderboard
-from db.schema import Assignment, Campaign, Clip, Pair, Rater, Vote
-from db.store import Store, open_store
+from db.schema import ASPECTS, Assignment, Campaign, Clip, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
+from db.store import Store
 from db.voting import Mark
 
 ROW = {
@@ -40,56 +47,198 @@ def count(store: Store, table: type) -> int:
         return session.scalar(select(func.count()).select_from(table)) or 0
 
 
-def test_a_round_trip_loses_nothing(store: Store, make_rows: Callable, add_raters: Callable, tmp_path: Path) -> None:
-    store.create_campaign("c", make_rows(10), tmp_path / "clips", target_votes=4, min_listen_ms=0)
-    rng = random.Random(0)
-    with store.write() as session:
-        session.execute(update(Campaign).values(aspects=["prompt_fit", "musicality"]))
-    for rater in add_raters(4):
-        while offer := store.next_assignment(rater, rng=rng):
-            said = {
-                "aspects": {name: rng.randint(-2, 2) for name in rng.sample(["prompt_fit", "musicality"], rng.randint(0, 2))},
-                "marks": [Mark(rng.choice("ab"), 100 * i, 100 * i + 50, "noise") for i in range(rng.randint(0, 2))],
-                "coverage_a": rng.choice([None, 0.25]), "coverage_b": rng.choice([None, 1.0]),
-                "confidence": rng.choice([None, 1, 3]), "ui_version": "7",
-                "comment": rng.choice([None, 'häßlich, "quoted"\nand \u2028 cut']),
-            }  # fmt: skip
-            choice = rng.choice(["a", "b", "tie", "both_bad"])
-            store.submit_vote(
-                rater,
-                offer.assignment_id,
-                choice,
-                idempotency_key=offer.assignment_id,
-                listen_a_ms=rng.randint(0, 9),
-                listen_b_ms=0,
-                **said,
-            )
-    store.block_rater("rater 3")
-    with store.write() as session:
-        golds = session.scalars(select(Pair.id).order_by(Pair.id).limit(2)).all()
-        session.execute(update(Pair).where(Pair.id.in_(golds)).values(gold="y"))
-        session.execute(update(Assignment).where(Assignment.pair_id.in_(golds)).values(kind="gold"))
-    first = export_snapshot(store, "c", tmp_path / "out", "first")
-    with open_store(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        found = import_votes(other, tmp_path / "out/first", "taken in")
-        again = import_votes(other, tmp_path / "out/first", "taken in")
-        second = export_snapshot(other, "taken in", tmp_path / "out", "second")
-    assert (found.n_votes, found.n_raters, found.n_pairs) == (40, 4, 10)
-    assert (again.n_votes, again.n_known) == (0, 40)
-    assert {key: first[key] for key in ("n_votes", "n_excluded", "n_raters", "rules")} == {
-        key: second[key] for key in ("n_votes", "n_excluded", "n_raters", "rules")
+HOSTILE = [
+    "'; drop table vote; --",
+    "<img onerror=alert(1)>",
+    'a,"b"\n\r\n\u2028c',
+    "\u202eevil",
+    "${x} {{y}} `z`",
+    "\ufeff",
+    "\x1b[31m",
+    "é́ 🎷",
+]
+TEXTS = st.sampled_from(HOSTILE) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
+MS = st.integers(0, 6000)
+SHARES = st.none() | st.floats(0, 1)
+VOTES = st.fixed_dictionaries(
+    {
+        "pair": st.integers(0, 3),
+        "rater": st.integers(0, 3),
+        "swapped": st.booleans(),
+        "choice": st.sampled_from(["a", "b", "tie", "both_bad"]),
+        "repeat": st.booleans(),
+        "propensity": st.floats(1e-6, 1),
+        "columns": st.fixed_dictionaries(
+            {
+                "confidence": st.none() | st.integers(1, 3),
+                "comment": st.none() | TEXTS,
+                "listen_a_ms": MS,
+                "listen_b_ms": MS,
+                "coverage_a": SHARES,
+                "coverage_b": SHARES,
+                "events": st.lists(st.tuples(MS, TEXTS, st.sampled_from("ab"), MS).map(list), max_size=3),
+                "ui_version": st.none() | st.just("7"),
+                "source": st.none() | st.just("elsewhere"),
+                "excluded_reason": st.none() | st.just("late"),
+            }
+        ),
+        "aspects": st.dictionaries(st.sampled_from(ASPECTS), st.integers(-2, 2)),
+        "marks": st.lists(
+            st.tuples(st.sampled_from("ab"), st.integers(0, 2999), st.integers(3000, 6000), st.sampled_from(["bad", "noise"]))
+        ),
+        "waited_s": st.integers(0, 10**6),
     }
-    assert lines(tmp_path / "out/first/clips.jsonl") == lines(tmp_path / "out/second/clips.jsonl")
-    before, after = (lines(tmp_path / f"out/{name}/votes.jsonl") for name in ("first", "second"))
-    pairs = {one["pair_id"]: other["pair_id"] for one, other in zip(before, after, strict=True)}
-    assert len(set(pairs.values())) == 10
-    for one, other in zip(before, after, strict=True):
-        assert other.pop("source") == "import:first"
-        assert pairs[one["pair_id"]] == other["pair_id"]
-        for renamed in ("vote_id", "pair_id"):
-            one.pop(renamed), other.pop(renamed)
-        one.pop("source")
+)
+
+
+def fill(url: str, votes: list[dict[str, Any]], prompts: list[str], gold: list[str | None]) -> None:
+    """Stores generated votes as they could have been given: one vote an assignment, gold pairs as gold, second answers as repeats."""
+    at = datetime(2025, 1, 1, tzinfo=UTC)
+    with Store(url) as store, store.write() as session:
+        session.add(Campaign(id=1, name="c", target_votes=99, min_listen_ms=3000, aspects=list(ASPECTS)))
+        session.add_all(
+            Rater(id=i + 1, handle=f"rater {i}", token_sha256=str(i), status="blocked" if i == 3 else "active") for i in range(5)
+        )
+        session.add_all(
+            Prompt(
+                id=i + 1, key=f"p{i}", text=text, text_sha256=hashlib.sha256(text.encode()).hexdigest(), split=("train", "held-out")[i % 2]
+            )
+            for i, text in enumerate(prompts)
+        )
+        session.flush()
+        shape = {"size_bytes": 9, "duration_ms": 6000, "sample_rate": 16000, "adapters": ["ab"], "gen": {"t": 1.0}, "lufs": -20.0}
+        for i in range(8):
+            more = {
+                "true_peak_dbfs": -3.0,
+                "seed": 2**40,
+                "codes_uri": "c.npy" if i % 2 else None,
+                "system": prompts[i % len(prompts)][:99],
+            }
+            session.add(Clip(id=i + 1, prompt_id=i // 2 % len(prompts) + 1, sha256=f"{i:064x}", uri=prompts[0], **shape, **more))
+        session.flush()
+        for i in range(4):
+            known = {"gain_x_db": 0.0, "gain_y_db": 0.0, "gold": gold[i], "target_votes": 99}
+            ends = {"clip_x_id": 2 * i + 1, "clip_y_id": 2 * i + 2, "prompt_id": i % len(prompts) + 1}
+            session.add(Pair(id=i + 1, campaign_id=1, **ends, **known))
+        session.flush()
+        reps = Counter[tuple[int, int]]()
+        for i, vote in enumerate(votes):
+            met = vote["pair"], vote["rater"]
+            rep, reps[met] = reps[met], reps[met] + 1
+            kind = "repeat" if rep else "gold" if gold[vote["pair"]] else "normal"
+            given_at = at + timedelta(milliseconds=i)
+            asked = {"rep": rep, "kind": kind, "policy": "random-256", "propensity": vote["propensity"], "swapped": vote["swapped"]}
+            when = {"issued_at": given_at - timedelta(seconds=vote["waited_s"]), "expires_at": at}
+            session.add(Assignment(id=f"{i}", pair_id=met[0] + 1, rater_id=met[1] + 1, status="voted", **asked, **when))
+            session.flush()
+            said = {"choice": vote["choice"], "idempotency_key": f"{i}", "created_at": given_at, **vote["columns"]}
+            session.add(Vote(id=i + 1, assignment_id=f"{i}", rater_id=met[1] + 1, **said))
+            session.flush()
+            session.add_all(VoteAspect(vote_id=i + 1, aspect=name, score=score) for name, score in vote["aspects"].items())
+            session.add_all(SpanMark(vote_id=i + 1, side=side, t0_ms=t0, t1_ms=t1, tag=tag) for side, t0, t1, tag in vote["marks"])
+
+
+COUNTS = {"choice": "a", "pair": 0, "rater": 4, "swapped": False, "propensity": 1.0, "aspects": {}, "marks": [], "waited_s": 60}
+COUNTS["columns"] = {"listen_a_ms": 6000, "listen_b_ms": 6000, "events": []}
+
+
+@settings(
+    max_examples=15,
+    phases=(Phase.explicit, Phase.generate),  # a failure is told as it was found: to make it smaller takes minutes
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    votes=st.lists(VOTES, max_size=12),
+    prompts=st.lists(TEXTS, min_size=1, max_size=2),
+    gold=st.tuples(st.none(), *[st.sampled_from([None, "x", "y"])] * 3).map(list),
+)
+def test_a_round_trip_loses_nothing_of_any_votes(migrated: Callable, tmp_path: Path, votes: list, prompts: list, gold: list) -> None:
+    with tempfile.TemporaryDirectory(dir=tmp_path) as name:
+        folder = Path(name)
+        urls = [f"sqlite:///{shutil.copy(migrated('sqlite'), folder / file)}" for file in ("one.db", "two.db")]
+        fill(urls[0], [COUNTS, *votes], prompts, gold)
+        with Store(urls[0]) as store:
+            first = export_snapshot(store, "c", folder, "first")
+        with Store(urls[1]) as store:
+            found = import_votes(store, folder / "first", "taken in")
+            again = import_votes(store, folder / "first", "taken in")
+            second = export_snapshot(store, "taken in", folder, "second")
+        assert (found.n_votes, again.n_votes, again.n_known) == (len(votes) + 1, 0, len(votes) + 1)
+        for key in ("n_votes", "n_excluded", "n_raters", "rules", "schema"):
+            assert first[key] == second[key]
+        assert lines(folder / "first/clips.jsonl") == lines(folder / "second/clips.jsonl")
+        before, after = (lines(folder / f"{name}/votes.jsonl") for name in ("first", "second"))
+        assert len({(one["pair_id"], other["pair_id"]) for one, other in zip(before, after, strict=True)}) == len(
+            {one["pair_id"] for one in before}
+        )
+        for one, other, told in zip(before, after, [COUNTS, *votes], strict=True):
+            assert one["source"] == told["columns"].get("source")
+            assert other.pop("source") == (one.pop("source") or "import:first")
+            for renamed in ("vote_id", "pair_id"):
+                one.pop(renamed), other.pop(renamed)
+            assert one == other
+            # And the first export says what was stored: turned back it is what was shown.
+            turn = {"x": "b", "y": "a"} if told["swapped"] else {"x": "a", "y": "b"}
+            assert turn.get(one["choice"], one["choice"]) == told["choice"]
+            assert one["comment"] == told["columns"].get("comment")
+            assert [[since, what, turn[side], at] for since, what, side, at in one["events"]] == told["columns"]["events"]
+            assert [(turn[mark["side"]], mark["t0_ms"], mark["t1_ms"], mark["tag"]) for mark in one["marks"]] == told["marks"]
+            assert one["aspects"] == {name: (-1 if told["swapped"] else 1) * score for name, score in told["aspects"].items()}
+
+
+def test_a_round_trip_goes_between_both_databases(
+    store: Store, migrated: Callable, make_rows: Callable, add_raters: Callable, tmp_path: Path
+) -> None:
+    store.create_campaign("c", make_rows(4), tmp_path / "clips", target_votes=4, min_listen_ms=0)
+    for rater in add_raters(2):
+        while offer := store.next_assignment(rater):
+            key = offer.assignment_id
+            said = {"marks": [Mark("a", 0, 900, "bad")], "events": [(1, "play", "b", 0)], "comment": HOSTILE[2], "coverage_b": 0.1 + 0.2}
+            store.submit_vote(rater, key, "b", idempotency_key=key, **said)
+    export_snapshot(store, "c", tmp_path, "first")
+    with Store(f"sqlite:///{shutil.copy(migrated('sqlite'), tmp_path / 'other.db')}") as other:
+        import_votes(other, tmp_path / "first", "there")
+        export_snapshot(other, "there", tmp_path, "second")
+    assert import_votes(store, tmp_path / "second", "and back").n_votes == 8
+    export_snapshot(store, "and back", tmp_path, "third")
+    there, back = (lines(tmp_path / f"{name}/votes.jsonl") for name in ("second", "third"))
+    for one, other in zip(there, back, strict=True):
+        for row in (one, other):
+            row.pop("vote_id"), row.pop("pair_id")
         assert one == other
+
+
+def test_memory_does_not_grow_with_the_file(sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("db.imports.CHUNK", 100)
+    peaks = []
+    for n in (300, 300, 1500):  # the first one fills caches
+        rows = [ROW | {"prompt": f"{n}-{i % 50}", "rater": f"rater {i}", "id": f"{n}-{i}", "comment": "x" * 1000} for i in range(n)]
+        path = write_lines(tmp_path / f"{n}.jsonl", rows)
+        del rows
+        tracemalloc.start()
+        assert import_votes(sqlite_store, path, f"c{len(peaks)}").n_votes == n
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.3 * peaks[1]
+
+
+def test_what_would_not_fit_in_memory_is_told(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("db.vote_files.MAX_LINE", 1000)
+    monkeypatch.setattr("db.vote_files.MAX_WHOLE_BYTES", 1000)
+    long = ROW | {"comment": "x" * 2000}
+    (tmp_path / "v.csv").write_text("prompt,comment\n" + f"a,{'x' * 2000}\n")
+    (tmp_path / "v.json").write_text(json.dumps([long]))
+    for path, told in (
+        (write_lines(tmp_path / "v.jsonl", [ROW, long]), "line 2: more than 1000 characters"),
+        (tmp_path / "v.csv", "larger than field limit"),
+        (tmp_path / "v.json", "write it as JSON lines"),
+    ):
+        with pytest.raises(StoreError, match=told):
+            import_votes(store, path, "c")
+    assert count(store, Campaign) == 0
 
 
 def test_a_changed_snapshot_is_refused(store: Store, make_rows: Callable, add_raters: Callable, tmp_path: Path) -> None:
