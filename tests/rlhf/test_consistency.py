@@ -1,0 +1,171 @@
+"""Checks of what a prompt states, on real clips: the right prompt against another clip's.
+
+data/real_clips.npz holds the codes [96, 4, 100] (4 s) of held-out clips of the demo corpus by the shipped codec, real_clips.jsonl
+their facts: public-domain melodies in arrangements of our own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from base_models.policy import PRETRAINED, load_policy
+from rlhf import consistency
+from rlhf.consistency import asked_keys, asked_tempo, checks, instrument_versions, mood_versions
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def real():
+    """(codes [96, 4, 100], facts) of real clips."""
+    codes = np.load(DATA / "real_clips.npz", allow_pickle=False)["codes"].astype(np.int64)
+    facts = [json.loads(line) for line in (DATA / "real_clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    return torch.from_numpy(codes), facts
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return checks(load_policy(PRETRAINED))
+
+
+def auc(right: torch.Tensor, wrong: torch.Tensor) -> float:
+    """The probability that a right prompt scores above a wrong one."""
+    higher = (right[:, None] > wrong[None]).float().mean() + 0.5 * (right[:, None] == wrong[None]).float().mean()
+    return float(higher)
+
+
+def shuffled(asked: list[str], same) -> list[int]:
+    """For each prompt the place of the next one that asks for something else."""
+    n = len(asked)
+    return [next((i + k) % n for k in range(7, n + 7) if not same(asked[i], asked[(i + k) % n])) for i in range(n)]
+
+
+def overlap(one: str, other: str) -> bool:
+    a, b = asked_tempo(one), asked_tempo(other)
+    assert a is not None
+    assert b is not None
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def says(facts) -> dict[str, list[str]]:
+    """What each clip's facts would have a prompt say, by check."""
+    return {
+        "similarity": [row["captions"][0] for row in facts],
+        "mood": [f"{row['mood']} {row['genre']}" for row in facts],
+        "instrument": [f"{row['genre']} with {row['instruments'][0]}" for row in facts],
+        "tempo": [f"{row['genre']}, {row['tempo_bpm']:.0f} BPM" for row in facts],
+        "key": [f"{row['genre']} in {row['key']}" for row in facts],
+    }
+
+
+SAME = {
+    "similarity": lambda one, other: one == other,
+    "mood": lambda one, other: one.split()[0] == other.split()[0],
+    "instrument": lambda one, other: (
+        instrument_versions(one)[1:] == instrument_versions(other)[1:] and one.split()[-1] == other.split()[-1]
+    ),
+    "tempo": overlap,
+    "key": lambda one, other: asked_keys(one) == asked_keys(other),
+}
+
+
+@pytest.mark.parametrize(("name", "least"), [("similarity", 0.9), ("mood", 0.75), ("instrument", 0.9), ("tempo", 0.75), ("key", 0.8)])
+def test_the_right_prompt_scores_above_another_clips(name, least, real, judges):
+    """Measured on 320 held-out clips of 6 s; see benchmarks/consistency.py for the figures."""
+    codes, facts = real
+    asked = says(facts)[name]
+    wrong = [asked[i] for i in shuffled(asked, SAME[name])]
+    right_scores, wrong_scores = judges[name](codes, asked), judges[name](codes, wrong)
+    assert bool(torch.isfinite(right_scores).all())
+    assert auc(right_scores, wrong_scores) > least
+
+
+def test_a_prompt_that_states_nothing_is_judged_by_similarity_alone(real, judges):
+    codes, _ = real
+    for name, judge in judges.items():
+        scores = judge(codes[:2], ["something with a groove", "music"])
+        assert bool(torch.isfinite(scores).all()) == (name == "similarity")
+        assert scores.shape == (2,)
+
+
+def test_batch_mates_do_not_matter_and_the_scores_repeat(real, judges):
+    codes, _ = real
+    prompts = ["sad piano, 80 BPM, in C minor", "happy rock with electric guitar, fast, in G major", "calm flute, slow, in D major"]
+    for judge in judges.values():
+        together = judge(codes[:3], prompts)
+        alone = torch.cat([judge(codes[i : i + 1], prompts[i : i + 1]) for i in range(3)])
+        assert torch.allclose(together, alone, atol=1e-4)
+        assert torch.equal(together, judge(codes[:3], prompts))
+
+
+def test_words_for_a_tempo_are_the_captions_ranges_and_the_longer_one_counts():
+    assert asked_tempo("a very slow piece") == (30.0, 66, False)
+    assert asked_tempo("slow, sad") == (66, 86, False)
+    assert asked_tempo("very fast techno") == (144, 300.0, False)
+    low, high, stated = asked_tempo("fast house, 120 BPM")
+    assert (low, high, stated) == (pytest.approx(110.4), pytest.approx(129.6), True)
+    assert asked_tempo("breakfast music") is None
+
+
+def test_keys_are_read_with_their_accidentals():
+    assert asked_keys("in C major") == [0]
+    assert asked_keys("jazz in Eb minor, fast") == [12 + 3]
+    assert asked_keys("F# minor") == asked_keys("gb min") == [12 + 6]
+    assert asked_keys("B flat major") == [10]
+    assert asked_keys("Cb major") == [11]
+    assert asked_keys("in A minor") == [12 + 9]
+    assert asked_keys("something in a minor key") == list(range(12, 24))
+    assert asked_keys("sad, minor") == list(range(12, 24))
+    assert asked_keys("a majority vote") is None
+    assert [asked_keys(consistency.key_name(key)) for key in range(24)] == [[key] for key in range(24)]
+
+
+def test_versions_exchange_the_stated_word_and_leave_the_rest():
+    versions, same = mood_versions("Sad piano with warm pad, slow")
+    assert len(versions) == len(same) == len(consistency.mood_words())
+    assert all(version.endswith(" piano with warm pad, slow") for version in versions)
+    assert {v.split(" piano")[0] for v, keep in zip(versions, same) if keep} == {"sad", "melancholic", "wistful", "gloomy"}
+    assert mood_versions("techno with warm pad") is None  # "warm" is the pad's name here, no mood
+    versions, same = instrument_versions("sad electric piano, slow")
+    assert versions[0] == "sad electric piano, slow"
+    assert same == [True] + [False] * (len(consistency.FAMILIES) - 1)
+    assert "sad violin, slow" in versions
+    assert "sad piano, slow" not in versions
+
+
+def test_each_instrument_of_the_demo_belongs_to_one_family():
+    assert consistency.instrument_words()["jazz guitar"] == "guitar"
+    assert consistency.instrument_words()["church organ"] == "organ"
+    assert set(consistency.instrument_words().values()) == set(consistency.FAMILIES)
+
+
+def test_a_base_without_the_shared_space_still_checks_tempo_and_key(real):
+    codes, _ = real
+    policy = load_policy(PRETRAINED)
+    found = checks(SimpleNamespace(codec=policy.codec, contrastive=None))
+    assert list(found) == ["tempo", "key"]
+    assert math.isfinite(float(found["key"](codes[:1], ["in C major"])))
+
+
+def test_another_codec_is_heard_through_its_waveform(real):
+    """The same probabilities from magnitudes and from the decoded wave, near enough to be the same judge."""
+    codes, facts = real
+    policy = load_policy(PRETRAINED)
+
+    class Foreign:
+        sample_rate = policy.codec.sample_rate
+
+        def decode(self, codes):
+            return policy.codec.decode(codes)
+
+    prompts = [f"{row['tempo_bpm']:.0f} BPM, in {row['key']}" for row in facts[:8]]
+    for judge in (consistency.tempo_probability, consistency.key_probability):
+        ours, theirs = judge(policy.codec, codes[:8], prompts), judge(Foreign(), codes[:8], prompts)
+        assert float((ours - theirs).abs().median()) < 0.15
