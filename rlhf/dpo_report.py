@@ -13,12 +13,15 @@ from transformers import ProgressCallback, TrainerCallback
 
 from base_models.checkpoint import append_jsonl
 
+FIRST_LOSS = {"dpo/loss_hard_labels": math.log(2), "kto/loss_unweighted": 0.5}
+"""What these are as long as policy and reference are one."""
+
 
 class ProgressBar(ProgressCallback):
     """transformers' bar, with the figures on it instead of a line a step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        shown = {"loss": "dpo/loss", "accuracy": "dpo/accuracy_decided", "margin": "rewards/margins"}
+        shown = {"loss": "loss", "accuracy": "dpo/accuracy_decided", "margin": "rewards/margins"}
         if self.training_bar is not None and logs:
             self.training_bar.set_postfix({name: f"{float(logs[key]):.3f}" for name, key in shown.items() if key in logs})
 
@@ -37,12 +40,11 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         row = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-        if "dpo/loss_hard_labels" in row and not self.first:
-            if state.global_step == 1 and abs(row["dpo/loss_hard_labels"] - math.log(2)) > 1e-3:
-                raise RuntimeError(f"the first loss is {row['dpo/loss_hard_labels']}, not log 2: policy and reference differ")
-            self.first = row
-        if "dpo/loss_hard_labels" in row:
-            self.last = row
+        for name, at_first in FIRST_LOSS.items():
+            if name in row:
+                if not self.first and state.global_step == 1 and abs(row[name] - at_first) > 1e-3:
+                    raise RuntimeError(f"the first {name} is {row[name]}, not {at_first:.4f}: policy and reference differ")
+                self.first, self.last = self.first or row, row
         self.write(state.global_step, row)
 
     def write(self, step: int, row: dict[str, float]) -> None:
@@ -70,7 +72,7 @@ class Recorder(TrainerCallback):
             "margin": "rewards/margins",
         }
         told = {f"{name}_{when}": round(row[key], 4) for name, key in names.items() for when, row in self._ends() if key in row}
-        return {"first_loss": self.first["dpo/loss_hard_labels"], **told} if self.first else told
+        return {"first_loss": next(self.first[name] for name in FIRST_LOSS if name in self.first), **told} if self.first else told
 
     def _ends(self) -> tuple[tuple[str, dict[str, float]], ...]:
         return ("first", self.first), ("last", self.last)

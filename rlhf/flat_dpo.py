@@ -6,29 +6,36 @@ What differs from the stock trainer, and why:
     cache of it lies in a folder of one process, which a second process never finds (`_precompute_ref_logps`).
   * labels are soft and pairs are weighted: TRL 1.16's "sigmoid" loss knows neither (its `label_smoothing` is for two other
     losses and would be ignored silently). The difference to `rlhf.losses.dpo_loss` is added to TRL's loss (`_compute_loss`).
+  * "simpo" is among the losses, which TRL's DPOTrainer lacks; its own, experimental, trainer knows no soft labels and no weights.
+  * a pair may act on a stretch of its clips alone, where raters marked what is bad (`marked_codes`).
   * K native heads instead of one head over all ids (`use_native_heads`).
-  * checkpoints without pickle: adapter and optimiser as safetensors, the rest as JSON, whole or not at all.
+  * checkpoints without pickle (`FlatCheckpoints`): adapter and optimiser as safetensors, the rest as JSON, whole or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+from trl.trainer.kto_config import KTOConfig
 
 from adapters.lora import adapter_tensors, lora_config, set_adapter_tensors
 from base_models.checkpoint import load_training_state, save_training_state
 from base_models.lm import MusicLM
-from rlhf.flat_policy import FlatCausalLM, make_tokenizer, use_native_heads
-from rlhf.losses import dpo_loss
-from rlhf.preferences import Preference
+from rlhf.flat_policy import FlatCausalLM, flat_order, make_tokenizer, use_native_heads
+from rlhf.losses import dpo_loss, ipo_loss, simpo_loss
+from rlhf.preferences import Preference, Spans
+
+PairLoss = Literal["sigmoid", "ipo", "simpo"]
 
 EXTRA_COLUMNS = ("p_chosen", "weight")
 
@@ -38,16 +45,51 @@ def smoothed(p: float, label_smoothing: float) -> float:
     return p * (1.0 - 2.0 * label_smoothing) + label_smoothing
 
 
+def marked_codes(spans: Spans, n_q: int, n_frames: int, frame_rate: float) -> list[int]:
+    """Stretches in ms -> 1 for every code, in flat order [K * T], that sounds within one of them, else 0.
+
+    A stretch (t0, t1) covers frames floor(t0 / 1000 * frame_rate) to ceil(t1 / 1000 * frame_rate). A code sounds in its *frame*, and
+    code k of frame t is said at step t + k under the delay pattern: so a stretch of frames a to b takes its codes from steps a to
+    b + K - 1, and of the steps at its edges only the books that speak of frames inside.
+    """
+    frames = np.zeros(n_frames, dtype=bool)
+    for t0_ms, t1_ms in spans:
+        frames[math.floor(t0_ms / 1000 * frame_rate) : math.ceil(t1_ms / 1000 * frame_rate)] = True
+    _, frame = flat_order(n_q, n_frames)
+    marked: list[int] = frames[frame.numpy()].astype(int).tolist()
+    return marked
+
+
 def preference_rows(
-    flat: FlatCausalLM, pairs: Sequence[Preference], table_rows: Sequence[int], label_smoothing: float
+    flat: FlatCausalLM,
+    pairs: Sequence[Preference],
+    table_rows: Sequence[int],
+    label_smoothing: float,
+    marks_at: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Pairs -> what the trainer reads: ids of prompt, chosen and rejected, the soft label and the weight."""
+    """Pairs -> what the trainer reads: ids of prompt, chosen and rejected, the soft label and the weight.
+
+    Args: marks_at: the codec's frames a second, to let a pair act on what its raters marked as bad; None takes whole clips.
+    With R the codes of the rejected clip within its marks, and C those of the chosen clip at the same times, such a pair's log-ratios
+    are sums over R and C instead of all codes: log pi/ref (c_{k,t} | all codes said before), (k, t) in C or R. The codes before a
+    stretch are its context and get no blame of their own. (Blame where the fault is: Yu et al. 2023, arXiv:2312.00849, weigh
+    corrected segments; here the rest weighs 0. The same stretch of the chosen clip, since clips of one prompt run in one tempo, and
+    a sum over unequal lengths would push one side's likelihood whatever it says.) Ties, and marks that one of the two clips is too
+    short for, leave the pair whole.
+    """
     rows = []
     for pair, row in zip(pairs, table_rows, strict=True):
         prompt, chosen = flat.sequence(row, torch.as_tensor(pair.chosen_codes))
         _, rejected = flat.sequence(row, torch.as_tensor(pair.rejected_codes))
         label = {"p_chosen": smoothed(pair.p, label_smoothing), "weight": pair.weight}
-        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **label})
+        row_of_pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **label}
+        if marks_at is not None:
+            spans = pair.rejected_marks if pair.p > 0.5 else ()
+            masks = [marked_codes(spans, codes.shape[0], codes.shape[1], marks_at) for codes in (pair.chosen_codes, pair.rejected_codes)]
+            if not all(any(mask) for mask in masks):
+                masks = [[1] * len(mask) for mask in masks]
+            row_of_pair |= {"chosen_mask": masks[0], "rejected_mask": masks[1]}
+        rows.append(row_of_pair)
     return rows
 
 
@@ -70,10 +112,14 @@ class LiveRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class PreferenceCollator(DataCollatorForPreference):
-    """TRL's collator, which would drop the labels and weights."""
+    """TRL's collator, which would drop the labels and weights; codes outside of a pair's marks are no completion."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
+        for place, (side, row) in enumerate((side, row) for side in ("chosen", "rejected") for row in examples):
+            if (mask := row.get(f"{side}_mask")) is not None:
+                start = len(row["prompt_ids"])
+                batch["completion_mask"][place, start : start + len(mask)] *= torch.tensor(mask)
         return batch | {name: torch.tensor([float(row[name]) for row in examples]) for name in EXTRA_COLUMNS}
 
 
@@ -103,12 +149,44 @@ def reference_logps(
     return [{**row, "ref_chosen_logps": c, "ref_rejected_logps": r} for row, (c, r) in zip(rows, logps, strict=True)]
 
 
-def autocast(args: DPOConfig) -> contextlib.AbstractContextManager[Any]:
+def autocast(args: DPOConfig | KTOConfig) -> contextlib.AbstractContextManager[Any]:
     """The precision in which the trainer's own forward pass runs."""
     return torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
 
 
-class FlatDPOTrainer(DPOTrainer):
+class FlatCheckpoints:
+    """For a TRL trainer over a flat policy: checkpoints of the adapter called "default", without pickle, whole or not at all."""
+
+    lm: MusicLM
+    args: Any
+    state: Any
+    optimizer: Any
+    lr_scheduler: Any
+    accelerator: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """`output_dir/checkpoints/step_XXXXXXXX`, written by the first process."""
+        if self.args.should_save:
+            states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            weights = {"adapter": adapter_tensors(self.lm)}
+            folder = save_training_state(str(self.args.output_dir), self.state.global_step, weights, states)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        set_adapter_tensors(self.lm, load_training_state(resume_from_checkpoint, restore_rng=False)[1]["adapter"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            states = load_training_state(checkpoint, restore_rng=False)[2]
+            self.optimizer.load_state_dict(states["optimizer"])
+            self.lr_scheduler.load_state_dict(states["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing is drawn here but the order of the data, which the trainer replays from its seed, and clips, which have seeds."""
+
+
+class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
     """DPO over `FlatCausalLM`; see the module's docstring. The adapter it trains is called "default" in `lm`."""
 
     def __init__(
@@ -120,7 +198,11 @@ class FlatDPOTrainer(DPOTrainer):
         r: int = 16,
         alpha: float = 32.0,
         callbacks: list[Any] | None = None,
+        loss: PairLoss = "sigmoid",
+        gamma: float = 0.5,
     ) -> None:
+        """`args.loss_type` begins with TRL's name of `loss`, or with "sigmoid" where TRL has none (simpo). gamma: SimPO's margin."""
+        self.pair_loss, self.gamma = loss, gamma
         self.lm: MusicLM = flat.trunk.lm
         live = train_rows if isinstance(train_rows, LiveRows) else None
         known = [{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}] if live else list(train_rows)  # type: ignore[arg-type]
@@ -155,10 +237,17 @@ class FlatDPOTrainer(DPOTrainer):
         loss = super()._compute_loss(listening, inputs, return_outputs)
         chosen, rejected = heard[0].log_probs.sum(1).chunk(2)
         logps = (chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+        n_chosen, n_rejected = inputs["completion_mask"].sum(1).chunk(2)
         soft, reward_chosen, reward_rejected = dpo_loss(*logps, self.beta, p_chosen)
-        hard, _, _ = dpo_loss(*logps, self.beta)
-        self._tell(weight * soft, hard, reward_chosen, reward_rejected, p_chosen)
-        return loss + (weight * soft - hard).mean()
+        plain, _, _ = dpo_loss(*logps, self.beta)
+        trl, ours = plain, soft
+        if self.pair_loss == "ipo":
+            trl = ipo_loss(*logps, n_chosen, n_rejected, self.beta)
+            ours = ipo_loss(*logps, n_chosen, n_rejected, self.beta, p_chosen)
+        elif self.pair_loss == "simpo":
+            ours = simpo_loss(chosen, rejected, n_chosen, n_rejected, self.beta, self.gamma, p_chosen)
+        self._tell(weight * ours, plain, reward_chosen, reward_rejected, p_chosen)
+        return loss + (weight * ours - trl).mean()
 
     def _tell(self, loss: Tensor, hard: Tensor, reward_chosen: Tensor, reward_rejected: Tensor, p_chosen: Tensor) -> None:
         """Figures that TRL does not log, over all processes."""
@@ -174,26 +263,3 @@ class FlatDPOTrainer(DPOTrainer):
         if total[3] > 0:
             figures["dpo/accuracy_decided"].append((total[2] / total[3]).item())
         figures["dpo/kl_reference_to_policy"].append((total[4] / total[5]).item())
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """`output_dir/checkpoints/step_XXXXXXXX`, written by the first process."""
-        if self.args.should_save:
-            states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}  # type: ignore[union-attr]
-            weights = {"adapter": adapter_tensors(self.lm)}
-            folder = save_training_state(str(self.args.output_dir), self.state.global_step, weights, states)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        set_adapter_tensors(self.lm, load_training_state(resume_from_checkpoint, restore_rng=False)[1]["adapter"])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            states = load_training_state(checkpoint, restore_rng=False)[2]
-            self.optimizer.load_state_dict(states["optimizer"])  # type: ignore[union-attr]
-            self.lr_scheduler.load_state_dict(states["scheduler"])  # type: ignore[union-attr]
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """DPO draws nothing but the order of the data, which the trainer replays from its seed."""

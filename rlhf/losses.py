@@ -200,6 +200,69 @@ def dpo_loss(
     return loss, reward_chosen.detach(), reward_rejected.detach()
 
 
+def ipo_loss(
+    logps_chosen: Tensor,
+    logps_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    codes_chosen: Tensor,
+    codes_rejected: Tensor,
+    beta: float,
+    p_chosen: Tensor | None = None,
+) -> Tensor:
+    """p (h - m)^2 + (1 - p) (h + m)^2, h = (log pi/ref)(chosen) per code - the same of rejected, m = 1 / (2 beta).
+
+    Azar et al. 2023, arXiv:2310.12036, eq. 17; averaged over the codes, as its authors told TRL that they did: so m is nats a *code*
+    (a step holds K of them), and a clip of N codes is asked for a margin of N / (2 beta) nats.
+
+    Args: each log-prob [B], nats, summed over the answer's codes; codes_* [B]: how many they are. p_chosen [B] in [0, 1].
+    Returns: loss [B]; at h = 0 it is m^2, whatever p.
+    """
+    assert logps_chosen.shape == logps_rejected.shape == ref_chosen.shape == ref_rejected.shape == codes_chosen.shape
+    h = (logps_chosen - ref_chosen) / codes_chosen - (logps_rejected - ref_rejected) / codes_rejected
+    margin = 1.0 / (2.0 * beta)
+    if p_chosen is None:
+        return (h - margin) ** 2
+    return p_chosen * (h - margin) ** 2 + (1.0 - p_chosen) * (h + margin) ** 2
+
+
+def simpo_loss(
+    logps_chosen: Tensor,
+    logps_rejected: Tensor,
+    codes_chosen: Tensor,
+    codes_rejected: Tensor,
+    beta: float,
+    gamma: float,
+    p_chosen: Tensor | None = None,
+) -> Tensor:
+    """-p log sigmoid(d - gamma) - (1 - p) log sigmoid(-d - gamma), d = beta * (log pi(chosen) per code - log pi(rejected) per code).
+
+    Meng et al. 2024, arXiv:2405.14734, eq. 6: no reference. Per *code*, the unit of TRL's SimPO over the flat view. With p < 1 the
+    other way round has the same margin gamma, so that a tie (p = 1/2) leans to neither side.
+
+    Args: each log-prob [B], nats, summed over the answer's codes; codes_* [B]: how many they are. gamma: target margin, nats.
+    Returns: loss [B].
+    """
+    assert logps_chosen.shape == logps_rejected.shape == codes_chosen.shape == codes_rejected.shape
+    d = beta * (logps_chosen / codes_chosen - logps_rejected / codes_rejected)
+    if p_chosen is None:
+        return -F.logsigmoid(d - gamma)
+    return -p_chosen * F.logsigmoid(d - gamma) - (1.0 - p_chosen) * F.logsigmoid(-d - gamma)
+
+
+def kto_loss(logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor | float, beta: float) -> Tensor:
+    """1 - sigmoid(beta (r - kl)) for a desirable clip, 1 - sigmoid(beta (kl - r)) for another; r = log pi/ref of the clip.
+
+    Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7. Clips are judged one by one: no pairs are needed.
+
+    Args: logps, ref_logps [B], nats a clip. desirable [B] bool. kl: the point of reference, nats a clip, >= 0, without gradient.
+    Returns: loss [B] in (0, 1); 1/2 at r = kl.
+    """
+    assert logps.shape == ref_logps.shape == desirable.shape, f"{tuple(logps.shape)} against {tuple(desirable.shape)}"
+    gain = beta * (logps - ref_logps - kl)
+    return 1.0 - torch.sigmoid(torch.where(desirable, gain, -gain))
+
+
 def bradley_terry_loss(score_chosen: Tensor, score_rejected: Tensor, p_chosen: Tensor | None = None) -> Tensor:
     """-p log sigmoid(d) - (1 - p) log sigmoid(-d), d = score(chosen) - score(rejected). Bradley & Terry 1952.
 

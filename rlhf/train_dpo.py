@@ -9,9 +9,11 @@
     snapshot -> pairs (chosen, rejected: codes [K, T]) -> log-probs under policy and reference [B]
              -> -log sigmoid(beta * difference) -> LoRA -> adapter folder
 
-The loss is TRL's DPOTrainer over a flat view of the LM (`rlhf.flat_policy`). The reference is the policy without its adapter, so
-the loss begins at log 2 exactly. A pair's label is soft: the weighted share of its raters that preferred `chosen`; a tie is 1/2,
-which pulls the two clips together (`--ties drop` leaves such pairs out). "Both bad" orders nothing and never becomes a pair.
+--loss chooses among TRL's DPOTrainer (sigmoid, ipo), SimPO within it, and TRL's KTOTrainer, all over a flat view of the LM
+(`rlhf.flat_policy`). The reference is the policy without its adapter, so DPO's loss begins at log 2 exactly, IPO's at 1/(4 beta^2),
+KTO's at 1/2. A pair's label is soft: the weighted share of its raters that preferred `chosen`; a tie is 1/2, which pulls the two
+clips together (`--ties drop` leaves such pairs out). "Both bad" orders nothing and never becomes a pair; KTO, which judges clips
+one by one, learns from it. --marks mask lets a pair act only at the times that raters marked as bad in its rejected clip.
 
 From rated pairs alone it is not on-policy: what it learns is what was rated, and a thousand pairs generalise hardly at all. With
 --reward it goes in rounds: the policy as it is plays --round-clips clips of --round-prompts prompts, the reward model judges them,
@@ -21,14 +23,14 @@ it then: judge the result by listeners, not by the score.
 
 Papers: Rafailov et al. 2023, arXiv:2305.18290 (DPO). Mitchell 2023, "A note on DPO with noisy preferences" (soft labels). Pang et
 al. 2024, arXiv:2404.19733 (the likelihood term that keeps the chosen clips likely). Liu et al. 2023, arXiv:2309.06657 (pairs from the
-policy, ordered by a reward). Xu et al. 2023, arXiv:2312.16682, and Dong et al. 2024, arXiv:2405.07863 (in rounds).
+policy, ordered by a reward). Azar et al. 2023, arXiv:2310.12036 (IPO). Ethayarajh et al. 2024, arXiv:2402.01306 (KTO). Meng et al.
+2024, arXiv:2405.14734 (SimPO). Xu et al. 2023, arXiv:2312.16682, and Dong et al. 2024, arXiv:2405.07863 (in rounds).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 import time
@@ -47,19 +49,18 @@ from trl.trainer.dpo_config import DPOConfig
 from adapters.library import Manifest, save_adapter
 from adapters.lora import adapter_disabled
 from base_models.checkpoint import latest_training_state, write_json
-from base_models.conditions import Conditions
 from base_models.errors import UserError
-from base_models.lm import MusicLM, MusicLMConfig
-from base_models.policy import PRETRAINED, load_policy
+from base_models.policy import PRETRAINED
 from base_models.sampling import generate
 from base_models.settings import run, to_mapping
+from rlhf.dpo_arguments import kto_arguments, training_arguments
 from rlhf.dpo_report import ProgressBar, Recorder
+from rlhf.dpo_task import Task, load_task, toy_task
 from rlhf.flat_dpo import FlatDPOTrainer, LiveRows, PreferenceCollator, preference_rows, reference_logps
+from rlhf.flat_kto import FlatKTOTrainer, JudgementCollator, judgement_rows, judgements, reference_judgements
 from rlhf.flat_policy import PAD, FlatCausalLM
 from rlhf.own_pairs import BudgetSpentError, OwnPairs, Plan, Rounds
-from rlhf.preferences import Preference, decided, load_snapshot, prompt_folds, shuffled, split_by_prompt, training_pairs
-from rlhf.rewards import Score
-from rlhf.sample_pairs import read_prompts
+from rlhf.preferences import Preference, decided, shuffled, split_by_prompt
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,15 @@ class Config:
     """Weigh a pair by the votes behind it (mean 1)."""
     held_out: float = 0.1
     """Share of the prompts whose pairs are kept for measuring; 0 trains on all."""
+    loss: Literal["sigmoid", "ipo", "kto", "simpo"] = "sigmoid"
+    """sigmoid is DPO; ipo asks for a fixed margin; simpo needs no reference; kto takes clips one by one, "both bad" too."""
     beta: float = 0.1
-    """Price of drift from the reference: the larger, the closer it stays."""
+    """Price of drift from the reference: the larger, the closer it stays. ipo asks for a margin of 1 / (2 beta) nats a code, simpo
+    multiplies nats a code by it: with clips of 400 codes about 20 for ipo (10 nats a clip) and 400 times DPO's for simpo."""
+    gamma: float = 0.5
+    """simpo: the margin that is asked for, nats of beta times the log-probs a code."""
+    marks: Literal["ignore", "mask"] = "ignore"
+    """Whether a pair acts only on the codes at the times that raters marked as bad in its rejected clip, where they marked any."""
     label_smoothing: float = 0.0
     """How often a label is thought to be wrong, 0 to 0.5 (conservative DPO)."""
     sft_weight: float = 0.0
@@ -162,34 +170,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class OwnTask:
-    """What the policy is to play, and who judges it: prompts, one a row of the task's table from `first_row` on; which of them are
-    held out."""
-
-    prompts: list[str]
-    first_row: int
-    held_out: list[int]
-    score: Score
-    reward_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained on what: the LM, its prompts as conditions (one row a prompt), the pairs and the row of each."""
-
-    lm: MusicLM
-    table: Conditions
-    pairs: list[Preference]
-    rows: dict[str, int]
-    base_sha256: str
-    snapshot_sha256: str | None
-    own: OwnTask | None = None
-
-    def row_of(self, pair: Preference) -> int:
-        return self.rows[pair.prompt_id]
-
-
 def main(cfg: Config) -> dict[str, Any]:
     """Run it; returns the figures of the adapter's manifest."""
     began = time.monotonic()
@@ -216,27 +196,17 @@ def main(cfg: Config) -> dict[str, Any]:
     if args.device.type == "cpu":  # torch's fused attention is five times slower backwards in bfloat16 on a CPU
         task.lm.decoder.set_attn_implementation("eager")
     flat = FlatCausalLM(task.lm, task.table, cfg.temperature).eval()
-    collator = PreferenceCollator(pad_token_id=PAD, max_length=None)
-    scored = []
-    for part in (train, held_out):
-        rows = preference_rows(flat, part, [task.row_of(pair) for pair in part], cfg.label_smoothing)
-        rows = rows if cfg.weight_pairs else [{**row, "weight": 1.0} for row in rows]
-        scored.append(reference_logps(flat, rows, args, collator, cfg.batch_size))
-
-    # 3. Learn: from what was rated, or in rounds from what the policy plays.
     recorder = Recorder(cfg.out, cfg.max_minutes, cfg.resume, args.should_save)
-    callbacks: list[TrainerCallback] = [recorder]
-    rows_to_learn: list[dict[str, Any]] | LiveRows = scored[0]
-    rounds = None
-    if task.own is not None:
-        rated = [{**row, "weight": row["weight"] * cfg.rated_weight} for row in scored[0]]
-        own = OwnPairs(flat, args, plan, task.own.prompts, task.own.first_row, task.own.held_out, task.own.score, rated)
-        rows_to_learn = LiveRows(plan.n_rows)
-        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder.write)
-        callbacks.append(rounds)
-    trainer = FlatDPOTrainer(flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks=callbacks)
+    trainer: FlatDPOTrainer | FlatKTOTrainer
+    rounds: Rounds | None
+    if cfg.loss == "kto":
+        trainer, rounds = kto_trainer(cfg, task, flat, args, train, held_out, recorder), None
+    else:
+        trainer, rounds = pair_trainer(cfg, task, flat, args, train, held_out, plan, recorder)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
+
+    # 3. Learn: from what was rated, or in rounds from what the policy plays.
     newest = latest_training_state(cfg.out) if cfg.resume else None
     learning = time.monotonic()
     with contextlib.suppress(BudgetSpentError):
@@ -247,7 +217,7 @@ def main(cfg: Config) -> dict[str, Any]:
     figures |= recorder.summary()
     if rounds is not None:
         figures |= rounds.summary()
-    if held_out:
+    if held_out and cfg.loss != "kto":
         evaluation = trainer.evaluate()
         figures["held_out_accuracy"] = evaluation.get("eval_dpo/accuracy_decided")
         figures["held_out_loss"] = evaluation["eval_dpo/loss"]
@@ -259,7 +229,11 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # 5. Tell.
     if args.should_save:
-        name = "dpo" + ("_own" if task.own else "") + ("" if cfg.shuffle_votes is None else "_shuffled")
+        name = (
+            ("dpo" if cfg.loss == "sigmoid" else cfg.loss)
+            + ("_own" if task.own else "")
+            + ("" if cfg.shuffle_votes is None else "_shuffled")
+        )
         manifest = Manifest(
             name=name,
             base_sha256=task.base_sha256,
@@ -281,8 +255,55 @@ def main(cfg: Config) -> dict[str, Any]:
 # ---- the pieces ------------------------------------------------------------------------------------------------------
 
 
+def pair_trainer(
+    cfg: Config,
+    task: Task,
+    flat: FlatCausalLM,
+    args: DPOConfig,
+    train: list[Preference],
+    held_out: list[Preference],
+    plan: Plan,
+    recorder: Recorder,
+) -> tuple[FlatDPOTrainer, Rounds | None]:
+    """The reference scores what was rated; then the trainer over that, or over rounds of own clips."""
+    collator = PreferenceCollator(pad_token_id=PAD, max_length=None)
+    scored = []
+    for part in (train, held_out):
+        marks_at = task.frame_rate if cfg.marks == "mask" else None
+        rows = preference_rows(flat, part, [task.row_of(pair) for pair in part], cfg.label_smoothing, marks_at)
+        rows = rows if cfg.weight_pairs else [{**row, "weight": 1.0} for row in rows]
+        scored.append(reference_logps(flat, rows, args, collator, cfg.batch_size))
+    callbacks: list[TrainerCallback] = [recorder]
+    rows_to_learn: list[dict[str, Any]] | LiveRows = scored[0]
+    rounds = None
+    if task.own is not None:
+        rated = [{**row, "weight": row["weight"] * cfg.rated_weight} for row in scored[0]]
+        own = OwnPairs(flat, args, plan, task.own.prompts, task.own.first_row, task.own.held_out, task.own.score, rated)
+        rows_to_learn = LiveRows(plan.n_rows)
+        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder.write)
+        callbacks.append(rounds)
+    assert cfg.loss != "kto"
+    return FlatDPOTrainer(flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks, cfg.loss, cfg.gamma), rounds
+
+
+def kto_trainer(
+    cfg: Config, task: Task, flat: FlatCausalLM, args: DPOConfig, train: list[Preference], held_out: list[Preference], recorder: Recorder
+) -> FlatKTOTrainer:
+    """The same with clips one by one; those that were called bad under a held-out prompt are held out too."""
+    kept = {pair.prompt_id for pair in held_out}
+    bad = [(task.rows[clip.prompt_id], clip.codes, clip.weight) for clip in task.bad if clip.prompt_id not in kept]
+    pairs = train if cfg.weight_pairs else [dataclasses.replace(pair, weight=1.0) for pair in train]
+    found = judgements(pairs, [task.row_of(pair) for pair in pairs], bad)
+    kto = kto_arguments(cfg, args)
+    rows = judgement_rows(flat, found, cfg.batch_size, cfg.seed)
+    rows = reference_judgements(flat, rows, kto, JudgementCollator(pad_token_id=PAD, max_length=None), cfg.batch_size)
+    return FlatKTOTrainer(flat, kto, rows, cfg.r, cfg.alpha, [recorder])
+
+
 def check(cfg: Config) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
+    if cfg.loss == "kto" and (cfg.marks == "mask" or cfg.sft_weight):
+        raise UserError("--loss kto with --marks mask or --sft-weight", "a loss over pairs for those", "leave them out, or choose another")
     if cfg.toy:
         return
     if cfg.snapshot is None and cfg.reward is None:
@@ -291,6 +312,8 @@ def check(cfg: Config) -> None:
             "the folder of a frozen snapshot, or a reward model and --prompts",
             "export one with `encore ratings export`, or train a reward with train_reward.py",
         )
+    if cfg.loss == "kto" and cfg.reward is not None:
+        raise UserError("--loss kto with --reward", "a loss over pairs", "the policy's own clips come in pairs: take sigmoid, ipo or simpo")
     if (cfg.reward is None) != (cfg.prompts is None):
         raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", "both or neither", "give the prompts that the policy is to play")
 
@@ -318,132 +341,6 @@ def round_plan(cfg: Config, n_rated: int) -> Plan:
     )
     share = cfg.rated_share / (1 - cfg.rated_share) if n_rated else 0.0
     return dataclasses.replace(plan, n_rated=round(plan.n_rows * share))
-
-
-def load_task(cfg: Config) -> Task:
-    """The policy, the pairs of a snapshot and the prompts to play; refuses clips, or a reward, of another base."""
-    policy = load_policy(cfg.policy)
-    pairs: list[Preference] = []
-    snapshot_sha256 = None
-    if cfg.snapshot is not None:
-        snapshot = load_snapshot(cfg.snapshot, policy.sha256)
-        pairs = training_pairs(snapshot, n_q=policy.lm.n_q, card=policy.lm.card)
-        snapshot_sha256 = snapshot.sha256
-    first = {pair.prompt_id: pair for pair in reversed(pairs)}
-    rows = {prompt_id: row for row, prompt_id in enumerate(first)}
-    words, tempi = [p.prompt for p in first.values()], [p.tempo_bpm for p in first.values()]
-    own = None
-    if cfg.reward is not None and cfg.prompts is not None:
-        from rlhf.reward_model import load_reward
-
-        prompts = read_prompts(cfg.prompts)
-        reward = load_reward(cfg.reward, policy)
-        held_out = held_out_prompts([p.prompt_id for p in prompts], cfg.held_out, cfg.seed)
-        own = OwnTask([p.prompt for p in prompts], len(words), held_out, reward.score, reward.sha256)
-        words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
-        snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256
-    return Task(policy.lm, policy.conditions(words, tempi), pairs, rows, policy.sha256, snapshot_sha256, own)
-
-
-def held_out_prompts(ids: list[str], share: float, seed: int) -> list[int]:
-    """Places of the prompts that own clips are measured on and never learnt from: about `share` of them, at least one."""
-    folds = prompt_folds(ids, max(2, round(1 / share)) if share else len(ids), seed)
-    return [place for place, name in enumerate(ids) if folds[name] == 0]
-
-
-def toy_task(cfg: Config, n_pairs: int = 64, n_prompts: int = 16, n_frames: int = 12) -> Task:
-    """A random policy, and votes for clips whose codes come from the lower half of the codebooks; one pair in eight is a tie.
-
-    With `toy_reward` the policy also plays the prompts, and is judged by the share of its codes in the lower half."""
-    seed = cfg.seed
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = MusicLMConfig(n_q=4, card=32, d_model=32, n_layers=2, n_heads=2, d_ff=64, text_dim=16)
-        lm = MusicLM(config).eval()
-        if cfg.toy_reward:  # fresh heads are almost flat; no adapter on the trunk could sharpen what it plays
-            for head in lm.decoder.lm_heads.parameters():
-                torch.nn.init.normal_(head, std=0.3)
-    text = torch.randn((n_prompts, 6, config.text_dim), generator=generator)
-    table = Conditions(text, torch.ones(n_prompts, 6, dtype=torch.bool), torch.full((n_prompts,), float("nan")))
-    half, shape = config.card // 2, (n_pairs, config.n_q, n_frames)
-    low = torch.randint(0, half, shape, generator=generator).numpy()
-    high = torch.randint(half, config.card, shape, generator=generator).numpy()
-    pairs = [
-        Preference(
-            prompt=f"toy prompt {i % n_prompts}",
-            tempo_bpm=None,
-            chosen_codes=low[i],
-            rejected_codes=high[i],
-            p=0.5 if i % 8 == 7 else 1.0,
-            weight=1.0,
-            pair_id=str(i),
-            rater="toy",
-            prompt_id=str(i % n_prompts),
-            chosen_sha256=f"low{i}",
-            rejected_sha256=f"high{i}",
-        )
-        for i in range(n_pairs)
-    ]
-    own = None
-    if cfg.toy_reward:
-        held_out = held_out_prompts([str(i) for i in range(n_prompts)], cfg.held_out, seed)
-
-        def score(codes: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-            return 10 * (codes < half).float().mean((1, 2))
-
-        own = OwnTask([f"toy prompt {i}" for i in range(n_prompts)], 0, held_out, score)
-    return Task(lm, table, pairs, {str(i): i for i in range(n_prompts)}, lm.sha256(), None, own)
-
-
-def training_arguments(cfg: Config, n_rows: int) -> DPOConfig:
-    """TRL's settings. Never truncate (its default cuts at 1,024 ids silently), never phone, never pickle.
-
-    Rounds are saved whole: within one, the policy that played its clips is gone."""
-    in_rounds = cfg.reward is not None or (cfg.toy and cfg.toy_reward)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    a_round = cfg.round_epochs * math.ceil(math.ceil(n_rows / (cfg.batch_size * world)) / cfg.accumulation)
-    cpu = not torch.cuda.is_available()
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster())
-    return DPOConfig(
-        output_dir=str(cfg.out),
-        use_cpu=cpu,
-        ddp_backend="gloo" if cpu and world > 1 else None,
-        ddp_find_unused_parameters=False,
-        bf16=bf16,
-        activation_checkpointing=False,
-        max_length=None,
-        remove_unused_columns=False,
-        precompute_ref_log_probs=True,
-        beta=cfg.beta,
-        loss_type=["sigmoid", "sft"] if cfg.sft_weight else ["sigmoid"],
-        loss_weights=[1.0, cfg.sft_weight] if cfg.sft_weight else None,
-        learning_rate=cfg.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=cfg.warmup_steps,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        per_device_train_batch_size=cfg.batch_size,
-        per_device_eval_batch_size=cfg.batch_size,
-        gradient_accumulation_steps=cfg.accumulation,
-        num_train_epochs=cfg.rounds * cfg.round_epochs if in_rounds else cfg.epochs,
-        max_steps=cfg.steps or -1,
-        logging_steps=1,
-        logging_first_step=True,
-        save_strategy="steps",
-        save_steps=a_round * max(1, round(cfg.save_every / a_round)) if in_rounds else cfg.save_every,
-        report_to=[],
-        dataloader_pin_memory=not cpu,
-        seed=cfg.seed,
-        data_seed=cfg.seed,
-    )
-
-
-def bf16_is_faster() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @torch.no_grad()

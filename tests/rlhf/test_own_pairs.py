@@ -17,9 +17,11 @@ from adapters.library import read_adapter
 from adapters.lora import attach_lora
 from base_models.errors import UserError
 from rlhf import train_dpo
+from rlhf.dpo_arguments import training_arguments
+from rlhf.dpo_task import Task, held_out_prompts, toy_task
 from rlhf.flat_policy import FlatCausalLM, unflatten_ids
 from rlhf.own_pairs import OwnPairs, label, pair_up
-from rlhf.train_dpo import PRESETS, Config, Task, held_out_prompts, round_plan, toy_task, training_arguments
+from rlhf.train_dpo import PRESETS, Config, round_plan
 
 K, V, T = 4, 32, 12
 

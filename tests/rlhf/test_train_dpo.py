@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ from adapters.library import read_adapter
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM
-from rlhf import train_dpo
+from rlhf import dpo_task, train_dpo
+from rlhf.dpo_task import toy_task
 from rlhf.flat_dpo import smoothed
 from rlhf.losses import dpo_loss
 from rlhf.preferences import content_sha256
-from rlhf.train_dpo import PRESETS, Config, toy_task
+from rlhf.train_dpo import PRESETS, Config
 
 ROOT = Path(train_dpo.__file__).resolve().parents[1]
 
@@ -229,6 +231,7 @@ class ToyPolicy:
 
     lm: MusicLM
     sha256: str
+    codec: SimpleNamespace = dataclasses.field(default_factory=lambda: SimpleNamespace(frame_rate=25.0))
 
     def conditions(self, prompts: list[str], tempo_bpm: list[float | None]) -> Conditions:
         assert tempo_bpm == [120.0] * len(prompts)
@@ -238,7 +241,7 @@ class ToyPolicy:
 
 def test_votes_of_a_snapshot_become_soft_labels_and_the_manifest_names_it(snapshot, tmp_path, monkeypatch):
     task = toy_task(Config())
-    monkeypatch.setattr(train_dpo, "load_policy", lambda folder: ToyPolicy(task.lm, task.base_sha256))
+    monkeypatch.setattr(dpo_task, "load_policy", lambda folder: ToyPolicy(task.lm, task.base_sha256))
     cfg = config(tmp_path / "run", toy=False, snapshot=snapshot, precision="fp32", steps=3, kl_clips=0, held_out=0.0)
     figures = train_dpo.main(cfg)
     assert figures["pairs"] == 12
@@ -249,7 +252,7 @@ def test_votes_of_a_snapshot_become_soft_labels_and_the_manifest_names_it(snapsh
 
 
 def test_a_snapshot_of_another_base_is_refused_before_anything_is_written(snapshot, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_dpo, "load_policy", lambda folder: ToyPolicy(toy_task(Config()).lm, "0" * 64))
+    monkeypatch.setattr(dpo_task, "load_policy", lambda folder: ToyPolicy(toy_task(Config()).lm, "0" * 64))
     with pytest.raises(UserError, match="clips of base"):
         train_dpo.main(config(tmp_path / "run", toy=False, snapshot=snapshot))
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,130 @@
+"""What a DPO run learns from: rated pairs of a snapshot, bad clips, and prompts that the policy plays for a reward model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from base_models.conditions import Conditions
+from base_models.lm import MusicLM, MusicLMConfig
+from base_models.policy import load_policy
+from rlhf.flat_kto import BadClip, bad_clips
+from rlhf.preferences import Preference, load_snapshot, prompt_folds, training_pairs
+from rlhf.reward_model import load_reward
+from rlhf.rewards import Score
+from rlhf.sample_pairs import read_prompts
+
+if TYPE_CHECKING:
+    from rlhf.train_dpo import Config
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """What the policy is to play, and who judges it: prompts, one a row of the task's table from `first_row` on; which of them are
+    held out."""
+
+    prompts: list[str]
+    first_row: int
+    held_out: list[int]
+    score: Score
+    reward_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what: the LM, its prompts as conditions (one row a prompt), the pairs and the row of each."""
+
+    lm: MusicLM
+    table: Conditions
+    pairs: list[Preference]
+    rows: dict[str, int]
+    base_sha256: str
+    snapshot_sha256: str | None
+    own: OwnTask | None = None
+    bad: tuple[BadClip, ...] = ()
+    """Clips that were called bad without a comparison (read for --loss kto)."""
+    frame_rate: float = 25.0
+    """Codec frames a second, to find marks."""
+
+    def row_of(self, pair: Preference) -> int:
+        return self.rows[pair.prompt_id]
+
+
+def load_task(cfg: Config) -> Task:
+    """The policy, the pairs of a snapshot and the prompts to play; refuses clips, or a reward, of another base."""
+    policy = load_policy(cfg.policy)
+    pairs: list[Preference] = []
+    snapshot_sha256 = None
+    bad: tuple[BadClip, ...] = ()
+    if cfg.snapshot is not None:
+        snapshot = load_snapshot(cfg.snapshot, policy.sha256)
+        pairs = training_pairs(snapshot, n_q=policy.lm.n_q, card=policy.lm.card)
+        snapshot_sha256 = snapshot.sha256
+        bad = bad_clips(snapshot) if cfg.loss == "kto" else ()
+    asked = {pair.prompt_id: (pair.prompt, pair.tempo_bpm) for pair in reversed(pairs)}
+    asked = {clip.prompt_id: (clip.prompt, clip.tempo_bpm) for clip in bad} | asked
+    rows = {prompt_id: row for row, prompt_id in enumerate(asked)}
+    words, tempi = [prompt for prompt, _ in asked.values()], [tempo for _, tempo in asked.values()]
+    own = None
+    if cfg.reward is not None and cfg.prompts is not None:
+        prompts = read_prompts(cfg.prompts)
+        reward = load_reward(cfg.reward, policy)
+        held_out = held_out_prompts([p.prompt_id for p in prompts], cfg.held_out, cfg.seed)
+        own = OwnTask([p.prompt for p in prompts], len(words), held_out, reward.score, reward.sha256)
+        words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
+        snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256
+    table = policy.conditions(words, tempi)
+    return Task(policy.lm, table, pairs, rows, policy.sha256, snapshot_sha256, own, bad, policy.codec.frame_rate)
+
+
+def held_out_prompts(ids: list[str], share: float, seed: int) -> list[int]:
+    """Places of the prompts that own clips are measured on and never learnt from: about `share` of them, at least one."""
+    folds = prompt_folds(ids, max(2, round(1 / share)) if share else len(ids), seed)
+    return [place for place, name in enumerate(ids) if folds[name] == 0]
+
+
+def toy_task(cfg: Config, n_pairs: int = 64, n_prompts: int = 16, n_frames: int = 12) -> Task:
+    """A random policy, and votes for clips whose codes come from the lower half of the codebooks; one pair in eight is a tie.
+
+    With `toy_reward` the policy also plays the prompts, and is judged by the share of its codes in the lower half."""
+    seed = cfg.seed
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = MusicLMConfig(n_q=4, card=32, d_model=32, n_layers=2, n_heads=2, d_ff=64, text_dim=16)
+        lm = MusicLM(config).eval()
+        if cfg.toy_reward:  # fresh heads are almost flat; no adapter on the trunk could sharpen what it plays
+            for head in lm.decoder.lm_heads.parameters():
+                torch.nn.init.normal_(head, std=0.3)
+    text = torch.randn((n_prompts, 6, config.text_dim), generator=generator)
+    table = Conditions(text, torch.ones(n_prompts, 6, dtype=torch.bool), torch.full((n_prompts,), float("nan")))
+    half, shape = config.card // 2, (n_pairs, config.n_q, n_frames)
+    low = torch.randint(0, half, shape, generator=generator).numpy()
+    high = torch.randint(half, config.card, shape, generator=generator).numpy()
+    pairs = [
+        Preference(
+            prompt=f"toy prompt {i % n_prompts}",
+            tempo_bpm=None,
+            chosen_codes=low[i],
+            rejected_codes=high[i],
+            p=0.5 if i % 8 == 7 else 1.0,
+            weight=1.0,
+            pair_id=str(i),
+            rater="toy",
+            prompt_id=str(i % n_prompts),
+            chosen_sha256=f"low{i}",
+            rejected_sha256=f"high{i}",
+        )
+        for i in range(n_pairs)
+    ]
+    own = None
+    if cfg.toy_reward:
+        held_out = held_out_prompts([str(i) for i in range(n_prompts)], cfg.held_out, seed)
+
+        def score(codes: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            return 10 * (codes < half).float().mean((1, 2))
+
+        own = OwnTask([f"toy prompt {i}" for i in range(n_prompts)], 0, held_out, score)
+    return Task(lm, table, pairs, {str(i): i for i in range(n_prompts)}, lm.sha256(), None, own)
