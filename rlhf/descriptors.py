@@ -36,7 +36,6 @@ MINOR = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
 """Krumhansl and Kessler's probe-tone ratings from the tonic upwards."""
 
 
-@torch.no_grad()
 def describe(magnitude: Tensor, sample_rate: int, hop: int) -> Tensor:
     """Magnitudes [B, N, n_bins] of an STFT (`hop` samples a frame) -> descriptors [B, F] in the order of `names()`."""
     return torch.stack(list(_described(magnitude, sample_rate, hop).values()), dim=1)

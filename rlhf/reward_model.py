@@ -11,7 +11,7 @@ posterior mode); or a relevance head, which thinks that a taste is a sum of bump
 Which blocks and which head is settled by held-out votes. Five heads see bootstraps of the prompts; where they disagree,
 lam makes the score cautious, which keeps a policy from walking where no vote has been (Coste et al. 2024, arXiv:2310.02743).
 
-Deliberately not here: the taste of any rater, a waveform, or a gradient to the codes.
+Deliberately not here: the taste of any rater, or a waveform.
 """
 
 from __future__ import annotations
@@ -116,15 +116,22 @@ def features(base: Base, codes: Tensor, prompts: Sequence[str], blocks: Sequence
 
     Args: blocks: which to compute; default: all that the base can give.
     """
+    return features_of_latents(base, base.codec.latents(codes), codes, prompts, blocks)
+
+
+def features_of_latents(
+    base: Base, latents: Tensor, codes: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """The same, with a gradient to the codes' latents [B, D, T]; the shared audio-text space listens to codes and has none."""
     if len(prompts) != len(codes):
         raise ValueError(f"{len(codes)} clips and {len(prompts)} prompts")
     wanted = blocks_of(base) if blocks is None else tuple(blocks)
     made: dict[str, Tensor] = {}
     if LATENTS in wanted:
-        made[LATENTS] = over_time(base.codec.latents(codes)).float()
+        made[LATENTS] = over_time(latents).float()
     if {MAGNITUDES, DESCRIPTORS} & set(wanted):
         assert isinstance(base.codec, MagnitudeCodec)
-        magnitude = _magnitudes(base.codec, codes)
+        magnitude = _magnitudes(base.codec, latents)
         if MAGNITUDES in wanted:
             made[MAGNITUDES] = magnitude_statistics(magnitude).float()
         if DESCRIPTORS in wanted:
@@ -145,17 +152,17 @@ def loudness_and_length(base: Base, codes: Tensor) -> Tensor:
     """codes [B, K, T] -> [B, 3]: median and peak level, length. What a reward model must beat to have heard
     anything."""
     if isinstance(base.codec, MagnitudeCodec):
-        level = torch.log10(_magnitudes(base.codec, codes).square().sum(-1) + 1e-5)
+        level = torch.log10(_magnitudes(base.codec, base.codec.latents(codes)).square().sum(-1) + 1e-5)
     else:
         level = base.codec.latents(codes).norm(dim=1)
     length = torch.full_like(level[:, 0], codes.shape[-1])
     return torch.stack([level.median(1).values, level.amax(1), length], dim=1)
 
 
-def _magnitudes(codec: MagnitudeCodec, codes: Tensor) -> Tensor:
-    """codes [B, K, T] -> the magnitudes [B, N, n_bins] that `decode` would give a phase to; clip by clip, as decode
+def _magnitudes(codec: MagnitudeCodec, latents: Tensor) -> Tensor:
+    """latents [B, D, T] -> the magnitudes [B, N, n_bins] that `decode` would give a phase to; clip by clip, as decode
     does."""
-    return torch.cat([codec.expand(codec.from_latents(codec.latents(row).transpose(1, 2))) for row in codes.split(1)])
+    return torch.cat([codec.expand(codec.from_latents(row.transpose(1, 2))) for row in latents.split(1)])
 
 
 # ---- pairs of features, and heads on them ----------------------------------------------------------------------------
@@ -429,6 +436,23 @@ class RewardModel:
     def score(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
         """codes [B, K, T] and their prompts -> score [B] on the codes' device."""
         return self.score_features(self._heard(codes, prompts)).to(codes.device)
+
+    def slope(self, codes: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """codes [B, K, T] and their prompts -> d score / d latents [B, D, T] and score [B]: where each frame should have moved.
+
+        The part of the score that hears the shared audio-text space counts in the score and adds nothing to the slope.
+        """
+        latents = self.base.codec.latents(codes).detach().requires_grad_(True)
+        with torch.enable_grad():
+            table = features_of_latents(self.base, latents, codes, prompts, self.head.blocks)
+            score = self.score_features({block: rows.cpu() for block, rows in table.items()})
+            (slope,) = torch.autograd.grad(score.sum(), latents)
+        return slope, score.detach().to(codes.device)
+
+    @property
+    def has_slope(self) -> bool:
+        """Whether anything that the head reads moves with the latents."""
+        return bool(set(self.head.blocks) & {LATENTS, MAGNITUDES, DESCRIPTORS})
 
     @torch.no_grad()
     def spread(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:

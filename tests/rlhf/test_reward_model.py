@@ -317,3 +317,38 @@ def test_members_differ_and_have_no_offset(model, base):
     scores = model.member_scores(rm.features(base, codes_of(60, seed=1), ["p"] * 60))
     assert scores.std(0).mean() > 1e-3
     torch.testing.assert_close(scores.mean(1), torch.zeros(5), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "within"),
+    [("linear", (rm.LATENTS,), 0.02), ("kernel", (rm.LATENTS,), 0.05), ("relevance", (rm.DESCRIPTORS, rm.FIT), 0.5)],
+)
+def test_slope_is_the_derivative_of_the_score_along_the_latents(base, kind, blocks, within):
+    """Descriptors that count (onsets, the strongest bin) are steps: the slope is that of the rest, so their head is held to less."""
+    codes, prompts = codes_of(24, frames=40), ["a"] * 24
+    head = rm.Head(kind, blocks, 2.0)
+    table = rm.features(base, codes, prompts, head.blocks)
+    lens = rm.make_lens(head, table, torch.arange(24) // 4)
+    width = rm.expand(lens, head, table).shape[1]
+    members = torch.randn(3, width, generator=torch.Generator().manual_seed(1)) / width**0.5
+    model = rm.RewardModel(base, head, lens, members, torch.zeros(3), lam=0.5, temperature=1.3)
+    assert model.has_slope
+    slope, score = model.slope(codes, prompts)
+    torch.testing.assert_close(score, model.score(codes, prompts))
+    latents = base.codec.latents(codes)
+    step = 0.02 * slope / slope.flatten(1).norm(dim=1)[:, None, None]
+
+    def at(moved):
+        with torch.no_grad():
+            return model.score_features(rm.features_of_latents(base, moved, codes, prompts, head.blocks))
+
+    measured, told = at(latents + step) - at(latents - step), 2 * (slope * step).sum((1, 2))
+    assert float(measured.mean()) == pytest.approx(float(told.mean()), rel=within)
+
+
+def test_a_reward_that_hears_only_the_shared_space_has_no_slope(base):
+    head = rm.Head("linear", (rm.SHARED,), 1.0)
+    table = rm.features(base, codes_of(6), ["a"] * 6, head.blocks)
+    lens = rm.make_lens(head, table, torch.arange(6) // 2)
+    model = rm.RewardModel(base, head, lens, torch.ones(1, table[rm.SHARED].shape[1]), torch.zeros(1), 0.0, 1.0)
+    assert not model.has_slope
