@@ -1,6 +1,7 @@
 """What PPO remembers from step to step beside its weights: the price of drift, each prompt's ease, the scale of the reward.
 
-All are plain numbers with `state_dict` / `load_state_dict`, so that a resumed run goes on exactly where it stood.
+All are plain numbers with `state_dict` / `load_state_dict`, so that a resumed run goes on exactly where it stood. (`leave_one_out`
+stands beside the baseline that it may replace, and remembers nothing.)
 """
 
 from __future__ import annotations
@@ -80,6 +81,22 @@ class RewardNormalizer:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.count, self.mean, self.m2 = float(state["count"]), float(state["mean"]), float(state["m2"])
+
+
+def leave_one_out(prompt_ids: Tensor, scores: Tensor) -> Tensor:
+    """score_i - mean of the other clips of its prompt in this round: how much better than its siblings a clip is.
+
+    Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free"; RLOO, Ahmadian et al. 2024, arXiv:2402.14740, sec. 3.3.
+    Needs no memory and is right from the first round, but spends the batch on fewer prompts.
+
+    Args: a whole round, over all ranks: prompt_ids, scores [B]. Returns: [B], NaN where a score is not finite or has no sibling.
+    """
+    assert prompt_ids.shape == scores.shape, f"{tuple(prompt_ids.shape)} against {tuple(scores.shape)}"
+    finite = torch.isfinite(scores)
+    sibling = (prompt_ids[:, None] == prompt_ids[None]) & finite[None]
+    sibling.fill_diagonal_(False)
+    known = torch.where(finite, scores, torch.zeros_like(scores))
+    return torch.where(finite, scores, torch.full_like(scores, float("nan"))) - sibling.to(scores) @ known / sibling.sum(1)
 
 
 class PromptBaseline:

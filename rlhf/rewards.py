@@ -11,8 +11,8 @@ A part of weight 0 is judged and shown and never trained on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,8 +49,10 @@ class Judgement:
 class Reward:
     """Parts in a fixed order, with the scale that each was measured to have on the base."""
 
-    def __init__(self, parts: Mapping[str, Part]) -> None:
+    def __init__(self, parts: Mapping[str, Part], every_round: Sequence[str] | None = None) -> None:
         self.parts = dict(parts)
+        self.every_round = self.names if every_round is None else tuple(every_round)
+        """The parts that are judged in every round; the others only where `marks` is asked for everything."""
         self.scales: dict[str, tuple[float, float]] = {}
         """Name -> mean and sd of the base's marks; empty until `measure`."""
 
@@ -63,10 +65,14 @@ class Reward:
         """The parts that have a weight."""
         return tuple(name for name, part in self.parts.items() if part.weight)
 
-    def marks(self, codes: Tensor, prompts: list[str]) -> Tensor:
-        """Raw marks [B, P] of codes [B, K, T], in the order of `names`; without gradient, in float32."""
+    def marks(self, codes: Tensor, prompts: list[str], everything: bool = False) -> Tensor:
+        """Raw marks [B, P] of codes [B, K, T], in the order of `names`, without gradient, in float32; NaN for a part that was
+        not asked."""
         columns = []
         for name, part in self.parts.items():
+            if not everything and name not in self.every_round:
+                columns.append(torch.full((len(codes),), float("nan"), device=codes.device))
+                continue
             column = part.score(codes, prompts).detach()
             if column.shape != (len(codes),):
                 raise ValueError(f"part {name!r} gave {tuple(column.shape)} for {len(codes)} clips")
@@ -74,11 +80,13 @@ class Reward:
         return torch.stack(columns, 1)
 
     def measure(self, marks: Tensor) -> None:
-        """Take the scales from a round of the base: marks [B, P] over all ranks. Where all are equal, or none is finite, sd is 1."""
+        """Take the scales from clips of the base: marks [B, P] over all ranks. A scale that was taken stands; where all marks are
+        equal sd is 1; a part without a finite mark has no scale yet (mean 0, sd 1)."""
         for name, column in zip(self.names, marks.unbind(1)):
             finite = column[torch.isfinite(column)].double()
-            mean = float(finite.mean()) if len(finite) else 0.0
-            sd = float(finite.std(correction=0)) if len(finite) else 0.0
+            if name in self.scales or not len(finite):
+                continue
+            mean, sd = float(finite.mean()), float(finite.std(correction=0))
             self.scales[name] = (mean, sd if sd > 1e-6 * max(1.0, abs(mean)) else 1.0)
 
     def judge(self, marks: Tensor) -> Judgement:
@@ -101,9 +109,12 @@ class Reward:
         return Judgement(total, parts)
 
     def figures(self, marks: Tensor) -> dict[str, float]:
-        """For plots, of marks [B, P]: mean raw mark of each part, its mean z, and the share of clips that an `asked` part passed over."""
+        """For plots, of marks [B, P]: mean raw mark of each part that was judged, its mean z, and the share of clips that an `asked`
+        part passed over."""
         told: dict[str, float] = {}
         for name, column, z in zip(self.names, marks.unbind(1), self.judge(marks).parts.values()):
+            if name not in self.every_round and bool(torch.isnan(column).all()):
+                continue
             there = torch.isfinite(column)
             told[f"reward_{name}"] = float(column[there].mean()) if there.any() else float("nan")
             told[f"reward_{name}_z"] = float(z[there].mean()) if there.any() else float("nan")
@@ -112,7 +123,8 @@ class Reward:
         return told
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": {n: p.weight for n, p in self.parts.items()}, "scales": {n: list(s) for n, s in self.scales.items()}}
+        weights = {name: self.parts[name].weight for name in self.trained}
+        return {"weights": weights, "scales": {name: list(scale) for name, scale in self.scales.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises UserError where the parts or their weights are not those of the run that is to go on."""
@@ -144,9 +156,10 @@ def parse_weights(text: str) -> dict[str, float]:
 
 
 def weighted(weights: Mapping[str, float], human: Score, checks: Mapping[str, Score]) -> Reward:
-    """The reward of these weights over the listeners' part and the checks (verifiable parts, `asked`). UserError for an unknown name."""
+    """The listeners' part and the checks (verifiable parts, `asked`) under these weights: those that are named are judged every round,
+    those that are not have weight 0. UserError for an unknown name."""
     known = {HUMAN: Part(human)} | {name: Part(score, asked=True) for name, score in checks.items()}
     unknown = sorted(set(weights) - set(known))
     if unknown:
         raise UserError(f"weights for {unknown}", f"some of {list(known)}", "correct --weights")
-    return Reward({name: Part(known[name].score, weight, known[name].asked) for name, weight in weights.items()})
+    return Reward({name: replace(part, weight=weights.get(name, 0.0)) for name, part in known.items()}, tuple(weights))

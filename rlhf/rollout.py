@@ -33,7 +33,8 @@ class Rollout:
     """What a batch of clips is to PPO.
 
     codes [B, K, T] int64; prompt_ids [B] int64, rows of the run's prompts; mask [B, S], True where a step counts;
-    logps (of the policy that played), ref_logps, values, rewards [B, S]; score [B] as judged, NaN until `judge`.
+    logps (of the policy that played), ref_logps, values, rewards [B, S]; book_kl [B, K], each codebook's share of the clip's
+    log-ratio; marks [B, P] of the reward's parts (P = 0 until it was asked); score [B] as judged, NaN until `judge`.
     """
 
     codes: Tensor
@@ -42,6 +43,8 @@ class Rollout:
     logps: Tensor
     ref_logps: Tensor
     values: Tensor
+    book_kl: Tensor
+    marks: Tensor
     score: Tensor
     rewards: Tensor
 
@@ -99,11 +102,12 @@ def prompt_of(indices: Sequence[int], n_prompts: int, samples_per_prompt: int, s
 
 @dataclass(frozen=True)
 class StepScores:
-    """logps [B, S] in nats; hidden [B, S, d]; entropy [B, S] in nats, zeros unless it was asked for."""
+    """logps [B, S] in nats; hidden [B, S, d]; entropy [B, S] in nats, zeros unless it was asked for; code_logps [B, K, T]."""
 
     logps: Tensor
     hidden: Tensor
     entropy: Tensor
+    code_logps: Tensor
 
 
 def score_steps(
@@ -131,7 +135,7 @@ def score_steps(
     picked = logits.gather(-1, codes[..., None])[..., 0] - logits.logsumexp(-1)
     logps = sum_by_step(picked)
     spread = sum_by_step(entropy(logits)) if with_entropy else torch.zeros_like(logps)
-    return StepScores(logps, hidden, spread)
+    return StepScores(logps, hidden, spread, picked)
 
 
 # ---- play and judge --------------------------------------------------------------------------------------------------
@@ -172,6 +176,8 @@ def play(
         logps=made.logps,
         ref_logps=ref.logps,
         values=critic(made.hidden),
+        book_kl=kl_k1(made.code_logps, ref.code_logps).sum(-1),
+        marks=made.logps.new_zeros((len(cond), 0)),
         score=torch.full((len(cond),), float("nan"), device=device),
         rewards=torch.zeros_like(made.logps),
     )

@@ -4,13 +4,15 @@
     python rlhf/train_ppo.py --preset smoke                       # a toy policy that learns to play one code, under a minute
     torchrun --nproc-per-node 2 rlhf/train_ppo.py ...             # or any accelerate configuration
 
-    prompts -> codes [B, K, T] -> score [B] -> per-step rewards [B, S] -> GAE -> clipped updates -> LoRA -> adapter folder
+    prompts -> codes [B, K, T] -> marks [B, P] -> score [B] -> per-step rewards [B, S] -> GAE -> clipped updates -> LoRA -> adapter folder
 
 Several processes share one batch. Each plays and judges its part; the parts are gathered (codes and [B, S] numbers: kilobytes),
 so that whitening and moments are global by construction; each learns from its rows of every minibatch, divides by the *global*
 count of steps, and gradients are summed. Only LoRA and critic have any, some hundred thousand numbers: one flat all-reduce is
 enough, and no DDP wrapper stands between the policy and the sampler. A clip's seed comes from its global index, so two
 processes play what one would.
+
+The brake (rlhf/brake.py) ends a run whose reward rises while the music does not, and can take it back to its best look.
 
 It is not sharded (a base that fits no single device needs FSDP) and has no separate critic or reference network.
 
@@ -20,14 +22,11 @@ Huang et al. 2024, arXiv:2403.17031 (the details that matter). Hu et al. 2021, a
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import io
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,23 +37,17 @@ if not __package__:
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from adapters.library import Manifest, save_adapter
-from adapters.lora import adapter_tensors, attach_lora, set_adapter_tensors, trainable_parameters
-from base_models.checkpoint import append_jsonl, latest_training_state, load_training_state, save_training_state, write_json
-from base_models.conditions import Conditions
+from base_models.checkpoint import latest_training_state
 from base_models.errors import UserError
-from base_models.lm import MusicLM, MusicLMConfig, disable_functional_dropout
-from base_models.policy import PRETRAINED, load_policy
+from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
-from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer
-from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo_policy_loss, ppo_value_loss
-from rlhf.rewards import Score
-from rlhf.rollout import Critic, Rollout, judge, play, prompt_of, sample_seed, score_steps
+from rlhf.ppo_run import Run
+from rlhf.ppo_task import Task, load_task, toy_task
+from rlhf.ppo_teller import Teller
+from rlhf.rewards import HUMAN, parse_weights
+from rlhf.tracking import Kind
 
 
 @dataclass(frozen=True)
@@ -69,6 +62,9 @@ class Config:
     """Folder of a trained reward model (train_reward.py)."""
     prompts: Path | None = None
     """Prompts to play: a .jsonl file with `prompt` and, where wanted, `tempo_bpm`; or a text file, one prompt a line."""
+    weights: str = f"{HUMAN}=1"
+    """What a spread of each part of the reward is worth: human=1,similarity=0.3,tempo=0. Parts of weight 0 are judged and plotted, not
+    trained on; parts that are not named are plotted at the looks at --heldout-prompts."""
     toy: bool = False
     """A tiny random policy rewarded for one code, instead of --policy, --reward and --prompts (what --preset smoke does)."""
     n_frames: int = 100
@@ -81,8 +77,9 @@ class Config:
     """Clips a round, over all processes."""
     samples_per_prompt: int = 1
     """Clips of one prompt in a row."""
-    prompt_baseline: bool = True
-    """Take away what each prompt scores on the average; without it, easy prompts drown what the clip itself did."""
+    baseline: Literal["prompt", "loo", "none"] = "prompt"
+    """What is taken from a clip's score first: what its prompt scores on the average of earlier rounds (prompt); what the round's other
+    clips of the prompt score (loo, needs --samples-per-prompt of 2 or more); nothing, and easy prompts drown what the clip itself did."""
     epochs: int = 2
     """Passes over a round's clips."""
     minibatches: int = 2
@@ -121,8 +118,24 @@ class Config:
     """Nats a clip that the price is steered to (Ziegler's controller); not given: the price stays."""
     kl_horizon: int = 1000
     """Clips over which the controller moves the price by up to a fifth."""
+    brake: Literal["off", "stop", "rewind"] = "stop"
+    """What happens when one of the four signs below shows: nothing; the run ends and its adapter is kept; the run ends and the adapter of
+    the best look (highest held-out score without a sign) is kept. The reason stands in the adapter's manifest."""
     kl_budget: float = 60.0
-    """Stop when the policy's KL exceeds this many nats a clip; what is beyond fools the reward more than it pleases listeners."""
+    """Sign 1: the policy's KL exceeds this many nats a clip; what is beyond fools the reward more than it pleases listeners."""
+    heldout_prompts: Path | None = None
+    """Prompts like --prompts, played to watch the run, always with the same seeds, and never learnt from; signs 2 to 4 need them."""
+    heldout_clips: int = 4
+    """Clips of each of them; two or more, or diversity is not known."""
+    look_every: int = 10
+    """Rounds between two looks at the held-out prompts, and between clips to listen to."""
+    max_disagreement: float = 2.0
+    """Sign 2: on held-out clips the reward's heads disagree more than so many times as much as on the base's."""
+    min_diversity: float = 0.8
+    """Sign 3: held-out clips of one prompt lie closer together than this share of the base's distance, in the audio-text space."""
+    patience: int = 2
+    """Looks in a row in which sign 2, 3 or 4 must show. Sign 4: the held-out score, pessimistic as the reward is, is two standard errors
+    below the best look's."""
     r: int = 16
     """Rank of the adapter."""
     alpha: float = 32.0
@@ -133,6 +146,10 @@ class Config:
     """Steps between checkpoints."""
     resume: bool = False
     """Go on from the newest checkpoint in --out (from the start, if there is none yet)."""
+    tracker: Kind = "tensorboard"
+    """Where figures and clips can be watched; wandb and trackio have to be installed."""
+    listen: int = 2
+    """Clips, with their mel pictures, that are kept for listening every --look-every rounds; 0 keeps none."""
     licence: str = "unspecified"
     """Licence of the adapter, for its card."""
     processes: int = 0
@@ -150,6 +167,8 @@ TOY: dict[str, Any] = {
     "critic_lr": 1e-2,
     "kl_coef": 0.01,
     "kl_budget": 1e3,
+    "max_disagreement": 1e3,
+    "min_diversity": 0.0,
     "r": 4,
     "alpha": 8.0,
     "microbatch": 64,
@@ -161,19 +180,6 @@ PATIENCE = 5
 """Rounds in a row without one finite score, after which the reward is taken to be broken."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What plays and who judges: the LM, its prompts (one row of `table` each), the score, and the hashes of the parents."""
-
-    lm: MusicLM
-    prompts: list[str]
-    table: Conditions
-    score: Score
-    base_sha256: str
-    reward_sha256: str | None = None
-    snapshot_sha256: str | None = None
-
-
 def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     """Run it; returns the figures of the adapter's manifest. `task` replaces what --policy, --reward and --prompts name."""
     began = time.monotonic()
@@ -182,31 +188,37 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 
     # 1. Four roles, two networks: policy and reference are one LM with and without its adapter, the critic is a head on it.
     if task is None:
-        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg)
+        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts, cfg.heldout_prompts)
+    check_task(cfg, task)
     run = Run(cfg, task, accelerator)
     if cfg.resume:
         run.restore()
-    told = Teller(cfg, run.step, accelerator.is_main_process)
+    told = Teller(cfg, task, run.step, accelerator.is_main_process)
     stopped, kl = "steps", float("nan")
+    if run.step == 0 and run.look_is_due:
+        told.first_look(run.look(), run.examples)
 
-    while run.step < cfg.steps:
+    while run.step < cfg.steps and run.braked is None:
         seconds: dict[str, float] = {}
         # 2. Play.
         with timed(seconds, "play"):
-            rollout = run.play()
+            mine = run.play()
         # 3. Judge.
         with timed(seconds, "judge"):
-            rollout, figures = run.judge(rollout)
+            rollout, figures = run.judge(mine)
         kl = figures["kl"]
-        if kl > cfg.kl_budget:
-            stopped = f"kl {kl:.1f} nats a clip exceeds the budget of {cfg.kl_budget:g}"
+        if run.braked is not None:
             break
         # 4. Learn.
         with timed(seconds, "learn"):
             figures |= run.learn(rollout)
-        # 5. Tell.
         run.step += 1
-        told.step(run.step, {**figures, **{f"seconds_{k}": v for k, v in seconds.items()}})
+        # 5. Look, now and then, at prompts that are never learnt from.
+        if run.look_is_due:
+            with timed(seconds, "look"):
+                figures |= run.look()
+        # 6. Tell.
+        told.step(run.step, figures, seconds, rollout.codes.numel(), run.examples)
         if run.blind_rounds >= PATIENCE:
             stopped = f"no finite score in {PATIENCE} rounds in a row"
             break
@@ -218,9 +230,13 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
             run.save()
 
     run.save()
-    result = {"steps": run.step, "clips": run.clips, "stopped": stopped, **told.summary()}
+    result = {"steps": run.step, "clips": run.clips, "stopped": run.braked or stopped, **told.summary()}
     if math.isfinite(kl):
         result["kl"] = round(kl, 4)
+    if run.braked is not None and cfg.brake == "rewind":
+        result["rewound_to"] = run.rewind()
+        assert run.brake.best is not None
+        result["kl"] = round(run.brake.best.kl, 4)
     result["seconds"] = round(time.monotonic() - began, 1)
     if accelerator.is_main_process:
         manifest = Manifest(
@@ -240,215 +256,27 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     return result
 
 
-class Run:
-    """Everything that a checkpoint holds, and the three verbs of a round."""
-
-    def __init__(self, cfg: Config, task: Task, accelerator: Accelerator) -> None:
-        self.cfg, self.task, self.accelerator = cfg, task, accelerator
-        self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster(accelerator.device))
-        self.table = task.table.to(accelerator.device)
-        set_seed(cfg.seed)
-        self.lm = task.lm.eval()
-        disable_functional_dropout(self.lm)
-        attach_lora(self.lm, cfg.r, cfg.alpha)
-        self.lm.to(accelerator.device).fast_training()
-        self.critic = Critic(self.lm.config.d_model).to(accelerator.device)
-        self.groups = [trainable_parameters(self.lm), list(self.critic.parameters())]
-        for parameter in self.parameters():
-            parameter.data.copy_(broadcast(parameter.data))
-        rates = [cfg.lr, cfg.critic_lr]
-        self.optimizer = torch.optim.Adam([{"params": p, "lr": lr} for p, lr in zip(self.groups, rates)], eps=1e-5)
-        self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, cfg.lr_end, total_iters=max(cfg.steps - 1, 1))
-        self.controller = AdaptiveKLController(cfg.kl_coef, cfg.target_kl, cfg.kl_horizon)
-        self.baseline = PromptBaseline(len(task.prompts))
-        self.normalizer = RewardNormalizer()
-        self.step, self.clips, self.blind_rounds = 0, 0, 0
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        for group in self.groups:
-            yield from group
-
-    # ---- a round -----------------------------------------------------------------------------------------------------
-
-    def play(self) -> Rollout:
-        """The next `batch_size` clips of the run, this process its contiguous share; gathered, in the order of their indices."""
-        cfg, rank, world = self.cfg, self.accelerator.process_index, self.accelerator.num_processes
-        share = cfg.batch_size // world
-        indices = range(self.clips + rank * share, self.clips + (rank + 1) * share)
-        rows = prompt_of(indices, len(self.task.prompts), cfg.samples_per_prompt, cfg.seed)
-        mine = play(
-            self.lm,
-            self.critic,
-            self.table.index(rows),
-            rows,
-            [sample_seed(cfg.seed, index) for index in indices],
-            cfg.n_frames,
-            temperature=cfg.temperature,
-            cfg_coef=cfg.cfg_coef,
-            bf16=self.bf16,
-        )
-        score = self.task.score(mine.codes, [self.task.prompts[row] for row in rows])
-        score = score.detach().to(mine.logps)
-        self.clips += cfg.batch_size
-        return dataclasses.replace(mine, score=score).map(self.accelerator.gather)
-
-    def judge(self, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
-        """Scores -> rewards, at the present price of drift; then the price is adapted."""
-        price = self.controller.kl_coef
-        score = rollout.score
-        if self.cfg.prompt_baseline:
-            score = self.baseline(rollout.prompt_ids, score)
-        judged = judge(rollout, score, self.normalizer, price)
-        kl = (rollout.logps - rollout.ref_logps).sum(1).mean().item()
-        self.controller.update(kl, len(rollout.codes))
-        finite = rollout.score[torch.isfinite(rollout.score)]
-        self.blind_rounds = 0 if len(finite) else self.blind_rounds + 1
-        none = torch.full((1,), float("nan"))
-        return judged, {
-            "score": (finite if len(finite) else none).mean().item(),
-            "score_std": finite.std(correction=0).item() if len(finite) else float("nan"),
-            "scores_not_finite": float(len(rollout.score) - len(finite)),
-            "kl": kl,
-            "kl_coef": price,
-            "reward": judged.rewards.sum(1).mean().item(),
-            "entropy": -masked_mean(rollout.logps, rollout.mask).item(),
-        }
-
-    def learn(self, rollout: Rollout) -> dict[str, float]:
-        """`epochs` passes of clipped updates over a judged, global rollout. Returns means over the updates."""
-        cfg, first_ratio = self.cfg, 0.0
-        sums: dict[str, float] = {}
-        if not rollout.mask.any():
-            return {}
-        advantages, returns = gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
-        advantages = masked_whiten(advantages, rollout.mask)
-        updates = self._minibatches(len(rollout.codes))
-        for number, rows in enumerate(updates):
-            stats = self._update(rollout, advantages, returns, rows)
-            first_ratio = stats["ratio"] if number == 0 else first_ratio
-            for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + value / len(updates)
-        sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": first_ratio}
-        sums["explained_variance"] = explained_variance(rollout.values, returns, rollout.mask).item()
-        self.scheduler.step()
-        return sums
-
-    def _minibatches(self, n: int) -> list[Tensor]:
-        """Rows of each update, the same on every process; drawn from (seed, step), so that nothing has to be remembered."""
-        generator = torch.Generator().manual_seed(sample_seed(self.cfg.seed ^ 0xBA7C4, self.step))
-        passes = [torch.randperm(n, generator=generator) for _ in range(self.cfg.epochs)]
-        return [rows for order in passes for rows in order.chunk(self.cfg.minibatches)]
-
-    def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
-        """One optimiser step on global rows: this process takes its share in microbatches; gradients and figures are summed."""
-        cfg, device = self.cfg, self.accelerator.device
-        rows = rows.to(device)
-        count = rollout.mask[rows].sum().clamp(min=1)
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        self.optimizer.zero_grad(set_to_none=False)
-        totals: dict[str, Tensor] = {}
-        for part in mine.split(cfg.microbatch):
-            mask, cond = rollout.mask[part], self.table.index(rollout.prompt_ids[part])
-            scored = score_steps(
-                self.lm,
-                rollout.codes[part],
-                cond,
-                temperature=cfg.temperature,
-                cfg_coef=cfg.cfg_coef,
-                bf16=self.bf16,
-                with_entropy=cfg.ent_coef != 0,
-            )
-            values = self.critic(scored.hidden)
-            policy_loss, stats = ppo_policy_loss(scored.logps, rollout.logps[part], advantages[part], mask, cfg.cliprange, count)
-            value_loss, more = ppo_value_loss(values, rollout.values[part], returns[part], mask, cfg.cliprange_value, count)
-            loss = policy_loss + cfg.vf_coef * value_loss - cfg.ent_coef * masked_mean(scored.entropy, mask, count)
-            loss.backward()
-            losses = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
-            for name, value in {**stats, **more, **losses}.items():
-                totals[name] = totals.get(name, torch.zeros((), device=device)) + value
-        return self._optimise(totals)
-
-    def _optimise(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Sum gradients and figures over the processes in one flat tensor, clip each group, step; skip where not finite."""
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters()]
-        flat = torch.cat([g.reshape(-1) for g in gradients] + [value.float().reshape(1) for value in totals.values()])
-        flat = self.accelerator.reduce(flat, "sum")
-        sizes = [g.numel() for g in gradients] + [1] * len(totals)
-        pieces = flat.split(sizes)
-        for parameter, piece in zip(self.parameters(), pieces):
-            parameter.grad = piece.view_as(parameter)
-        stats = {name: piece.item() for name, piece in zip(totals, pieces[len(gradients) :])}
-        norms = [nn.utils.clip_grad_norm_(group, self.cfg.max_grad_norm) for group in self.groups]
-        healthy = all(math.isfinite(norm.item()) for norm in norms)
-        if healthy:
-            self.optimizer.step()
-        return {**stats, "grad_norm": norms[0].item() if healthy else 0.0, "updates_skipped": float(not healthy)}
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether any process says so; all get the same answer."""
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum").item() > 0)
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """A whole checkpoint or none. Seeds and minibatches follow from (seed, clips, step): there is no sampler to save."""
-        if self.accelerator.is_main_process:
-            save_training_state(
-                self.cfg.out,
-                self.step,
-                {"adapter": adapter_tensors(self.lm), "critic": self.critic.state_dict()},
-                {
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                    "controller": self.controller.state_dict(),
-                    "baseline": self.baseline.state_dict(),
-                    "normalizer": self.normalizer.state_dict(),
-                },
-                {**self._parents(), "clips": self.clips, "blind_rounds": self.blind_rounds},
-            )
-        self.accelerator.wait_for_everyone()
-
-    def restore(self) -> None:
-        """Back to the newest checkpoint, if there is one. Raises UserError where base, reward or prompts are not those that it knew."""
-        newest = latest_training_state(self.cfg.out)
-        if newest is None:
-            return
-        step, tensors, states, extra = load_training_state(newest)
-        for name, value in self._parents().items():
-            if extra[name] != value:
-                raise UserError(f"{newest} of {name} {extra[name]}, now {value}", "the same one", "resume with it, or start a new --out")
-        set_adapter_tensors(self.lm, tensors["adapter"])
-        self.critic.load_state_dict(tensors["critic"])
-        self.optimizer.load_state_dict(states["optimizer"])
-        self.scheduler.load_state_dict(states["scheduler"])
-        self.controller.load_state_dict(states["controller"])
-        self.baseline.load_state_dict(states["baseline"])
-        self.normalizer.load_state_dict(states["normalizer"])
-        self.step, self.clips, self.blind_rounds = step, extra["clips"], extra["blind_rounds"]
-
-    def _parents(self) -> dict[str, Any]:
-        prompts = hashlib.sha256("\n".join(self.task.prompts).encode()).hexdigest()
-        return {
-            "base_sha256": self.task.base_sha256,
-            "reward_sha256": self.task.reward_sha256,
-            "prompts_sha256": prompts,
-            "seed": self.cfg.seed,
-        }
-
-
 # ---- the pieces ------------------------------------------------------------------------------------------------------
 
 
 def check(cfg: Config, world: int) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
+    parse_weights(cfg.weights)
     if cfg.processes and world != cfg.processes:
         raise UserError(
             f"{world} process(es)",
             f"{cfg.processes}, as --processes asks",
             "launch with torchrun --nproc-per-node N, or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu` on a CPU",
         )
-    if min(cfg.batch_size, cfg.minibatches, cfg.epochs, cfg.microbatch, cfg.n_frames, cfg.samples_per_prompt, cfg.steps) < 1:
-        raise UserError("a size below 1", "1 or more everywhere", "correct batch_size, minibatches, epochs, steps or n_frames")
+    sizes = (cfg.batch_size, cfg.minibatches, cfg.epochs, cfg.microbatch, cfg.n_frames, cfg.samples_per_prompt, cfg.steps)
+    if min(*sizes, cfg.look_every, cfg.heldout_clips, cfg.patience) < 1:
+        raise UserError("a size below 1", "1 or more everywhere", "correct batch_size, minibatches, epochs, steps, n_frames or look_every")
+    if cfg.baseline == "loo" and (cfg.samples_per_prompt < 2 or cfg.batch_size % cfg.samples_per_prompt):
+        raise UserError(
+            f"--baseline loo with {cfg.samples_per_prompt} clips a prompt in a batch of {cfg.batch_size}",
+            "two or more, and whole groups in a batch",
+            "set --samples-per-prompt 2 or 4, or use --baseline prompt",
+        )
     if cfg.batch_size % (world * cfg.minibatches):
         raise UserError(
             f"batch_size {cfg.batch_size} for {world} process(es) x {cfg.minibatches} minibatches",
@@ -459,72 +287,12 @@ def check(cfg: Config, world: int) -> None:
         raise UserError(f"{cfg.out} with checkpoints of another run", "a new folder", "add --resume, or choose another --out")
 
 
-def load_task(cfg: Config) -> Task:
-    """The policy, the prompts and the reward model that the settings name."""
-    from rlhf.reward_model import load_reward
-
-    if cfg.reward is None or cfg.prompts is None:
-        raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", "both", "train one with train_reward.py; or --preset smoke")
-    policy = load_policy(cfg.policy)
-    prompts, tempi = read_prompts(cfg.prompts)
-    reward = load_reward(cfg.reward, policy)
-    return Task(
-        lm=policy.lm,
-        prompts=prompts,
-        table=policy.conditions(prompts, tempi),
-        score=reward.score,
-        base_sha256=policy.sha256,
-        reward_sha256=reward.sha256,
-        snapshot_sha256=reward.snapshot_sha256,
-    )
-
-
-def read_prompts(path: Path) -> tuple[list[str], list[float | None]]:
-    """Prompts and tempi of a .jsonl file (rows with `prompt`, perhaps `tempo_bpm`) or of a text file, one prompt a line."""
-    if not path.is_file():
-        raise UserError(f"no file {path}", "prompts, .jsonl or one a line", "check --prompts")
-    lines = [line for line in io.StringIO(path.read_text(encoding="utf-8")) if line.strip()]
-    if not lines:
-        raise UserError(f"{path} without a prompt", "at least one", "write one prompt a line")
-    if path.suffix != ".jsonl":
-        return [line.strip() for line in lines], [None] * len(lines)
-    prompts: list[str] = []
-    tempi: list[float | None] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            prompts.append(str(row["prompt"]))
-            tempi.append(None if row.get("tempo_bpm") is None else float(row["tempo_bpm"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}, line {number}: {line[:60]!r}", 'a row like {"prompt": "calm piano", "tempo_bpm": 90}', "correct it"
-            ) from error
-    return prompts, tempi
-
-
-def toy_task(seed: int, n_prompts: int = 8) -> Task:
-    """A random policy of 2 codebooks of 16, paid for the share of code 3 among its codes (at first about 1/16)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        shape = MusicLMConfig(n_q=2, card=16, d_model=32, n_layers=2, n_heads=2, d_ff=64, text_dim=16)
-        lm = MusicLM(shape).eval()
-        for head in lm.decoder.lm_heads.parameters():  # fresh heads are almost flat; no adapter on the trunk could sharpen them
-            nn.init.normal_(head, std=0.3)
-        text = torch.randn(n_prompts, 4, shape.text_dim)
-    table = Conditions(text, torch.ones(n_prompts, 4, dtype=torch.bool), torch.full((n_prompts,), float("nan")))
-    return Task(lm, [f"toy prompt {i}" for i in range(n_prompts)], table, share_of_code_3, lm.sha256())
-
-
-def share_of_code_3(codes: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The toy's reward: codes [B, K, T] -> share of the codes that are 3 [B]."""
-    return (codes == 3).float().mean((1, 2))
-
-
-def bf16_is_faster(device: torch.device) -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def check_task(cfg: Config, task: Task) -> None:
+    """Refuse a brake that has nothing to go by."""
+    if cfg.brake == "rewind" and task.heldout is None:
+        raise UserError("--brake rewind without --heldout-prompts", "prompts by which to know the best", "give them, or use --brake stop")
+    if task.heldout is not None and len(task.heldout) < 2:
+        raise UserError("1 held-out prompt", "2 or more, better 16", "add prompts to --heldout-prompts: one tells no error")
 
 
 @contextmanager
@@ -532,69 +300,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - began
-
-
-class Teller:
-    """config.json, metrics.jsonl, TensorBoard and a progress bar; silent on all processes but the first."""
-
-    def __init__(self, cfg: Config, first_step: int, speaks: bool) -> None:
-        self.cfg, self.speaks, self.rows = cfg, speaks, []
-        self.path = cfg.out / "metrics.jsonl"
-        if not speaks:
-            return
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        write_json(cfg.out / "config.json", to_mapping(cfg))
-        self.rows = read_metrics(self.path, first_step)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        self.board = SummaryWriter(str(cfg.out / "tensorboard"), purge_step=first_step + 1)
-        self.bar = tqdm(total=cfg.steps, initial=first_step, desc="ppo", unit="step", dynamic_ncols=True)
-
-    def step(self, step: int, figures: dict[str, float]) -> None:
-        """One round's figures; NaN is written as null."""
-        if not self.speaks:
-            return
-        row = {"step": step, **{k: round(v, 6) if math.isfinite(v) else None for k, v in figures.items()}}
-        self.rows.append(row)
-        append_jsonl(self.path, row)
-        for name, value in figures.items():
-            self.board.add_scalar(name, value, step)
-        if figures["scores_not_finite"]:
-            tqdm.write(f"step {step}: {figures['scores_not_finite']:.0f} clips left out, their score is not finite")
-        self.bar.update()
-        self.bar.set_postfix(score=f"{figures['score']:.3f}", kl=f"{figures['kl']:.2f}", kl_coef=f"{figures['kl_coef']:.3g}")
-
-    def summary(self) -> dict[str, Any]:
-        """First and last scores (means over up to five rounds), the last KL, mean seconds of a round by phase."""
-        if not self.rows:
-            return {}
-        scores = [row["score"] for row in self.rows if row["score"] is not None]
-        few = max(1, min(5, len(scores) // 2))
-        told: dict[str, Any] = {"kl": self.rows[-1]["kl"], "entropy": self.rows[-1]["entropy"]}
-        if scores:
-            told |= {"score_first": round(sum(scores[:few]) / few, 4), "score_last": round(sum(scores[-few:]) / few, 4)}
-        for phase in ("play", "judge", "learn"):
-            told[f"seconds_{phase}"] = round(sum(row[f"seconds_{phase}"] for row in self.rows) / len(self.rows), 3)
-        return told
-
-    def close(self) -> None:
-        if self.speaks:
-            self.bar.close()
-            self.board.close()
-
-
-def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The rows up to a step: what came after the checkpoint, half-written lines too, will be told again."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row["step"] > last_step:
-                break
-            rows.append(row)
-    return rows
 
 
 if __name__ == "__main__":

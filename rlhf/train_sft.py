@@ -54,7 +54,7 @@ from base_models.policy import PRETRAINED, load_policy
 from base_models.sampling import generate
 from base_models.settings import run, to_mapping
 from rlhf.metrics import Estimate, sequence_kl
-from rlhf.train_ppo import read_metrics
+from rlhf.tracking import read_metrics
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from feedback_app.campaigns import register_campaign
 from rlhf import reward_model
 from rlhf.evaluate_models import read_codes
 from rlhf.sample_pairs import Prompt, Settings, sample
+from rlhf.train_ppo import main as train_ppo
+from tests.rlhf.ppo_toys import config
 
 PROMPTS = ["sad piano", "fast techno, 130 BPM", "calm folk", "dark rock", "happy jazz in C major", "slow ambient"]
 
@@ -89,3 +93,11 @@ def reward_dir(policy_dir, clips, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reward")
     reward_model.RewardModel(policy, head, lens, members, offsets, 0.0, 1.0).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def learned_toy(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """PPO's smoke preset, uninterrupted; with its seconds of computing, which a busy machine does not change."""
+    out, began = tmp_path_factory.mktemp("learned"), time.process_time()
+    figures = train_ppo(config(out, steps=30, batch_size=64))
+    return out, {**figures, "cpu_seconds": time.process_time() - began}

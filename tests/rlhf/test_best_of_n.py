@@ -15,8 +15,8 @@ from base_models.policy import load_policy
 from base_models.sampling import generate
 from rlhf import cli
 from rlhf.best_of_n import BestOf, candidate_seed, kl_bound, play_best
+from rlhf.ppo_task import share_of_code_3, toy_task
 from rlhf.sample_pairs import Settings, read_prompts, sample
-from rlhf.train_ppo import share_of_code_3, toy_task
 
 
 def test_the_best_of_n_is_the_best_of_its_candidates():

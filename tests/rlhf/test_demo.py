@@ -21,9 +21,9 @@ from db.export import export_snapshot
 from db.store import open_store
 from rlhf import cli
 from rlhf.demo import ROOT, Demo, DemoConfig
+from rlhf.ppo_task import read_prompts as ppo_prompts
 from rlhf.preferences import load_snapshot, training_pairs
 from rlhf.sample_pairs import Settings, clip_seed, read_prompts, sample, write_prompts
-from rlhf.train_ppo import read_prompts as ppo_prompts
 
 
 @pytest.fixture

@@ -8,53 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer
+from rlhf.controllers import PromptBaseline, RewardNormalizer
 from rlhf.losses import (
     bradley_terry_loss,
     dpo_loss,
     entropy,
     explained_variance,
     gae,
-    kl_k1,
-    kl_k3,
     masked_mean,
     masked_whiten,
     ppo_policy_loss,
     ppo_value_loss,
 )
-
-
-def row(*numbers: float) -> Tensor:
-    return torch.tensor([numbers], dtype=torch.float64)
-
-
-def ragged(B: int = 8, S: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, torch.Generator]:
-    """Random x [B, S] with a right-padded mask of ragged lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, S + 1, (B, 1), generator=generator)
-    return torch.randn(B, S, generator=generator), torch.arange(S)[None] < lengths, generator
-
+from tests.rlhf.ppo_toys import ragged, row
 
 # -- generalised advantage estimation
-
-
-def test_gae_equals_the_hand_computed_three_steps() -> None:
-    # delta = [1 + .9*2 - 1, 0 + .9*3 - 2, 4 - 3] = [1.8, .7, 1.0]; A_2 = 1; A_1 = .7 + .45*1; A_0 = 1.8 + .45*1.15
-    advantages, returns = gae(row(1, 0, 4), row(1, 2, 3), torch.ones(1, 3, dtype=torch.bool), gamma=0.9, lam=0.5)
-    torch.testing.assert_close(advantages, row(2.3175, 1.15, 1.0))
-    torch.testing.assert_close(returns, row(3.3175, 3.15, 4.0))
-
-
-def test_gae_with_lam_one_is_the_sum_of_rewards_minus_the_value() -> None:
-    rewards, values = row(1, -2, 3, 5), row(0.5, 1, -1, 2)
-    advantages, returns = gae(rewards, values, torch.ones(1, 4, dtype=torch.bool), gamma=1.0, lam=1.0)
-    torch.testing.assert_close(returns, row(7, 6, 8, 5))
-    torch.testing.assert_close(advantages, row(7, 6, 8, 5) - values)
-
-
-def test_gae_with_lam_zero_is_the_temporal_difference() -> None:
-    advantages, _ = gae(row(1, 2, 3), row(4, 5, 6), torch.ones(1, 3, dtype=torch.bool), gamma=0.5, lam=0.0)
-    torch.testing.assert_close(advantages, row(1 + 2.5 - 4, 2 + 3 - 5, 3 - 6))
 
 
 def test_gae_does_not_see_padding_wherever_it_stands() -> None:
@@ -86,34 +54,6 @@ def test_whitening_keeps_the_mean_when_asked() -> None:
     torch.testing.assert_close(white.mean(), (x * 7 + 3)[mask].mean())
 
 
-class TwoRanks:
-    """A `reduce` for one of two ranks run one after the other: replays the other's contributions, in order."""
-
-    def __init__(self, other: list[Tensor]) -> None:
-        self.other, self.mine = other, []
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.mine.append(x.clone())
-        call = len(self.mine) - 1
-        return x + self.other[call] if call < len(self.other) else x
-
-
-def test_whitening_uses_the_moments_of_all_ranks() -> None:
-    x, mask, _ = ragged(B=8)
-    x[4:] += 3.0  # the ranks differ in their mean, which rank-local moments would hide
-    want = masked_whiten(x, mask)
-    halves = [(x[:4], mask[:4]), (x[4:], mask[4:])]
-    # Three rounds of exchange (count, sum, squares): iterate until both ranks have seen the other's true share.
-    shares: list[list[Tensor]] = [[], []]
-    for _ in range(4):
-        reducers = [TwoRanks(shares[1]), TwoRanks(shares[0])]
-        got = [masked_whiten(part, m, reducer) for (part, m), reducer in zip(halves, reducers)]
-        shares = [reducer.mine for reducer in reducers]
-    torch.testing.assert_close(torch.cat(got), want)
-    local = torch.cat([masked_whiten(part, m) for part, m in halves])
-    assert (local - want)[mask].abs().max() > 0.5
-
-
 def test_masked_mean_ignores_nan_and_takes_a_foreign_count() -> None:
     x = row(1, 3, float("nan"))
     mask = torch.tensor([[True, True, False]])
@@ -133,34 +73,6 @@ def test_policy_loss_at_ratio_one_is_minus_the_mean_advantage_with_nothing_clipp
     assert float(stats["ratio"]) == 1.0
     assert float(stats["clipfrac"]) == 0.0
     assert float(stats["approx_kl"]) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "moves"),
-    [(1.5, 1.0, False), (0.5, -1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (1.1, 1.0, True), (0.9, -1.0, True)],
-)
-def test_policy_gradient_is_zero_exactly_where_the_clip_matches_the_advantage(ratio: float, advantage: float, moves: bool) -> None:
-    logps = row(math.log(ratio)).requires_grad_()
-    loss, _ = ppo_policy_loss(logps, row(0.0), row(advantage), torch.ones(1, 1, dtype=torch.bool), 0.2)
-    loss.backward()
-    assert logps.grad is not None
-    torch.testing.assert_close(logps.grad, row(-advantage * ratio if moves else 0.0))
-
-
-def test_ragged_minibatch_in_eight_microbatches_has_the_gradient_of_one() -> None:
-    old, mask, generator = ragged(B=8)
-    advantages = torch.randn(old.shape, generator=generator)
-    new = (old + 0.3 * torch.randn(old.shape, generator=generator)).requires_grad_()
-    whole, whole_stats = ppo_policy_loss(new, old, advantages, mask, 0.2)
-    (want,) = torch.autograd.grad(whole, new)
-    count, total, clipfrac = mask.sum(), torch.zeros(()), torch.zeros(())
-    for i in range(8):
-        part = slice(i, i + 1)
-        loss, stats = ppo_policy_loss(new[part], old[part], advantages[part], mask[part], 0.2, count)
-        total, clipfrac = total + loss, clipfrac + stats["clipfrac"]
-    (got,) = torch.autograd.grad(total, new)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(clipfrac, whole_stats["clipfrac"])
 
 
 def test_padding_with_nan_changes_no_loss_and_no_gradient() -> None:
@@ -185,23 +97,6 @@ def test_padding_with_nan_changes_no_loss_and_no_gradient() -> None:
 # -- the clipped value loss
 
 
-@pytest.mark.parametrize(
-    ("value", "want", "gradient"),
-    [
-        (0.1, 0.5 * 0.9**2, -0.9),  # inside the range: the plain squared error
-        (0.5, 0.5 * 0.8**2, 0.0),  # beyond it towards the return: the clipped one is larger and has no gradient
-        (-0.5, 0.5 * 1.5**2, -1.5),  # beyond it away from the return: the free one is larger and pulls back
-    ],
-)
-def test_value_loss_in_its_three_analytic_cases(value: float, want: float, gradient: float) -> None:
-    values = row(value).requires_grad_()
-    loss, _ = ppo_value_loss(values, row(0.0), row(1.0), torch.ones(1, 1, dtype=torch.bool), 0.2)
-    loss.backward()
-    assert values.grad is not None
-    assert float(loss.detach()) == pytest.approx(want)
-    assert float(values.grad) == pytest.approx(gradient)
-
-
 def test_explained_variance_is_one_for_truth_zero_for_a_constant_and_negative_for_the_opposite() -> None:
     returns, mask, _ = ragged()
     noisy = torch.where(mask, returns, torch.full_like(returns, float("nan")))
@@ -212,17 +107,6 @@ def test_explained_variance_is_one_for_truth_zero_for_a_constant_and_negative_fo
 
 
 # -- KL and entropy
-
-
-def test_k1_and_k3_average_to_the_enumerated_categorical_kl() -> None:
-    generator = torch.Generator().manual_seed(1)
-    log_p = torch.log_softmax(torch.randn(6, generator=generator, dtype=torch.float64), -1)
-    log_q = torch.log_softmax(torch.randn(6, generator=generator, dtype=torch.float64), -1)
-    want = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=log_p), torch.distributions.Categorical(logits=log_q))
-    torch.testing.assert_close((log_p.exp() * kl_k1(log_p, log_q)).sum(), want)
-    torch.testing.assert_close((log_p.exp() * kl_k3(log_p, log_q)).sum(), want)
-    assert (kl_k3(log_p, log_q) >= 0).all()
-    assert (kl_k1(log_p, log_q) < 0).any()
 
 
 def test_entropy_of_the_uniform_is_log_v_and_of_a_certainty_zero() -> None:
@@ -263,28 +147,6 @@ def test_soft_labels_put_the_minimum_where_the_win_probability_equals_the_label(
 
 
 # -- controllers
-
-
-def test_kl_controller_moves_both_ways_and_not_when_fixed() -> None:
-    controller = AdaptiveKLController(0.1, target_kl=6.0, horizon=100)
-    assert controller.update(60.0, n=10) == pytest.approx(0.1 * 1.02)
-    assert controller.update(0.0, n=10) == pytest.approx(0.1 * 1.02 * 0.98)
-    before = controller.kl_coef
-    assert controller.update(6.0, n=10) == before
-    assert controller.update(float("nan"), n=10) == before
-    assert AdaptiveKLController(0.1).update(1e9, n=10) == 0.1
-
-
-def test_reward_normalizer_has_the_moments_of_all_scores_it_has_seen() -> None:
-    scores = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 4 + 10
-    normalizer = RewardNormalizer()
-    for part in scores.split([5, 1, 30, 28]):
-        normalizer.update(part)
-    assert normalizer.mean == pytest.approx(float(scores.mean()), rel=1e-5)
-    assert normalizer.std == pytest.approx(float(scores.std(unbiased=False)), rel=1e-5)
-    again = RewardNormalizer()
-    again.load_state_dict(normalizer.state_dict())
-    assert torch.equal(again(scores), normalizer(scores))
 
 
 def test_reward_normalizer_leaves_nan_out_and_survives_a_constant() -> None:

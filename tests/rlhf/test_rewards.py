@@ -103,3 +103,16 @@ def test_an_unknown_part_is_refused_with_the_names_there_are() -> None:
 def test_a_judge_that_loses_clips_is_caught() -> None:
     with pytest.raises(ValueError, match="for 4 clips"):
         Reward({"a": Part(says(1, 2))}).marks(CODES, PROMPTS)
+
+
+def test_parts_that_no_weight_names_are_judged_only_when_everything_is_asked_for() -> None:
+    reward = weighted({"human": 1.0}, says(0, 1, 2, 3), {"tempo": says(1, 1, 0, 0)})
+    in_rounds, on_looks = reward.marks(CODES, PROMPTS), reward.marks(CODES, PROMPTS, everything=True)
+    assert torch.isnan(in_rounds[:, 1]).all()
+    assert on_looks[:, 1].tolist() == [1, 1, 0, 0]
+    assert "reward_tempo" in reward.figures(on_looks)
+    assert "reward_tempo" not in reward.figures(in_rounds)
+    reward.measure(in_rounds)
+    reward.measure(on_looks)
+    reward.measure(on_looks + 100)
+    assert reward.scales == {"human": (1.5, pytest.approx(1.25**0.5)), "tempo": (0.5, 0.5)}

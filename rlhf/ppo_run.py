@@ -1,0 +1,315 @@
+"""A PPO run: everything that a checkpoint holds, and the verbs of a round (play, judge, learn) and of a look.
+
+rlhf/train_ppo.py says in which order they are called, and what each setting means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, set_seed
+from torch import Tensor, nn
+
+from adapters.lora import adapter_tensors, attach_lora, set_adapter_tensors, trainable_parameters
+from base_models.checkpoint import latest_training_state, load_training_state, save_training_state
+from base_models.errors import UserError
+from base_models.lm import disable_functional_dropout
+from rlhf.brake import Brake, Look
+from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer, leave_one_out
+from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo_policy_loss, ppo_value_loss
+from rlhf.metrics import diversity
+from rlhf.ppo_task import Task
+from rlhf.rewards import parse_weights, weighted
+from rlhf.rollout import Critic, Rollout, judge, play, prompt_of, sample_seed, score_steps
+
+if TYPE_CHECKING:
+    from rlhf.train_ppo import Config
+
+
+class Run:
+    """A policy on its way, with all that it remembers."""
+
+    def __init__(self, cfg: Config, task: Task, accelerator: Accelerator) -> None:
+        self.cfg, self.task, self.accelerator = cfg, task, accelerator
+        self.reward = weighted(parse_weights(cfg.weights), task.score, task.checks)
+        self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster(accelerator.device))
+        self.table = task.table.to(accelerator.device)
+        set_seed(cfg.seed)
+        self.lm = task.lm.eval()
+        disable_functional_dropout(self.lm)
+        attach_lora(self.lm, cfg.r, cfg.alpha)
+        self.lm.to(accelerator.device).fast_training()
+        self.critic = Critic(self.lm.config.d_model).to(accelerator.device)
+        self.groups = [trainable_parameters(self.lm), list(self.critic.parameters())]
+        for parameter in self.parameters():
+            parameter.data.copy_(broadcast(parameter.data))
+        rates = [cfg.lr, cfg.critic_lr]
+        self.optimizer = torch.optim.Adam([{"params": p, "lr": lr} for p, lr in zip(self.groups, rates)], eps=1e-5)
+        self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, cfg.lr_end, total_iters=max(cfg.steps - 1, 1))
+        self.controller = AdaptiveKLController(cfg.kl_coef, cfg.target_kl, cfg.kl_horizon)
+        self.baseline = PromptBaseline(len(task.prompts))
+        self.normalizer = RewardNormalizer()
+        self.brake = Brake(cfg.max_disagreement, cfg.min_diversity, cfg.patience)
+        self.best: dict[str, Tensor] = {}
+        """The adapter of the best look."""
+        self.braked: str | None = None
+        """Why the run should end, once it should."""
+        self.examples: list[tuple[str, Tensor]] = []
+        """Clips to listen to, with what they are: prompt, codes [K, T]."""
+        self.step, self.clips, self.blind_rounds = 0, 0, 0
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for group in self.groups:
+            yield from group
+
+    # ---- a round -----------------------------------------------------------------------------------------------------
+
+    def play(self) -> Rollout:
+        """This process's contiguous share of the next `batch_size` clips of the run; not judged yet."""
+        cfg, rank, world = self.cfg, self.accelerator.process_index, self.accelerator.num_processes
+        share = cfg.batch_size // world
+        indices = range(self.clips + rank * share, self.clips + (rank + 1) * share)
+        rows = prompt_of(indices, len(self.task.prompts), cfg.samples_per_prompt, cfg.seed)
+        self.clips += cfg.batch_size
+        return play(
+            self.lm,
+            self.critic,
+            self.table.index(rows),
+            rows,
+            [sample_seed(cfg.seed, index) for index in indices],
+            cfg.n_frames,
+            temperature=cfg.temperature,
+            cfg_coef=cfg.cfg_coef,
+            bf16=self.bf16,
+        )
+
+    def judge(self, mine: Rollout) -> tuple[Rollout, dict[str, float]]:
+        """This process's clips -> all clips, in the order of their indices, with rewards at the present price of drift, which is then
+        adapted."""
+        marks = self.reward.marks(mine.codes, [self.task.prompts[row] for row in mine.prompt_ids.tolist()])
+        rollout = dataclasses.replace(mine, marks=marks).map(self.accelerator.gather)
+        if self.step == 0:
+            self.reward.measure(rollout.marks)
+        total = self.reward.judge(rollout.marks).total
+        if self.cfg.baseline == "prompt":
+            centred = self.baseline(rollout.prompt_ids, total)
+        else:
+            centred = leave_one_out(rollout.prompt_ids, total) if self.cfg.baseline == "loo" else total
+        price = self.controller.kl_coef
+        judged = judge(rollout, centred, self.normalizer, price)
+        kl = (rollout.logps - rollout.ref_logps).sum(1).mean().item()
+        self.controller.update(kl, len(rollout.codes))
+        finite = total[torch.isfinite(total)]
+        self.blind_rounds = 0 if len(finite) else self.blind_rounds + 1
+        none = torch.full((1,), float("nan"))
+        figures = {
+            "score": (finite if len(finite) else none).mean().item(),
+            "score_std": finite.std(correction=0).item() if len(finite) else float("nan"),
+            "scores_not_finite": float(len(total) - len(finite)),
+            **self.reward.figures(rollout.marks),
+            "kl": kl,
+            **{f"kl_book_{k}": value for k, value in enumerate(rollout.book_kl.mean(0).tolist())},
+            "kl_coef": price,
+            "reward": judged.rewards.sum(1).mean().item(),
+            "entropy": -masked_mean(rollout.logps, rollout.mask).item(),
+        }
+        if self.cfg.brake != "off" and kl > self.cfg.kl_budget:
+            self.braked = f"kl {kl:.1f} nats a clip exceeds the budget of {self.cfg.kl_budget:g}"
+        if self.task.heldout is None:
+            self.examples = [(self.task.prompts[int(i)], codes) for i, codes in zip(rollout.prompt_ids[: self.cfg.listen], rollout.codes)]
+        return judged, figures
+
+    def learn(self, rollout: Rollout) -> dict[str, float]:
+        """`epochs` passes of clipped updates over a judged, global rollout. Returns means over the updates."""
+        cfg, first_ratio = self.cfg, 0.0
+        sums: dict[str, float] = {}
+        if not rollout.mask.any():
+            return {}
+        advantages, returns = gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
+        advantages = masked_whiten(advantages, rollout.mask)
+        updates = self._minibatches(len(rollout.codes))
+        for number, rows in enumerate(updates):
+            stats = self._update(rollout, advantages, returns, rows)
+            first_ratio = stats["ratio"] if number == 0 else first_ratio
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + value / len(updates)
+        sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": first_ratio}
+        sums["explained_variance"] = explained_variance(rollout.values, returns, rollout.mask).item()
+        self.scheduler.step()
+        return sums
+
+    def _minibatches(self, n: int) -> list[Tensor]:
+        """Rows of each update, the same on every process; drawn from (seed, step), so that nothing has to be remembered."""
+        generator = torch.Generator().manual_seed(sample_seed(self.cfg.seed ^ 0xBA7C4, self.step))
+        passes = [torch.randperm(n, generator=generator) for _ in range(self.cfg.epochs)]
+        return [rows for order in passes for rows in order.chunk(self.cfg.minibatches)]
+
+    def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
+        """One optimiser step on global rows: this process takes its share in microbatches; gradients and figures are summed."""
+        cfg, device = self.cfg, self.accelerator.device
+        rows = rows.to(device)
+        count = rollout.mask[rows].sum().clamp(min=1)
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        self.optimizer.zero_grad(set_to_none=False)
+        totals: dict[str, Tensor] = {}
+        for part in mine.split(cfg.microbatch):
+            mask, cond = rollout.mask[part], self.table.index(rollout.prompt_ids[part])
+            scored = score_steps(
+                self.lm,
+                rollout.codes[part],
+                cond,
+                temperature=cfg.temperature,
+                cfg_coef=cfg.cfg_coef,
+                bf16=self.bf16,
+                with_entropy=cfg.ent_coef != 0,
+            )
+            values = self.critic(scored.hidden)
+            policy_loss, stats = ppo_policy_loss(scored.logps, rollout.logps[part], advantages[part], mask, cfg.cliprange, count)
+            value_loss, more = ppo_value_loss(values, rollout.values[part], returns[part], mask, cfg.cliprange_value, count)
+            loss = policy_loss + cfg.vf_coef * value_loss - cfg.ent_coef * masked_mean(scored.entropy, mask, count)
+            loss.backward()
+            losses = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
+            for name, value in {**stats, **more, **losses}.items():
+                totals[name] = totals.get(name, torch.zeros((), device=device)) + value
+        return self._optimise(totals)
+
+    def _optimise(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Sum gradients and figures over the processes in one flat tensor, clip each group, step; skip where not finite."""
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters()]
+        flat = torch.cat([g.reshape(-1) for g in gradients] + [value.float().reshape(1) for value in totals.values()])
+        flat = self.accelerator.reduce(flat, "sum")
+        sizes = [g.numel() for g in gradients] + [1] * len(totals)
+        pieces = flat.split(sizes)
+        for parameter, piece in zip(self.parameters(), pieces):
+            parameter.grad = piece.view_as(parameter)
+        stats = {name: piece.item() for name, piece in zip(totals, pieces[len(gradients) :])}
+        norms = [nn.utils.clip_grad_norm_(group, self.cfg.max_grad_norm) for group in self.groups]
+        healthy = all(math.isfinite(norm.item()) for norm in norms)
+        if healthy:
+            self.optimizer.step()
+        return {**stats, "grad_norm": norms[0].item() if healthy else 0.0, "updates_skipped": float(not healthy)}
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any process says so; all get the same answer."""
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum").item() > 0)
+
+    # ---- a look ------------------------------------------------------------------------------------------------------
+
+    @property
+    def look_is_due(self) -> bool:
+        """Whether the held-out prompts should be played now."""
+        return self.task.heldout is not None and self.step % self.cfg.look_every == 0
+
+    @torch.no_grad()
+    def look(self) -> dict[str, float]:
+        """Play the held-out prompts, with the seeds of every look; ask all parts of the reward; let the brake judge. Returns figures."""
+        cfg, heldout = self.cfg, self.task.heldout
+        assert heldout is not None
+        rows = [row for row in range(len(heldout)) for _ in range(cfg.heldout_clips)]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        share = -(-len(rows) // world)  # every process plays as many: the last ones begin anew, and what is double is cut off
+        mine = [index % len(rows) for index in range(rank * share, (rank + 1) * share)]
+        table, chunk = heldout.table.to(self.accelerator.device), max(cfg.batch_size // world, 1)
+        seen: dict[str, list[Tensor]] = {"kl": [], "marks": [], "spread": [], "points": []}
+        examples: list[tuple[str, Tensor]] = []
+        for start in range(0, share, chunk):
+            part = mine[start : start + chunk]
+            cond, seeds = table.index([rows[index] for index in part]), [sample_seed(cfg.seed ^ 0x10C4, index) for index in part]
+            how: dict[str, Any] = {"temperature": cfg.temperature, "cfg_coef": cfg.cfg_coef, "bf16": self.bf16}
+            clips = play(self.lm, self.critic, cond, [rows[index] for index in part], seeds, cfg.n_frames, **how)
+            prompts = [heldout.texts[rows[index]] for index in part]
+            seen["kl"].append((clips.logps - clips.ref_logps).sum(1))
+            seen["marks"].append(self.reward.marks(clips.codes, prompts, everything=True))
+            nothing = clips.logps.new_full((len(part),), float("nan"))
+            seen["spread"].append(self.task.spread(clips.codes, prompts) if self.task.spread else nothing)
+            seen["points"].append(self.task.embed(clips.codes, prompts) if self.task.embed else nothing[:, None])
+            examples += [(prompts[i], clips.codes[i]) for i, index in enumerate(part) if index % cfg.heldout_clips == 0]
+        kl, marks, spread, points = (self.accelerator.gather(torch.cat(parts))[: len(rows)] for parts in seen.values())
+        if self.step == 0:
+            self.reward.measure(marks)
+        look = Look(
+            scores=self.reward.judge(marks).total.cpu(),
+            prompt_ids=rows,
+            kl=kl.mean().item(),
+            spread=spread[torch.isfinite(spread)].mean().item(),
+            diversity=diversity(points.cpu(), rows) if cfg.heldout_clips > 1 else float("nan"),
+        )
+        reason = self.brake(self.step, look)
+        if self.brake.best_step == self.step:
+            self.best = adapter_tensors(self.lm)
+        if reason and cfg.brake != "off":
+            self.braked = reason
+        self.examples = examples[: cfg.listen]
+        return self.brake.figures(look) | {f"heldout_{name}": value for name, value in self.reward.figures(marks).items()}
+
+    def rewind(self) -> int:
+        """Put the adapter of the best look back; returns its step."""
+        set_adapter_tensors(self.lm, self.best)
+        return self.brake.best_step
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A whole checkpoint or none. Seeds and minibatches follow from (seed, clips, step): there is no sampler to save."""
+        if self.accelerator.is_main_process:
+            save_training_state(
+                self.cfg.out,
+                self.step,
+                {"adapter": adapter_tensors(self.lm), "critic": self.critic.state_dict()} | ({"best": self.best} if self.best else {}),
+                {
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "controller": self.controller.state_dict(),
+                    "baseline": self.baseline.state_dict(),
+                    "normalizer": self.normalizer.state_dict(),
+                    "reward": self.reward.state_dict(),
+                    "brake": self.brake.state_dict(),
+                },
+                {**self._parents(), "clips": self.clips, "blind_rounds": self.blind_rounds, "braked": self.braked},
+            )
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> None:
+        """Back to the newest checkpoint, if there is one. Raises UserError where base, reward or prompts are not those that it knew."""
+        newest = latest_training_state(self.cfg.out)
+        if newest is None:
+            return
+        step, tensors, states, extra = load_training_state(newest)
+        for name, value in self._parents().items():
+            if extra[name] != value:
+                raise UserError(f"{newest} of {name} {extra[name]}, now {value}", "the same one", "resume with it, or start a new --out")
+        set_adapter_tensors(self.lm, tensors["adapter"])
+        self.critic.load_state_dict(tensors["critic"])
+        self.optimizer.load_state_dict(states["optimizer"])
+        self.scheduler.load_state_dict(states["scheduler"])
+        self.controller.load_state_dict(states["controller"])
+        self.baseline.load_state_dict(states["baseline"])
+        self.normalizer.load_state_dict(states["normalizer"])
+        self.reward.load_state_dict(states["reward"])
+        self.brake.load_state_dict(states["brake"])
+        self.best = tensors.get("best", {})
+        self.braked = extra["braked"] if self.cfg.brake != "off" else None
+        self.step, self.clips, self.blind_rounds = step, extra["clips"], extra["blind_rounds"]
+
+    def _parents(self) -> dict[str, Any]:
+        heldout = self.task.heldout
+        return {
+            "base_sha256": self.task.base_sha256,
+            "reward_sha256": self.task.reward_sha256,
+            "prompts_sha256": hashlib.sha256("\n".join(self.task.prompts).encode()).hexdigest(),
+            "heldout_sha256": heldout and hashlib.sha256("\n".join(heldout.texts).encode()).hexdigest(),
+            "seed": self.cfg.seed,
+        }
+
+
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether this processor multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,174 @@
+"""What PPO plays and who judges it: read from a policy, a reward model and files of prompts; or a toy that needs none of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from base_models.conditions import Conditions
+from base_models.errors import UserError
+from base_models.lm import MusicLM, MusicLMConfig
+from base_models.policy import Policy, load_policy
+from rlhf.reward_model import LATENTS, RewardModel, features, load_reward
+from rlhf.rewards import Score
+
+Sound = Callable[[Tensor], tuple[NDArray[np.float32], int]]
+"""codes [K, T] -> wav [C, L] and its sample rate."""
+Embed = Callable[[Tensor, list[str]], Tensor]
+"""codes [B, K, T] and prompts -> features [B, F], in which distance is difference to the ear."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts and their conditions, one row of `table` each."""
+
+    texts: list[str]
+    table: Conditions
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The LM, its prompts, the listeners' score, and the hashes of the parents; what else is known is None or empty where it is not."""
+
+    lm: MusicLM
+    prompts: list[str]
+    table: Conditions
+    """One row a prompt."""
+    score: Score
+    """The part `human` of the reward."""
+    base_sha256: str
+    reward_sha256: str | None = None
+    snapshot_sha256: str | None = None
+    checks: Mapping[str, Score] = field(default_factory=dict)
+    """The reward's verifiable parts, by name."""
+    spread: Score | None = None
+    """How far the reward's heads disagree about clips."""
+    embed: Embed | None = None
+    """Where diversity is measured."""
+    sound: Sound | None = None
+    """How clips are heard."""
+    heldout: Prompts | None = None
+    """Prompts that are played to watch the run and never learnt from."""
+
+
+def load_task(policy_dir: Path, reward_dir: Path | None, prompts_file: Path | None, heldout_file: Path | None = None) -> Task:
+    """The policy, the reward model and the prompts that the settings name."""
+    if reward_dir is None or prompts_file is None:
+        raise UserError(f"--reward {reward_dir}, --prompts {prompts_file}", "both", "train one with train_reward.py; or --preset smoke")
+    policy = load_policy(policy_dir)
+    prompts = load_prompts(policy, prompts_file)
+    reward = load_reward(reward_dir, policy)
+
+    def sound(codes: Tensor) -> tuple[NDArray[np.float32], int]:
+        return policy.decode(codes[None])[0].float().cpu().numpy(), policy.codec.sample_rate
+
+    return Task(
+        lm=policy.lm,
+        prompts=prompts.texts,
+        table=prompts.table,
+        score=reward.score,
+        base_sha256=policy.sha256,
+        reward_sha256=reward.sha256,
+        snapshot_sha256=reward.snapshot_sha256,
+        spread=reward.spread if len(reward.members) > 1 else None,
+        embed=embedding(policy, reward),
+        sound=sound,
+        heldout=None if heldout_file is None else load_prompts(policy, heldout_file),
+    )
+
+
+def load_prompts(policy: Policy, path: Path) -> Prompts:
+    """Prompts of a file with the policy's conditions."""
+    texts, tempi = read_prompts(path)
+    return Prompts(texts, policy.conditions(texts, tempi))
+
+
+def embedding(policy: Policy, reward: RewardModel) -> Embed:
+    """The shared audio-text space where the policy has one (unit vectors), else statistics of the codec's latents."""
+    contrastive = policy.contrastive
+    if contrastive is None:
+        return lambda codes, prompts: features(reward.base, codes, prompts, [LATENTS])[LATENTS]
+    return lambda codes, prompts: contrastive.embed_codes(codes)
+
+
+def read_prompts(path: Path) -> tuple[list[str], list[float | None]]:
+    """Prompts and tempi of a .jsonl file (rows with `prompt`, perhaps `tempo_bpm`) or of a text file, one prompt a line."""
+    if not path.is_file():
+        raise UserError(f"no file {path}", "prompts, .jsonl or one a line", "check --prompts")
+    lines = [line for line in io.StringIO(path.read_text(encoding="utf-8")) if line.strip()]
+    if not lines:
+        raise UserError(f"{path} without a prompt", "at least one", "write one prompt a line")
+    if path.suffix != ".jsonl":
+        return [line.strip() for line in lines], [None] * len(lines)
+    prompts: list[str] = []
+    tempi: list[float | None] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            prompts.append(str(row["prompt"]))
+            tempi.append(None if row.get("tempo_bpm") is None else float(row["tempo_bpm"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number}: {line[:60]!r}", 'a row like {"prompt": "calm piano", "tempo_bpm": 90}', "correct it"
+            ) from error
+    return prompts, tempi
+
+
+def toy_task(seed: int, n_prompts: int = 8) -> Task:
+    """A random policy of 2 codebooks of 16, paid for the share of code 3 among its codes (at first about 1/16); its checks are the share
+    of code 5, asked for by even prompts, and how seldom a code follows itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        shape = MusicLMConfig(n_q=2, card=16, d_model=32, n_layers=2, n_heads=2, d_ff=64, text_dim=16)
+        lm = MusicLM(shape).eval()
+        for head in lm.decoder.lm_heads.parameters():  # fresh heads are almost flat; no adapter on the trunk could sharpen them
+            nn.init.normal_(head, std=0.3)
+        text = torch.cat([torch.randn(n_prompts, 4, shape.text_dim), torch.randn(4, 4, shape.text_dim)])
+    rows = Conditions(text, torch.ones(n_prompts + 4, 4, dtype=torch.bool), torch.full((n_prompts + 4,), float("nan")))
+    texts = [f"toy prompt {i}" for i in range(n_prompts + 4)]
+    return Task(
+        lm,
+        texts[:n_prompts],
+        rows.index(range(n_prompts)),
+        share_of_code_3,
+        lm.sha256(),
+        checks={"code_5": share_of_code_5, "movement": movement},
+        spread=lambda codes, prompts: 0.1 + (codes[..., 1:] == codes[..., :-1]).float().mean((1, 2)),
+        embed=lambda codes, prompts: F.one_hot(codes, lm.card).float().mean((1, 2)),
+        sound=toy_sound,
+        heldout=Prompts(texts[n_prompts:], rows.index(range(n_prompts, n_prompts + 4))),
+    )
+
+
+def share_of_code_3(codes: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The toy's reward: codes [B, K, T] -> share of the codes that are 3 [B]."""
+    return (codes == 3).float().mean((1, 2))
+
+
+def share_of_code_5(codes: Tensor, prompts: Sequence[str]) -> Tensor:
+    """codes [B, K, T] -> share of the codes that are 5 [B]; NaN for prompts that end in an odd digit, which do not ask for it."""
+    asked = torch.tensor([int(prompt[-1]) % 2 == 0 for prompt in prompts], device=codes.device)
+    return torch.where(asked, (codes == 5).float().mean((1, 2)), float("nan"))
+
+
+def movement(codes: Tensor, prompts: Sequence[str]) -> Tensor:
+    """codes [B, K, T] -> share of the codes that differ from the one before [B]."""
+    return (codes[..., 1:] != codes[..., :-1]).float().mean((1, 2))
+
+
+def toy_sound(codes: Tensor) -> tuple[NDArray[np.float32], int]:
+    """codes [K, T] -> one sine a frame of 50 ms, the first codebook its pitch: wav [1, L], 8000 Hz."""
+    pitch = (200.0 * 2 ** (codes[0].double() / 6)).repeat_interleave(400)
+    return (0.3 * torch.sin(2 * torch.pi * pitch.cumsum(0) / 8000))[None].float().cpu().numpy(), 8000

@@ -1,0 +1,100 @@
+"""What the tests of PPO share: the toy's settings, a tiny language model, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.library import read_adapter
+from adapters.lora import attach_lora
+from base_models.conditions import Conditions
+from base_models.lm import MusicLM, MusicLMConfig
+from rlhf.ppo_task import Prompts, Task, toy_task
+from rlhf.rewards import Score
+from rlhf.rollout import Critic, Rollout, play
+from rlhf.train_ppo import TOY, Config
+
+SCRIPT = Path(__file__).resolve().parents[2] / "rlhf" / "train_ppo.py"
+T = 7
+"""Frames that `played` plays."""
+
+
+def config(out: Path, **changes: Any) -> Config:
+    return Config(**{**TOY, "out": out, "steps": 3, "batch_size": 32, **changes})
+
+
+def judged_by(score: Score, heldout: Prompts | None = None) -> Task:
+    """The toy with another judge; without held-out prompts that judge is called once a round."""
+    return dataclasses.replace(toy_task(0), score=score, heldout=heldout)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.startswith(("seconds", "tokens_per_second"))}
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return read_adapter(out / "adapter").lora.tensors
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def alone() -> dict[str, str]:
+    """The environment of a run launched by hand: nothing of a launcher's, as many threads as here."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
+    return {**kept, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def tiny_lm(n_q: int = 3, card: int = 8, init_b: bool = True) -> MusicLM:
+    """A random model with decided heads; `init_b` gives its adapter something to say."""
+    torch.manual_seed(0)
+    shape = MusicLMConfig(n_q=n_q, card=card, d_model=32, n_layers=2, n_heads=2, d_ff=64, text_dim=8, dropout=0.1)
+    lm = MusicLM(shape).eval()
+    for head in lm.decoder.lm_heads:
+        torch.nn.init.normal_(head.weight, std=0.3)
+    attach_lora(lm, r=4, alpha=8.0, init_b=init_b)
+    return lm
+
+
+def conditions(B: int) -> Conditions:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(B, 5, 8, generator=generator)
+    mask = torch.arange(5)[None] < torch.randint(1, 6, (B, 1), generator=generator)
+    return Conditions(text * mask[..., None], mask, torch.tensor([90.0, float("nan")]).repeat(B)[:B])
+
+
+def played(lm: MusicLM, B: int = 6, **settings: float) -> tuple[Rollout, Critic, Conditions]:
+    critic, cond = Critic(32), conditions(B)
+    torch.nn.init.normal_(critic.head.weight)
+    return play(lm, critic, cond, range(B), range(B), T, **settings), critic, cond
+
+
+def rollout_of(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Rollout:
+    B = len(logps)
+    nothing = torch.zeros_like(logps)
+    codes = torch.zeros(B, 1, logps.shape[1], dtype=torch.int64)
+    none = torch.zeros(B, 0)
+    return Rollout(codes, torch.arange(B), mask, logps, ref_logps, nothing, none, none, torch.full((B,), float("nan")), nothing)
+
+
+def row(*numbers: float) -> Tensor:
+    return torch.tensor([numbers], dtype=torch.float64)
+
+
+def ragged(B: int = 8, S: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, torch.Generator]:
+    """Random x [B, S] with a right-padded mask of ragged lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, S + 1, (B, 1), generator=generator)
+    return torch.randn(B, S, generator=generator), torch.arange(S)[None] < lengths, generator
