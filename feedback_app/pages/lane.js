@@ -28,17 +28,19 @@ function drawLane(canvas, side, here) {
     draw.roundRect(from, top * height, Math.max(2 * scale, to - from), (bottom - top) * height, radius * scale);
     draw.fill();
   };
-  if (player.loop) bar(at(player.loop[0]), at(player.loop[1]), 0.16, 0.84, colours.loop, 8);
+  const loop = dragged && dragged.loops ? [Math.min(dragged.from, dragged.to), Math.max(dragged.from, dragged.to)] : player.loop;
+  if (loop) bar(at(loop[0]), at(loop[1]), 0.16, 0.84, colours.loop, 8);
   bar(0, width, 0.4, 0.6, colours.line, 5);
   for (const [from, to] of player.spans[side]) bar(at(from), at(to), 0.4, 0.6, colours[side], 5);
-  if (player.marks.length || player.marking || dragged) {
+  const drawn = dragged && !dragged.loops ? dragged : null;
+  if (player.marks.length || player.marking || drawn) {
     const buffer = player.buffers[side];
     outline(buffer).forEach((peak, i) => {
       const from = at((i * buffer.duration) / BARS);
       bar(from, from + Math.max(1, at(buffer.duration / BARS) - 1), 0.5 - 0.4 * peak, 0.5 + 0.4 * peak, colours.faint, 0);
     });
   }
-  const open = dragged || (player.marking && { ...player.marking, to: here });
+  const open = drawn || (player.marking && { ...player.marking, to: here });
   const marks = player.marks.map((mark) => ({ side: mark.side, from: mark.t0_ms / 1000, to: mark.t1_ms / 1000 }));
   for (const mark of open ? [...marks, open] : marks) {
     if (mark.side === side) bar(at(Math.min(mark.from, mark.to)), at(Math.max(mark.from, mark.to)), 0.86, 1, colours.bad, 2);
@@ -53,7 +55,7 @@ function readColours() {
   colours = Object.fromEntries(['ink', 'faint', 'line', 'loop', 'a', 'b', 'bad'].map((name) => [name, style.getPropertyValue(`--${name}`)]));
 }
 
-/* ---- a click on a lane seeks; a drag marks what it covers */
+/* ---- a click on a lane seeks; a drag marks what it covers, and with Shift it loops it */
 let dragged = null;
 const secondsAt = (track, event) => {
   const box = track.getBoundingClientRect();
@@ -66,17 +68,20 @@ function watchLane(track) {
   track.addEventListener('pointerdown', (event) => {
     if (!player.buffers || event.button) return;
     track.setPointerCapture(event.pointerId);
-    pressed = { x: event.clientX, from: secondsAt(track, event) };
+    pressed = { x: event.clientX, from: secondsAt(track, event), loops: event.shiftKey };
   });
   track.addEventListener('pointermove', (event) => {
     if (!pressed || Math.abs(event.clientX - pressed.x) < 6) return;
-    dragged = { side: sideOf(track), from: pressed.from, to: secondsAt(track, event) };
+    dragged = { side: sideOf(track), from: pressed.from, to: secondsAt(track, event), loops: pressed.loops };
     paint();
   });
   track.addEventListener('pointerup', (event) => {
     if (!pressed) return;
-    if (dragged) player.addMark(dragged.side, Math.min(dragged.from, dragged.to), Math.max(dragged.from, dragged.to));
-    else {
+    if (dragged) {
+      const [from, to] = [Math.min(dragged.from, dragged.to), Math.max(dragged.from, dragged.to)];
+      if (dragged.loops) player.loopOver(from, to);
+      else player.addMark(dragged.side, from, to);
+    } else {
       player.switchTo(sideOf(track));
       player.seek(secondsAt(track, event));
     }

@@ -2,6 +2,7 @@
    equal-power fade of 12 ms (cos and sin of one phase) at the same sample: no seek, no gap, no dip in power. */
 const FADE_S = 0.012;
 const LOOP_S = 3;
+const MIN_LOOP_S = 0.2;
 const MIN_MARK_S = 0.1;
 
 class Player {
@@ -182,16 +183,31 @@ class Player {
     this.onChange();
   }
 
-  async toggleLoop() {
+  /* The region [from, to) over and over; too short a region ends the loop. Who stood outside of it goes to its begin. */
+  async loopOver(from, to) {
     const resume = this.playing;
     const here = this.now();
     this.stop();
-    const from = Math.max(0, Math.min(here - LOOP_S / 2, this.duration - LOOP_S));
-    this.loop = this.loop ? null : [from, Math.min(this.duration, from + LOOP_S)];
-    this.position = here;
+    const [begin, end] = [Math.max(0, from), Math.min(this.duration, to)];
+    this.loop = end - begin >= MIN_LOOP_S ? [begin, end] : null;
+    this.position = this.loop && (here < begin || here >= end) ? begin : here;
     this.log(this.loop ? 'loop' : 'unloop');
     if (resume) await this.play();
     this.onChange();
+  }
+
+  async toggleLoop() {
+    if (!this.buffers) return;
+    const from = Math.max(0, Math.min(this.now() - LOOP_S / 2, this.duration - LOOP_S));
+    await (this.loop ? this.loopOver(0, 0) : this.loopOver(from, from + LOOP_S));
+  }
+
+  /* The playhead becomes the region's begin ('in') or its end ('out'), as in a cutting room. */
+  async loopEdge(edge) {
+    if (!this.buffers) return;
+    const here = this.now();
+    const [from, to] = this.loop || [0, this.duration];
+    await (edge === 'in' ? this.loopOver(here, to > here ? to : this.duration) : this.loopOver(from < here ? from : 0, here));
   }
 
   /* ---- "bad here": a mark begins and ends on the side that sounds; a switch, a pause or the loop's turn ends it too */

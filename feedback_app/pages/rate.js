@@ -311,7 +311,7 @@ const toggle = () => { hush(); return player.playing ? player.stop() : player.pl
 const other = () => { hush(); player.switchTo(player.side === 'a' ? 'b' : 'a'); };
 const mark = () => (player.toggleMark() ? hush() : tell('Play first, then press M where it sounds bad.'));
 const KEYS = {
-  ' ': toggle, x: other, l: () => player.toggleLoop(), m: () => mark(),
+  ' ': toggle, x: other, l: () => player.toggleLoop(), i: () => player.loopEdge('in'), o: () => player.loopEdge('out'), m: () => mark(),
   ArrowLeft: () => player.seek(player.now() - 1), ArrowRight: () => player.seek(player.now() + 1),
   1: () => vote('a'), 2: () => vote('b'), 3: () => vote('tie'), 4: () => vote('both_bad'),
 };

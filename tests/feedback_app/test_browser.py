@@ -199,6 +199,7 @@ def test_aspects_marks_and_coverage_outlive_a_refresh_and_reach_the_database(
     expect(ada.page.locator(".marks li")).to_have_count(2)
     ada.page.locator(".marks select").nth(1).select_option("noise")
     ada.page.locator(".aspect label", has_text="B much").nth(1).click()
+    ada.page.locator(".sure label", has_text="Fairly sure").click()
     comment = ada.page.get_by_label("What made the difference?")
     comment.fill("")
     comment.press_sequentially("x1m2 ")  # typing steers nothing
@@ -213,7 +214,7 @@ def test_aspects_marks_and_coverage_outlive_a_refresh_and_reach_the_database(
     ada.at("done")
     expect(ada.page.locator(".deeds")).to_contain_text("You gave 1 answer. It waits for the next snapshot")
     ((vote, _, _),) = votes_of(demo.url)
-    assert (vote.choice, vote.comment, len(vote.ui_version)) == ("b", "x1m2", 12)
+    assert (vote.choice, vote.comment, vote.confidence, len(vote.ui_version)) == ("b", "x1m2", 2, 12)
     assert abs(vote.client_ms / 1000 - vote.created_at.timestamp()) < 60
     assert vote.coverage_a == pytest.approx(vote.listen_a_ms / 4000, abs=0.01)
     with open_store(demo.url) as store, store.read() as session:
@@ -280,6 +281,43 @@ def test_both_sides_run_on_one_clock_to_the_sample(player_page: Page) -> None:
         assert abs(sign * got - index) <= 1, heard
 
 
+def test_a_region_goes_round_to_the_sample_after_a_seek_and_both_sides_stay_together(player_page: Page) -> None:
+    heard = player_page.evaluate(
+        """async () => {
+          const [rate, n] = [48000, 48000];
+          const player = new Player(() => {});
+          const context = player.context = new OfflineAudioContext(1, n, rate);
+          const side = (sign) => {
+            const buffer = context.createBuffer(1, n, rate);
+            buffer.getChannelData(0).forEach((_, i, data) => { data[i] = sign * (i + 1) / n; });
+            return buffer;
+          };
+          player.take({ a: side(1), b: side(-1) }, { a: 0, b: 0 });
+          await player.seek(0.5);
+          await player.loopEdge('in');
+          await player.seek(0.75);
+          await player.loopEdge('out');
+          const region = player.loop;
+          player.begin();
+          context.suspend(0.6).then(() => { player.switchTo('b'); context.resume(); });
+          const out = (await context.startRendering()).getChannelData(0);
+          player.tick();
+          const at = (seconds) => { const x = out[Math.round(seconds * rate)]; return Math.sign(x) * (Math.round(Math.abs(x) * n) - 1); };
+          const places = [0.1, 0.3, 0.5, 0.7, 0.9].map((s) => [at(s), Math.round(s * rate) - Math.round(0.02 * rate)]);
+          const heard = player.heardMs;
+          player.stop();
+          await player.loopOver(0.5, 0.6);
+          return { region, places, heard, loop: player.loop };
+        }"""
+    )
+    assert heard["region"] == [0.5, 0.75]
+    for (got, since), sign in zip(heard["places"], (1, 1, 1, -1, -1), strict=True):
+        assert abs(sign * got - (24_000 + since % 12_000)) <= 1, heard
+    assert heard["heard"]["a"] == pytest.approx(580, abs=5)  # round after round is booked to the side that sounded
+    assert heard["heard"]["b"] == pytest.approx(400, abs=5)
+    assert heard["loop"] is None  # too short to be one
+
+
 def test_a_turn_keeps_the_power_of_both_sides_together_within_a_decibel(player_page: Page) -> None:
     # A sounds on the left alone and B on the right alone, both constant: what comes out is the two gains.
     gains = player_page.evaluate(
@@ -341,6 +379,7 @@ def test_the_next_pair_is_ready_soon_after_a_vote_and_nothing_names_a_system(
     assert median(took_ms) <= 400
     said = [ada.page.content(), *ada.requests]
     said += [str(answer.headers) for answer in ada.answers]
+    said.append(ada.page.evaluate("JSON.stringify([{ ...localStorage }, { ...sessionStorage }, document.cookie])"))
     assert len(said) > 10
     text = " ".join(said)
     for secret in ("secret-base", "secret-dpo", "telling-name", ".wav"):

@@ -42,6 +42,36 @@ def test_a_server_that_dies_with_a_vote_in_hand_stores_it_once_and_the_page_says
     assert ada.errors == []
 
 
+def test_while_one_side_loads_more_slowly_the_page_shows_both_alike(
+    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    """A system whose clips come late must not be known by it: no side can be played or looks ready before both can."""
+    code = add_listener(hostile_demo)
+    ada = visit(start_server(hostile_demo).url)
+    held: list[Route] = []
+    ada.page.route("**/api/v1/audio/*", lambda route: held.append(route))
+    ada.sign_in("ada", code)
+    lanes = """[...document.querySelectorAll('.lane')].map(
+        (lane) => lane.querySelector('.heard').textContent + lane.querySelector('canvas').toDataURL())"""
+    blank = ada.page.evaluate(lanes)
+    for _ in range(100):
+        if len(held) == 2:
+            break
+        ada.page.wait_for_timeout(50)
+    first, late = held
+    first.continue_()
+    ada.page.wait_for_timeout(300)
+    for key in ("Space", "x", "Space", "x"):
+        ada.page.keyboard.press(key)
+    expect(ada.page.locator(".status")).to_have_text("Loading both pieces…")
+    assert ada.page.evaluate("document.querySelector('main.encore').player.playing") is False
+    shown = ada.page.evaluate(lanes)
+    assert (shown[0], shown[1]) == (blank[0], blank[1])
+    late.continue_()
+    ada.page.wait_for_function("document.querySelector('main.encore').player.buffers !== null")
+    assert ada.errors == []
+
+
 def test_whoever_withdraws_consent_is_handed_no_pair_until_they_agree_again(
     hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
 ) -> None:
