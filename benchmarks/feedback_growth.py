@@ -1,7 +1,7 @@
 """The votes database as it grows: the wait for the next pair, and the time and memory of the board and the export.
 
     python benchmarks/feedback_growth.py                       # 10k, 100k and 1M votes, SQLite
-    python benchmarks/feedback_growth.py --db postgresql --sizes 10000
+    python benchmarks/feedback_growth.py --postgres --sizes 10000 100000     # a server of its own; --db URL for another
 
 Each size is one campaign of three votes a pair, of which nine pairs in ten are full, 200 raters, and as many systems as the demo
 would have after some rounds. Rows are written in bulk; what is timed afterwards is the real code.
@@ -138,6 +138,7 @@ def alone(url: str, work: str, folder: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--db", default="sqlite", help="sqlite or postgresql")
+    parser.add_argument("--postgres", dest="db", action="store_const", const="postgresql", help="the same as --db postgresql")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--draws", type=int, default=300, help="pairs handed out, for each chooser")
     args = parser.parse_args()

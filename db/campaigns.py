@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from db import storage
+from db.bulk import add, find
 from db.errors import ConflictError, StoreError
 from db.gains import pair_gains_db
 from db.schema import ASPECTS, CHOOSERS, Audit, Campaign, Clip, Pair, Prompt
@@ -107,6 +108,16 @@ class ClipKey(NamedTuple):
     prompt_id: str
     text_sha256: str
     sha256: str
+
+
+class _Clip(NamedTuple):
+    """A stored clip, as far as a pair needs to know it."""
+
+    id: int
+    prompt_id: int
+    sha256: str
+    lufs: float | None
+    true_peak_dbfs: float | None
 
 
 @dataclass(frozen=True)
@@ -293,8 +304,10 @@ def create(
     if not name or len(name) > 128 or not name.isprintable() or name != name.strip():
         raise StoreError(f"campaign name {name!r}", "1 to 128 printable characters", "choose another name")
     with store.read() as session:
-        prompts = select(Prompt.key, Prompt.text_sha256, Clip.sha256).join(Clip, Clip.prompt_id == Prompt.id)
-        known = {(key, text_sha256, sha256) for key, text_sha256, sha256 in session.execute(prompts)}
+        asked = (Prompt.key, Prompt.text_sha256)
+        ids = {prompt_id: (key, text) for key, text, prompt_id in find(session, (*asked, Prompt.id), asked, [key[:2] for key in rows])}
+        of_prompts = find(session, (Clip.prompt_id, Clip.sha256), (Clip.prompt_id,), [(prompt_id,) for prompt_id in ids])
+        known = {ClipKey(*ids[prompt_id], sha256) for prompt_id, sha256 in of_prompts}
     columns = {key: clip_columns(row, measure) for key, row in rows.items() if key not in known}
     with store.write() as session:
         campaign = session.scalar(select(Campaign).where(Campaign.name == name))
@@ -326,8 +339,7 @@ def _register(
     pairs: Sequence[PairOf] | None,
     gold: Sequence[PairOf],
 ) -> CampaignSummary:
-    clips = {key: _add_clip(session, row, columns.get(key)) for key, row in rows.items()}
-    session.flush()
+    clips = _clips(session, rows, columns)
     here = select(Pair.clip_x_id, Pair.clip_y_id, Pair.gold).where(Pair.campaign_id == campaign.id)
     have = {(x_id, y_id): answer for x_id, y_id, answer in session.execute(here)}
     known_answers = named_pairs(clips, gold)
@@ -337,58 +349,63 @@ def _register(
         wanted = choose_pairs(key for key, clip in clips.items() if clip.id not in paired and key not in spoiled)
     else:
         wanted = named_pairs(clips, pairs)
-    n_new = sum(_add_pair(session, campaign, clips[x], clips[y], have, known=False) for x, y in wanted)
-    for better, worse in known_answers:
-        _add_pair(session, campaign, clips[better], clips[worse], have, known=True)
+    fresh = [pair for x, y in wanted if (pair := _new_pair(campaign, clips[x], clips[y], have, known=False))]
+    answered = [pair for x, y in known_answers if (pair := _new_pair(campaign, clips[x], clips[y], have, known=True))]
+    add(session, Pair, fresh + answered)
     answers = [answer for answer in have.values() if answer is not None]
     if len(answers) == len(have):
         expected = "at least one prompt with two different clips"
         raise StoreError(f"no pair among {len(rows)} clips", expected, "sample with -n 2 or more")
-    return CampaignSummary(campaign.name, len(clips), len(have) - len(answers), n_new, len(answers))
+    return CampaignSummary(campaign.name, len(clips), len(have) - len(answers), len(fresh), len(answers))
 
 
-def _add_clip(session: Session, row: Row, columns: dict[str, Any] | None) -> Clip:
-    key = row.key
-    prompt = session.scalar(select(Prompt).where(Prompt.key == key.prompt_id, Prompt.text_sha256 == key.text_sha256))
-    if prompt is None:
-        prompt = Prompt(key=key.prompt_id, text=row.prompt, text_sha256=key.text_sha256, split=row.split)
-        session.add(prompt)
-        session.flush()
-    clip = session.scalar(select(Clip).where(Clip.prompt_id == prompt.id, Clip.sha256 == key.sha256))
-    if clip is None:
-        assert columns is not None
-        clip = Clip(prompt_id=prompt.id, **columns)
-        session.add(clip)
-    else:
-        clip.uri = row.uri  # the newest place at which these very bytes were seen
-        clip.codes_uri = row.codes_uri or clip.codes_uri
-    return clip
+def _clips(session: Session, rows: Mapping[ClipKey, Row], columns: Mapping[ClipKey, dict[str, Any]]) -> dict[ClipKey, _Clip]:
+    """The stored clip of each row, in order; `columns` of those that are new. A clip that was known is where it was seen last."""
+    prompts = dict.fromkeys(key[:2] for key in rows)
+    asked = (Prompt.key, Prompt.text_sha256)
+    known = {tuple(row) for row in find(session, asked, asked, prompts)}
+    first = {key[:2]: row for key, row in reversed(list(rows.items()))}
+    fresh = [pair for pair in prompts if pair not in known]
+    added = [{"key": pair[0], "text_sha256": pair[1], "text": first[pair].prompt, "split": first[pair].split} for pair in fresh]
+    add(session, Prompt, added)
+    ids = {(key, digest): prompt_id for key, digest, prompt_id in find(session, (*asked, Prompt.id), asked, prompts)}
+    wanted = {key: (ids[key[:2]], key.sha256) for key in rows}
+
+    def look() -> dict[tuple[int, str], _Clip]:
+        told = (Clip.id, Clip.prompt_id, Clip.sha256, Clip.lufs, Clip.true_peak_dbfs)
+        return {(row[1], row[2]): _Clip(*row) for row in find(session, told, (Clip.prompt_id, Clip.sha256), wanted.values())}
+
+    have = look()
+    for key, row in rows.items():
+        if (clip := have.get(wanted[key])) is not None:
+            place = {"uri": row.uri} | ({"codes_uri": row.codes_uri} if row.codes_uri else {})
+            session.execute(update(Clip).where(Clip.id == clip.id).values(place))
+    add(session, Clip, [{"prompt_id": wanted[key][0], **columns[key]} for key in rows if wanted[key] not in have])
+    have = look()
+    return {key: have[wanted[key]] for key in rows}
 
 
-def _add_pair(session: Session, campaign: Campaign, one: Clip, two: Clip, have: dict[tuple[int, int], str | None], *, known: bool) -> bool:
-    """Adds the pair unless it is there; `known`: `one` is the right answer. Raises ConflictError for two answers."""
+def _new_pair(campaign: Campaign, one: _Clip, two: _Clip, have: dict[tuple[int, int], str | None], *, known: bool) -> dict[str, Any] | None:
+    """The pair's columns unless it is there; `known`: `one` is the right answer. Raises ConflictError for two answers."""
     x, y = sorted((one, two), key=lambda clip: clip.id)
     answer = ("x" if one is x else "y") if known else None
     if (x.id, y.id) in have:
         if have[x.id, y.id] != answer:
             got = f"the pair {x.sha256[:12]}, {y.sha256[:12]} with two answers"
             raise ConflictError(got, "a pair that is either gold or to be rated", "drop it from one of the lists")
-        return False
+        return None
     gain_x_db, gain_y_db = pair_gains_db(x.lufs, x.true_peak_dbfs, y.lufs, y.true_peak_dbfs)
-    session.add(
-        Pair(
-            campaign_id=campaign.id,
-            prompt_id=x.prompt_id,
-            clip_x_id=x.id,
-            clip_y_id=y.id,
-            gain_x_db=gain_x_db,
-            gain_y_db=gain_y_db,
-            gold=answer,
-            target_votes=campaign.target_votes,
-        )
-    )
     have[x.id, y.id] = answer
-    return True
+    return {
+        "campaign_id": campaign.id,
+        "prompt_id": x.prompt_id,
+        "clip_x_id": x.id,
+        "clip_y_id": y.id,
+        "gain_x_db": gain_x_db,
+        "gain_y_db": gain_y_db,
+        "gold": answer,
+        "target_votes": campaign.target_votes,
+    }
 
 
 def _inside(base_dir: str, name: str, where: str) -> str:

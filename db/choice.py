@@ -42,7 +42,7 @@ REPEAT_GAP = 5
 """So many votes lie at least between a pair and its repeat."""
 REPEAT_POOL = 200
 """A repeat is one of the rater's last votes, this many of them."""
-SPREAD = 256
+SPREAD = 128
 """A random draw is among this many pairs; while fewer wait, each of them is as likely."""
 
 AnyRow = Row[*tuple[Any, ...]]

@@ -9,24 +9,23 @@ twice: what is wrong with it is told before the database is locked for it.
 
 from __future__ import annotations
 
-import json
 import secrets
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Row, String, and_, bindparam, case, cast, column, func, insert, literal, select, update
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import Row, bindparam, case, select, update
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
+from db.bulk import add, find
 from db.errors import StoreError
 from db.gains import pair_gains_db
-from db.schema import ASPECTS, Assignment, Base, Campaign, Clip, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
+from db.schema import ASPECTS, Assignment, Campaign, Clip, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
 from db.store import Store
 from db.vote_files import Told, VoteRow, check_frozen, read_clips, read_votes
 
@@ -93,7 +92,7 @@ def _store(session: Session, path: Path, name: str, looked: Told) -> Imported:
         for clips in _chunks(read_clips(path, told)):
             splits = [looked.splits.get((clip["prompt_id"], _hash(clip["prompt"])), "train") for clip in clips]
             prompts = _prompts(session, [(clip["prompt_id"], clip["prompt"], split) for clip, split in zip(clips, splits)])
-            _clips(session, [(prompts[clip["prompt_id"], clip["prompt"]], clip) for clip in clips], add=True)
+            _clips(session, [(prompts[clip["prompt_id"], clip["prompt"]], clip) for clip in clips], may_add=True)
     added = Counter[str]()
     for rows in _chunks(read_votes(path, told)):
         _take_in(session, campaign, rows, f"import:{path.name}"[:64], told, added, known_clips=path.is_dir())
@@ -107,7 +106,7 @@ def _take_in(
     """Stores a chunk. `known_clips`: the clips are there already, as a snapshot names them."""
     prompts = _prompts(session, [(row.prompt_id, row.prompt, row.split) for row in rows])
     at = [prompts[row.prompt_id, row.prompt] for row in rows]
-    clips = _clips(session, [(prompt, clip) for prompt, row in zip(at, rows) for clip in row.clips], add=not known_clips)
+    clips = _clips(session, [(prompt, clip) for prompt, row in zip(at, rows) for clip in row.clips], may_add=not known_clips)
     shown: list[tuple[VoteRow, Row[Any], Row[Any]]] = []
     for prompt, row in zip(at, rows):
         sides = [clips.get((prompt, clip["sha256"])) for clip in row.clips]
@@ -119,10 +118,10 @@ def _take_in(
     pairs = _pairs(session, campaign, shown, added)
     keys = [(raters[row.rater], _idempotency(campaign.name, row)) for row, _, _ in shown]
     named = (Vote.rater_id, Vote.idempotency_key)
-    known = {tuple(row) for row in _find(session, named, named, keys)}
+    known = {tuple(row) for row in find(session, named, named, keys)}
     asked_of = (Assignment.pair_id, Assignment.rater_id)
     met = [(pairs[_ends(a, b)], raters[row.rater]) for row, a, b in shown]
-    taken = {tuple(row) for row in _find(session, (*asked_of, Assignment.rep), asked_of, met)}
+    taken = {tuple(row) for row in find(session, (*asked_of, Assignment.rep), asked_of, met)}
     assignments, votes, said, slots = [], [], [], Counter[int]()
     for (row, a, b), key in zip(shown, keys):
         if key in known:
@@ -143,15 +142,15 @@ def _take_in(
         slots[pair_id] += asked["kind"] == "normal" and vote.get("excluded_reason") is None
     if not votes:
         return
-    _add(session, Assignment, assignments)
-    _add(session, Vote, votes)
+    add(session, Assignment, assignments)
+    add(session, Vote, votes)
     beside = [(vote["assignment_id"], row) for vote, row in zip(votes, said) if row.aspects or row.marks]
     stored = select(Vote.assignment_id, Vote.id).where(Vote.assignment_id.in_([key for key, _ in beside]))
     ids = {row.assignment_id: row.id for row in session.execute(stored)}
     scores = [{"vote_id": ids[key], "aspect": name, "score": n} for key, row in beside for name, n in row.aspects.items()]
     marks = [{"vote_id": ids[key], **mark} for key, row in beside for mark in row.marks]
-    _add(session, VoteAspect, scores)
-    _add(session, SpanMark, marks)
+    add(session, VoteAspect, scores)
+    add(session, SpanMark, marks)
     more = Pair.n_open + bindparam("n")
     grown = {"n_open": more, "target_votes": case((Pair.target_votes < more, more), else_=Pair.target_votes)}
     statement = update(Pair).where(Pair.id == bindparam("pair")).values(grown)
@@ -182,7 +181,7 @@ def _prompts(session: Session, wanted: Sequence[tuple[str, str, str]]) -> dict[t
 
     def look() -> dict[tuple[str, str], int]:
         named = (Prompt.key, Prompt.text_sha256)
-        return {(key, digest): id for key, digest, id in _find(session, (*named, Prompt.id), named, by_hash)}
+        return {(key, digest): id for key, digest, id in find(session, (*named, Prompt.id), named, by_hash)}
 
     have = look()
     fresh = [
@@ -191,22 +190,22 @@ def _prompts(session: Session, wanted: Sequence[tuple[str, str, str]]) -> dict[t
         if (key, digest) not in have
     ]
     if fresh:
-        _add(session, Prompt, fresh)
+        add(session, Prompt, fresh)
         have = look()
     return {(key, text): have[key, digest] for (key, digest), (_, text, _) in by_hash.items()}
 
 
-def _clips(session: Session, wanted: Sequence[tuple[int, Mapping[str, Any]]], add: bool) -> dict[tuple[int, str], Row[Any]]:
+def _clips(session: Session, wanted: Sequence[tuple[int, Mapping[str, Any]]], may_add: bool) -> dict[tuple[int, str], Row[Any]]:
     """(prompt's id, sha256) -> the stored clip; those that are new are added in order."""
     keys = dict.fromkeys((prompt_id, clip["sha256"]) for prompt_id, clip in wanted)
 
     def look() -> dict[tuple[int, str], Row[Any]]:
         told = (Clip.id, Clip.prompt_id, Clip.sha256, Clip.lufs, Clip.true_peak_dbfs)
-        return {(row.prompt_id, row.sha256): row for row in _find(session, told, (Clip.prompt_id, Clip.sha256), keys)}
+        return {(row.prompt_id, row.sha256): row for row in find(session, told, (Clip.prompt_id, Clip.sha256), keys)}
 
     have = look()
     fresh: dict[tuple[int, str], dict[str, Any]] = {}
-    for prompt_id, clip in wanted if add else ():
+    for prompt_id, clip in wanted if may_add else ():
         if (prompt_id, clip["sha256"]) not in have:
             fresh.setdefault(
                 (prompt_id, clip["sha256"]),
@@ -224,7 +223,7 @@ def _clips(session: Session, wanted: Sequence[tuple[int, Mapping[str, Any]]], ad
                 },
             )
     if fresh:
-        _add(session, Clip, list(fresh.values()))
+        add(session, Clip, list(fresh.values()))
         have = look()
     return have
 
@@ -241,7 +240,7 @@ def _raters(session: Session, rows: Sequence[VoteRow], told: Told, added: Counte
     # A hash of nothing that anybody knows: no access code leads here.
     fresh = [{"handle": name, "token_sha256": secrets.token_hex(32), "status": "external"} for name in handles if name not in have]
     if fresh:
-        _add(session, Rater, fresh)
+        add(session, Rater, fresh)
         added["raters"] += len(fresh)
         have = look()
     for row in rows:
@@ -258,7 +257,7 @@ def _pairs(
 
     def look() -> dict[tuple[int, int], int]:
         named = (Pair.campaign_id, Pair.clip_x_id, Pair.clip_y_id)
-        found = _find(session, (*named[1:], Pair.id), named, [(campaign.id, *ends) for ends in keys])
+        found = find(session, (*named[1:], Pair.id), named, [(campaign.id, *ends) for ends in keys])
         return {(x, y): id for x, y, id in found}
 
     have = look()
@@ -276,30 +275,10 @@ def _pairs(
             "gain_y_db": gain_y_db, "gold": gold, "target_votes": 1, "n_open": 0,
         }  # fmt: skip
     if fresh:
-        _add(session, Pair, list(fresh.values()))
+        add(session, Pair, list(fresh.values()))
         added["pairs"] += len(fresh)
         have = look()
     return have
-
-
-def _find(session: Session, columns: Sequence[Any], at: Sequence[Any], keys: Iterable[tuple[Any, ...]]) -> Any:
-    """The rows of these columns where the columns `at` are one of the keys: one parameter, and one look into the index for each."""
-    packed = json.dumps(list(dict.fromkeys(keys)))
-    if session.get_bind().dialect.name == "sqlite":
-        wanted = func.json_each(packed).table_valued("value", name="wanted")
-        cells: list[Any] = [func.json_extract(wanted.c.value, f"$[{i}]") for i in range(len(at))]
-    else:
-        wanted = func.jsonb_array_elements(cast(literal(packed, String), JSONB)).table_valued(column("value", JSONB), name="wanted")
-        cells = [cast(wanted.c.value[i].astext, one.type) for i, one in enumerate(at)]
-    meets = and_(*(one == cell for one, cell in zip(at, cells)))
-    return session.execute(select(*columns).select_from(wanted).join(at[0].class_, meets))
-
-
-def _add(session: Session, table: type[Base], rows: list[dict[str, Any]]) -> None:
-    """Inserts rows in order; what only some of them say is none in the others."""
-    columns = dict.fromkeys(name for row in rows for name in row)
-    if rows:
-        session.connection().execute(insert(table), [{name: row.get(name) for name in columns} for row in rows])
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from db.schema import ASPECTS, CHOOSERS
 from db.store import Store, open_store
 from feedback_app.tags import check_untagged
 
+Progress = Callable[[str, int, int], None]
+"""Is told (stage, done, total)."""
+Item = TypeVar("Item")
 MAX_ROWS = 200_000
 DURATION_SLACK_S = 0.1
 """How far a row may misstate a clip's length: headers of MP3 files are a frame or two off."""
@@ -72,7 +76,18 @@ def read_rows(manifest: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def gather(sources: Sequence[Source]) -> dict[ClipKey, Row]:
+def untold(stage: str, done: int, total: int) -> None:
+    """The progress that nobody follows."""
+
+
+def told(progress: Progress, stage: str, items: Collection[Item]) -> Iterator[Item]:
+    """The items, each told when its turn comes."""
+    for number, item in enumerate(items):
+        progress(stage, number, len(items))
+        yield item
+
+
+def gather(sources: Sequence[Source], progress: Progress = untold) -> dict[ClipKey, Row]:
     """The clips of one or two sources, each heard and found to be what its row says.
 
     Of two sources the prompts are matched by their text, so that clips of both answer one prompt.
@@ -87,14 +102,15 @@ def gather(sources: Sequence[Source]) -> dict[ClipKey, Row]:
         base, name = _manifest_of(source.address)
         rows = read_rows(_join(base, name))
         if any("file_name" in row for row in rows):
-            rows = [_folder_row(base, row, number, name) for number, row in enumerate(rows, start=1)]
+            listed = told(progress, f"reading {name}", rows)
+            rows = [_folder_row(base, row, number, name) for number, row in enumerate(listed, start=1)]
         if source.system is not None:
             check_text(source.system, "the system's name", 128)
             rows = [row | {"system": source.system} for row in rows]
         if len(sources) == 2:
             rows = [row | {"prompt_id": prompt_ids.setdefault(str(row.get("prompt")), str(row.get("prompt_id")))} for row in rows]
-        checked = check_rows(rows, base, name)
-        for row in checked.values():
+        checked = check_rows(told(progress, "checking files", rows), base, name)
+        for row in told(progress, "checking audio", checked.values()):
             _as_stated(row)
         systems.append({str(row.fields["system"]) for row in checked.values()})
         found = checked | found
@@ -159,6 +175,7 @@ def fill_campaign(
     pairs_file: Path | None = None,
     owner_id: int | None = None,
     keep_rules: bool = False,
+    progress: Progress = untold,
 ) -> CampaignSummary:
     """Registers one or two sources under `name`; the same call again adds nothing. All of it or nothing.
 
@@ -166,10 +183,11 @@ def fill_campaign(
         every: whether every two clips of a prompt meet; else two systems meet clip by clip, and one's clips two by two.
         n_gold: how many gold pairs to make by spoiling clips; their files go into `gold_dir`.
         pairs_file: JSON lines {"a", "b", "gold"}: files or sha256 of clips that meet; `gold`, "a" or "b", is the known answer.
+        progress: is told (stage, done, total) as the work goes on.
 
     Raises: UserError or StoreError; see `gather` and `db.campaigns.create`.
     """
-    rows = gather(sources)
+    rows = gather(sources, progress)
     pairs: list[PairOf] | None = None
     gold: list[PairOf] = []
     if pairs_file is not None:
@@ -188,7 +206,13 @@ def fill_campaign(
             raise UserError("gold pairs with no place for their clips", "a folder", "pass --gold-dir DIR")
         made, known = spoiled(rows, n_gold, gold_dir)
         rows, gold = rows | made, gold + known
-    return create(store, name, rows, rules, pairs=pairs, gold=gold, measure=measure, owner_id=owner_id, keep_rules=keep_rules)
+    heard = itertools.count()
+
+    def hear(path: Path) -> tuple[float, float]:
+        progress("measuring loudness", next(heard), len(rows))
+        return measure(path)
+
+    return create(store, name, rows, rules, pairs=pairs, gold=gold, measure=hear, owner_id=owner_id, keep_rules=keep_rules)
 
 
 def read_pairs(path: Path, rows: Mapping[ClipKey, Row]) -> tuple[list[PairOf], list[PairOf]]:

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, Field, StringConstraints
@@ -23,7 +23,7 @@ from starlette.background import BackgroundTask
 
 from base_models.errors import UserError
 from db import owners, storage
-from db.campaigns import Rules
+from db.campaigns import CampaignSummary, Rules
 from db.errors import NotFoundError, RefusedError
 from db.export import export_snapshot
 from db.leaderboard import leaderboard, tags
@@ -31,13 +31,16 @@ from db.quality import refresh_quality
 from db.store import RaterIdentity, Store
 from feedback_app.api import Problem
 from feedback_app.auth import SignedIn
-from feedback_app.campaigns import Source, fill_campaign
+from feedback_app.campaigns import Progress, Source, fill_campaign
+from feedback_app.fills import Fill, Fills
 from feedback_app.limits import Limits
 
 Id = Annotated[int, InPath(ge=1, le=2**31 - 1)]
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 SnapshotName = Annotated[str, StringConstraints(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 Status = Literal["open", "paused", "closed"]
+ANSWER_WITHIN_S = 3.0
+"""A campaign that is made sooner is answered with 201 and what was made, another with 202 and where it stands."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,26 @@ class OwnedCampaign(BaseModel):
     excluded: dict[str, int] = Field(description="votes kept but not counted, by reason")
 
 
+class FillView(BaseModel):
+    """A campaign in the making; it is stored whole, at the end."""
+
+    id: int
+    name: str
+    state: Literal["waiting", "running", "done", "failed"]
+    stage: str = Field(description="what is being done")
+    done: int
+    total: int
+    made: FilledView | None = None
+    problem: Problem | None = Field(None, description="why it failed; nothing was stored then")
+
+
 class HouseView(BaseModel):
     """All that the owner's first page shows."""
 
     handle: str
     roots: list[str]
     campaigns: list[OwnedCampaign]
+    fills: list[FillView] = Field(description="campaigns made since this server started, newest first")
 
 
 class StatusChange(BaseModel):
@@ -287,25 +304,53 @@ def _premises(request: Request) -> Premises:
 def house(request: Request, owner: Owner) -> HouseView:
     """Every campaign with its rules and progress."""
     rows = [OwnedCampaign.model_validate(row, from_attributes=True) for row in owners.campaigns(_store(request))]
-    return HouseView(handle=owner.handle, roots=list(_premises(request).roots), campaigns=rows)
+    return HouseView(handle=owner.handle, roots=list(_premises(request).roots), campaigns=rows, fills=_fills(request))
 
 
-@router.post("/campaigns", status_code=201, responses={409: {"model": Problem}})
-def create_campaign(request: Request, owner: Owner, wanted: NewCampaign) -> FilledView:
-    """Makes a campaign of clips on the server, or adds what is new to it; all of it or nothing."""
-    premises = _premises(request)
+@router.post("/campaigns", status_code=201, responses={202: {"model": FillView}, 409: {"model": Problem}})
+def create_campaign(request: Request, response: Response, owner: Owner, wanted: NewCampaign) -> FilledView | FillView:
+    """Makes a campaign of clips on the server, or adds what is new to it; all of it or nothing.
+
+    What takes longer than a few seconds is answered with 202 and goes on: its state is among the `fills` of `/owner/house`.
+    """
+    premises, store, owner_id = _premises(request), _store(request), owner.id
     rules = Rules(**(wanted.rules.model_dump() | {"aspects": tuple(wanted.rules.aspects)}))
-    made = fill_campaign(
-        _store(request),
-        wanted.name,
-        [Source(premises.find(source.path), source.system or None) for source in wanted.sources],
-        rules,
-        every=wanted.every_pair,
-        n_gold=wanted.n_gold,
-        gold_dir=premises.state() / "gold" if wanted.n_gold else None,
-        owner_id=owner.id,
-    )
-    return FilledView.model_validate(made, from_attributes=True)
+    sources = [Source(premises.find(source.path), source.system or None) for source in wanted.sources]
+    gold_dir = premises.state() / "gold" if wanted.n_gold else None
+
+    def work(progress: Progress) -> CampaignSummary:
+        return fill_campaign(
+            store,
+            wanted.name,
+            sources,
+            rules,
+            every=wanted.every_pair,
+            n_gold=wanted.n_gold,
+            gold_dir=gold_dir,
+            owner_id=owner_id,
+            progress=progress,
+        )
+
+    fills: Fills = request.app.state.fills
+    fill = fills.start(wanted.name, work)
+    if not fill.over.wait(ANSWER_WITHIN_S):
+        response.status_code = 202
+        return _fill(fill)
+    if fill.error is not None:
+        raise fill.error
+    return FilledView.model_validate(fill.made, from_attributes=True)
+
+
+def _fills(request: Request) -> list[FillView]:
+    fills: Fills = request.app.state.fills
+    return [_fill(fill) for fill in fills.newest_first()]
+
+
+def _fill(fill: Fill) -> FillView:
+    told = None if fill.error is None else {"got": fill.error.got, "expected": fill.error.expected, "remedy": fill.error.remedy}
+    made = None if fill.made is None else FilledView.model_validate(fill.made, from_attributes=True)
+    values = {key: getattr(fill, key) for key in ("id", "name", "state", "stage", "done", "total")}
+    return FillView(**values, made=made, problem=None if told is None else Problem.model_validate(told))
 
 
 @router.put("/campaigns/{campaign_id}/status", status_code=204)
@@ -454,6 +499,7 @@ def _tell_user_error(_request: Request, error: Exception) -> JSONResponse:
 
 def add_owner_api(app: FastAPI, premises: Premises) -> None:
     """Adds the owner's endpoints to the application that `create_api` made."""
+    app.state.fills = Fills()
     app.state.premises = replace(premises, roots=_absolute(premises.roots))
     app.include_router(router)
     app.add_exception_handler(UserError, _tell_user_error)

@@ -99,6 +99,19 @@ function drawHouse() {
     make('span', { class: 'fine' }, `${campaign.n_pairs} pairs, ${campaign.n_gold} gold · ${campaign.votes} of ${campaign.votes_wanted} votes · ${campaign.leases} being heard · ${campaign.skips} skipped`),
     make('span', { class: 'meter' }, make('i', { style: `width:${Math.min(100, (100 * campaign.votes) / Math.max(1, campaign.votes_wanted))}%` })))));
   if (!house.campaigns.length) find('.list').replaceChildren(make('div', { class: 'card' }, 'No campaign yet. Make the first one below.'));
+  find('.fills').replaceChildren(...house.fills.filter((fill) => fill.state !== 'done' && !put.has(fill.id)).map(fillCard));
+}
+
+/* ---- campaigns in the making: the server hears their clips while the page is free to leave */
+const put = new Set(); // failures that were read and put away
+const busy = () => house && house.fills.some((fill) => fill.state === 'waiting' || fill.state === 'running');
+function fillCard(fill) {
+  const failed = fill.state === 'failed';
+  const told = failed ? `Nothing was stored. Got ${fill.problem.got}; expected ${fill.problem.expected}. ${fill.problem.remedy}.`
+    : fill.state === 'waiting' ? 'Waits for its turn.' : `${fill.stage || 'beginning'}${fill.total ? `: ${fill.done.toLocaleString()} of ${fill.total.toLocaleString()}` : ''}. You may leave this page.`;
+  const away = make('button', { type: 'button', class: 'plain', onclick: () => { put.add(fill.id); drawHouse(); } }, 'Put away');
+  return make('div', { class: 'card campaign fill', role: 'status' }, make('b', {}, fill.name), make('span', { class: failed ? 'state failed' : 'state' }, failed ? 'failed' : 'being made'),
+    make('span', { class: 'fine' }, told), failed ? away : make('span', { class: 'meter' }, make('i', { style: `width:${(100 * fill.done) / Math.max(1, fill.total)}%` })));
 }
 
 const boardOf = (id) => `/campaigns/${id}/results?${new URLSearchParams(Object.entries(narrow).filter(([, value]) => value))}`;
@@ -139,6 +152,7 @@ function drawBoard(found) {
 
 /* ---- gently: figures are renewed while somebody looks, forms are left alone, and a slow board is asked for less often */
 const EVERY_MS = 15000;
+const BUSY_MS = 1500; // while a campaign is being made
 async function renew() {
   const began = performance.now();
   const view = page.dataset.view;
@@ -156,7 +170,12 @@ async function renew() {
       } else if (asked) find('.asof').textContent += find('.asof').textContent.endsWith(')') ? '' : ' (could not be renewed)';
     }
   }
-  setTimeout(renew, Math.max(EVERY_MS, 10 * (performance.now() - began)));
+  again(Math.max(busy() ? BUSY_MS : EVERY_MS, 10 * (performance.now() - began)));
+}
+let timer = 0;
+function again(ms) {
+  clearTimeout(timer);
+  timer = setTimeout(renew, ms);
 }
 
 /* ---- plots: lengths in shares of the card, so that text keeps its size on a phone */
@@ -276,6 +295,10 @@ onSubmit('.create', async (data, form) => {
   form.reset();
   find('.new').open = false;
   await openHouse();
+  if (made.state) { // it takes longer than an answer may
+    say(`${made.name} is being made.`);
+    return again(BUSY_MS);
+  }
   say(`${made.name}: ${made.n_clips} clips, ${made.n_pairs} pairs, ${made.n_gold} gold.`);
 });
 onSubmit('.change', async (data, form) => {
@@ -303,5 +326,5 @@ find('.narrow').addEventListener('change', async (event) => {
   if (found && asked === boardOf(current.id)) drawBoard(found);
 });
 rulesForm(find('.create .rules'), FRESH);
-setTimeout(renew, EVERY_MS);
+again(EVERY_MS);
 openHouse().then(() => { if (page.dataset.view === 'signin') say(''); });

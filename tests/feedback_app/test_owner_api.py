@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +100,48 @@ def test_clips_outside_the_data_roots_are_refused(boss: TestClient, demo: object
         assert answer.status_code == 422, address
         assert set(answer.json()["detail"]) == {"got", "expected", "remedy"}
     assert len(boss.get("/api/v1/owner/house").json()["campaigns"]) == 1
+
+
+def test_a_campaign_that_takes_long_is_made_in_the_background_whole_or_not_at_all(
+    boss: TestClient, demo: object, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, go_on = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> tuple[float, float]:
+        heard.set()
+        assert go_on.wait(30)
+        return -20.0, -3.0
+
+    def house() -> dict:
+        return boss.get("/api/v1/owner/house").json()
+
+    monkeypatch.setattr("feedback_app.owner_api.ANSWER_WITHIN_S", 0.05)
+    monkeypatch.setattr("feedback_app.campaigns.measure", slow)
+    twin = demo.folder / "twin"
+    twin.mkdir()
+    rows = [json.loads(line) for line in (demo.folder / "manifest.jsonl").read_text().split("\n") if line]
+    for row in rows:
+        (twin / row["file"]).write_bytes((demo.folder / row["file"]).read_bytes())
+    (twin / "manifest.jsonl").write_text("".join(json.dumps(row | {"prompt": "anew"}) + "\n" for row in rows))
+    for name in ("first", "second"):
+        answer = boss.post("/api/v1/owner/campaigns", json={"name": name, "sources": [{"path": str(twin)}]})
+        assert (answer.status_code, answer.json()["made"]) == (202, None)
+    assert heard.wait(30)
+    second, first = house()["fills"]
+    assert (first["state"], first["stage"], first["total"]) == ("running", "measuring loudness", len(rows))
+    assert second["state"] == "waiting"
+    assert [campaign["name"] for campaign in house()["campaigns"]] == ["c"]  # nothing is half-made
+    assert boss.get("/healthz").status_code == 200
+    (twin / rows[-1]["file"]).write_bytes(b"changed meanwhile")
+    go_on.set()
+    deadline = time.monotonic() + 30
+    while house()["fills"][0]["state"] in ("waiting", "running") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    second, first = house()["fills"]
+    assert (first["state"], first["made"]["n_clips"], first["problem"]) == ("done", len(rows), None)
+    assert (second["state"], second["made"]) == ("failed", None)
+    assert "sha256" in second["problem"]["got"]
+    assert [campaign["name"] for campaign in house()["campaigns"]] == ["c", "first"]
 
 
 def test_an_invitation_is_shown_once(boss: TestClient, api: FastAPI) -> None:
