@@ -18,6 +18,7 @@ from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import Policy, load_policy
+from rlhf.consistency import checks
 from rlhf.reward_model import LATENTS, RewardModel, features, load_reward
 from rlhf.rewards import Score
 
@@ -82,11 +83,21 @@ def load_task(policy_dir: Path, reward_dir: Path | None, prompts_file: Path | No
         base_sha256=policy.sha256,
         reward_sha256=reward.sha256,
         snapshot_sha256=reward.snapshot_sha256,
+        checks=checks(policy) | aspects(reward),
         spread=reward.spread if len(reward.members) > 1 else None,
         embed=embedding(policy, reward),
         sound=sound,
         heldout=None if heldout_file is None else load_prompts(policy, heldout_file),
     )
+
+
+def aspects(reward: RewardModel) -> dict[str, Score]:
+    """What the reward model knows beside the order of clips, as parts of a reward: aspects that raters judged, and `acceptable`."""
+
+    def part(name: str) -> Score:
+        return lambda codes, prompts: reward.extra_scores(codes, prompts)[name]
+
+    return {name: part(name) for name in reward.extras}
 
 
 def load_prompts(policy: Policy, path: Path) -> Prompts:

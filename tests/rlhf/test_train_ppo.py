@@ -243,15 +243,19 @@ def test_without_held_out_prompts_the_rounds_own_clips_are_kept(tmp_path: Path) 
 
 def test_a_policy_a_reward_and_files_of_prompts_make_a_run(policy_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("calm piano\ndark rock, 120 BPM\n")
-    (tmp_path / "heldout.txt").write_text("sad folk\nhappy jazz\n")
-    small: dict[str, Any] = {"n_frames": 12, "steps": 1, "batch_size": 4, "minibatches": 1, "look_every": 1, "heldout_clips": 2}
+    (tmp_path / "heldout.txt").write_text("sad piano in C major\nhappy jazz, 100 BPM\n")
+    small: dict[str, Any] = {"n_frames": 16, "steps": 1, "batch_size": 4, "minibatches": 1, "look_every": 1, "heldout_clips": 2}
     files = {"policy": policy_dir, "reward": reward_dir, "prompts": tmp_path / "prompts.txt", "heldout_prompts": tmp_path / "heldout.txt"}
-    figures = main(Config(out=tmp_path / "run", precision="fp32", **small, **files))
+    figures = main(Config(out=tmp_path / "run", precision="fp32", weights="human=1,similarity=0.3,tempo=0", **small, **files))
     assert figures["heldout_diversity_of_base"] > 0
     assert figures["heldout_spread_of_base"] > 0
     assert len(list((tmp_path / "run" / "clips").rglob("*.wav"))) == 4
     (row,) = metrics(tmp_path / "run")
-    assert row["reward_human"] == row["score"]
+    assert {"reward_human", "reward_similarity", "reward_tempo"} <= row.keys()
+    assert row["reward_tempo_not_asked"] in (0.0, 0.5, 1.0)
+    parts = ("human", "similarity", "tempo", "key", "mood", "instrument")
+    assert all(f"heldout_reward_{part}" in row for part in parts)  # those that no weight names, too
+    assert row["score"] == pytest.approx(row["reward_human_z"] + 0.3 * row["reward_similarity_z"], abs=1e-4)
 
 
 def test_prompts_are_read_from_text_and_jsonl(tmp_path: Path) -> None:
