@@ -18,15 +18,18 @@ from torch import Tensor, nn
 
 from adapters.lora import adapter_tensors, attach_lora, set_adapter_tensors, trainable_parameters
 from base_models.checkpoint import latest_training_state, load_training_state, save_training_state
+from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import disable_functional_dropout
 from rlhf.brake import Brake, Look
 from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer, leave_one_out
+from rlhf.dense import limited
 from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo_policy_loss, ppo_value_loss
 from rlhf.metrics import diversity
+from rlhf.ppo_dense import DenseTable, dense_table, sampled_log_ratio
 from rlhf.ppo_task import Task
-from rlhf.rewards import parse_weights, weighted
-from rlhf.rollout import Critic, Rollout, judge, play, prompt_of, sample_seed, score_steps
+from rlhf.rewards import HUMAN, parse_weights, weighted
+from rlhf.rollout import Critic, Rollout, code_logits, judge, play, prompt_of, sample_seed, score_steps
 
 if TYPE_CHECKING:
     from rlhf.train_ppo import Config
@@ -38,6 +41,7 @@ class Run:
     def __init__(self, cfg: Config, task: Task, accelerator: Accelerator) -> None:
         self.cfg, self.task, self.accelerator = cfg, task, accelerator
         self.reward = weighted(parse_weights(cfg.weights), task.score, task.checks)
+        self.credit = credit_of(cfg.credit, task, self.reward.trained)
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster(accelerator.device))
         self.table = task.table.to(accelerator.device)
         set_seed(cfg.seed)
@@ -62,6 +66,8 @@ class Run:
         """Why the run should end, once it should."""
         self.examples: list[tuple[str, Tensor]] = []
         """Clips to listen to, with what they are: prompt, codes [K, T]."""
+        self.price = cfg.kl_coef
+        """Of a nat, in the round that is being learnt."""
         self.step, self.clips, self.blind_rounds = 0, 0, 0
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -92,7 +98,12 @@ class Run:
     def judge(self, mine: Rollout) -> tuple[Rollout, dict[str, float]]:
         """This process's clips -> all clips, in the order of their indices, with rewards at the present price of drift, which is then
         adapted."""
-        marks = self.reward.marks(mine.codes, [self.task.prompts[row] for row in mine.prompt_ids.tolist()])
+        prompts, known = [self.task.prompts[row] for row in mine.prompt_ids.tolist()], {}
+        if self.credit == "codes":
+            assert self.task.slope is not None
+            slope, known[HUMAN] = self.task.slope(mine.codes, prompts)
+            mine = dataclasses.replace(mine, slope=slope.to(mine.logps))
+        marks = self.reward.marks(mine.codes, prompts, known=known)
         rollout = dataclasses.replace(mine, marks=marks).map(self.accelerator.gather)
         if self.step == 0:
             self.reward.measure(rollout.marks)
@@ -101,7 +112,7 @@ class Run:
             centred = self.baseline(rollout.prompt_ids, total)
         else:
             centred = leave_one_out(rollout.prompt_ids, total) if self.cfg.baseline == "loo" else total
-        price = self.controller.kl_coef
+        self.price = price = self.controller.kl_coef
         judged = judge(rollout, centred, self.normalizer, price)
         kl = (rollout.logps - rollout.ref_logps).sum(1).mean().item()
         self.controller.update(kl, len(rollout.codes))
@@ -131,9 +142,11 @@ class Run:
         sums: dict[str, float] = {}
         if not rollout.mask.any():
             return {}
+        updates = self._minibatches(len(rollout.codes))
+        if self.credit == "codes":
+            return self._learn_by_codes(rollout, updates)
         advantages, returns = gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
         advantages = masked_whiten(advantages, rollout.mask)
-        updates = self._minibatches(len(rollout.codes))
         for number, rows in enumerate(updates):
             stats = self._update(rollout, advantages, returns, rows)
             first_ratio = stats["ratio"] if number == 0 else first_ratio
@@ -178,6 +191,55 @@ class Run:
             for name, value in {**stats, **more, **losses}.items():
                 totals[name] = totals.get(name, torch.zeros((), device=device)) + value
         return self._optimise(totals)
+
+    def _learn_by_codes(self, rollout: Rollout, updates: list[Tensor]) -> dict[str, float]:
+        """The same passes with credit for every choice of every code (rlhf.dense); the critic has nothing to add and rests."""
+        cfg, rank, world = self.cfg, self.accelerator.process_index, self.accelerator.num_processes
+        device = rollout.codes.device
+        shares = [rows.to(device)[rank::world] for rows in updates]
+        assert self.task.codebooks is not None
+        table = dense_table(
+            self.lm,
+            self._logits,
+            dataclasses.replace(rollout, slope=limited(rollout.slope)),
+            lambda rows: self.table.index(rollout.prompt_ids[rows]),
+            torch.cat(shares),
+            torch.arange(rank, len(rollout.codes), world, device=device),
+            self.task.codebooks.to(rollout.slope),
+            self.normalizer.std,
+            self.price,
+            cfg.microbatch,
+            lambda x: self.accelerator.reduce(x, "sum"),
+        )
+        told = [self._update_by_codes(rollout, table, rows, mine) for rows, mine in zip(updates, shares)]
+        sums = {name: sum(stats[name] for stats in told) / len(told) for name in told[0]}
+        sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": told[0]["ratio"], "dense_scale": table.scale}
+        self.scheduler.step()
+        return sums
+
+    def _update_by_codes(self, rollout: Rollout, table: DenseTable, rows: Tensor, mine: Tensor) -> dict[str, float]:
+        """One optimiser step on global rows, of which this process takes `mine`."""
+        device = rollout.codes.device
+        mask = rollout.mask[rows.to(device)]
+        n_steps, n_codes = mask.sum().clamp(min=1), mask.any(1).sum().clamp(min=1) * rollout.codes[0].numel()
+        self.optimizer.zero_grad(set_to_none=False)
+        totals: dict[str, Tensor] = {}
+        for part in mine.split(self.cfg.microbatch):
+            codes = rollout.codes[part]
+            log_probs = self._logits(codes, self.table.index(rollout.prompt_ids[part])).log_softmax(-1)
+            loss, stats = table.loss(log_probs, part, self.cfg.cliprange, n_codes)
+            loss.backward()
+            with torch.no_grad():
+                log_ratio = sampled_log_ratio(log_probs, codes, rollout.logps[part])
+                stats["ratio"] = masked_mean(log_ratio.exp(), rollout.mask[part], n_steps)
+                stats["approx_kl"] = masked_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask[part], n_steps)
+            for name, value in {**stats, "clipfrac": stats["dense_clipfrac"], "policy_loss": loss.detach()}.items():
+                totals[name] = totals.get(name, torch.zeros((), device=device)) + value
+        return self._optimise(totals)
+
+    def _logits(self, codes: Tensor, cond: Conditions) -> Tensor:
+        cfg = self.cfg
+        return code_logits(self.lm, codes, cond, temperature=cfg.temperature, cfg_coef=cfg.cfg_coef, bf16=self.bf16)[0]
 
     def _optimise(self, totals: dict[str, Tensor]) -> dict[str, float]:
         """Sum gradients and figures over the processes in one flat tensor, clip each group, step; skip where not finite."""
@@ -305,7 +367,18 @@ class Run:
             "prompts_sha256": hashlib.sha256("\n".join(self.task.prompts).encode()).hexdigest(),
             "heldout_sha256": heldout and hashlib.sha256("\n".join(heldout.texts).encode()).hexdigest(),
             "seed": self.cfg.seed,
+            "credit": self.credit,
         }
+
+
+def credit_of(wanted: str, task: Task, trained: tuple[str, ...]) -> str:
+    """`score` or `codes`. Code by code where the listeners' part alone is trained on and has a slope; UserError where that is asked
+    for and cannot be."""
+    able = task.slope is not None and trained == (HUMAN,)
+    if wanted == "codes" and not able:
+        why = "a reward without a slope" if task.slope is None else f"a reward of {', '.join(trained)}"
+        raise UserError(f"--credit codes with {why}", f"the part {HUMAN!r} alone, with a slope", "use --credit score")
+    return ("codes" if able else "score") if wanted == "auto" else wanted
 
 
 def bf16_is_faster(device: torch.device) -> bool:

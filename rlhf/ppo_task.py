@@ -24,6 +24,8 @@ from rlhf.rewards import Score
 
 Sound = Callable[[Tensor], tuple[NDArray[np.float32], int]]
 """codes [K, T] -> wav [C, L] and its sample rate."""
+Slope = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
+"""codes [B, K, T] and prompts -> d score / d latents [B, D, T], score [B]."""
 Embed = Callable[[Tensor, list[str]], Tensor]
 """codes [B, K, T] and prompts -> features [B, F], in which distance is difference to the ear."""
 
@@ -54,6 +56,10 @@ class Task:
     snapshot_sha256: str | None = None
     checks: Mapping[str, Score] = field(default_factory=dict)
     """The reward's verifiable parts, by name."""
+    slope: Slope | None = None
+    """Where each frame should have moved for the listeners' score to rise; None where the score cannot say."""
+    codebooks: Tensor | None = None
+    """What each code adds to the latents [K, V, D]; with `slope`."""
     spread: Score | None = None
     """How far the reward's heads disagree about clips."""
     embed: Embed | None = None
@@ -84,6 +90,8 @@ def load_task(policy_dir: Path, reward_dir: Path | None, prompts_file: Path | No
         reward_sha256=reward.sha256,
         snapshot_sha256=reward.snapshot_sha256,
         checks=checks(policy) | aspects(reward),
+        slope=reward.slope if reward.has_slope else None,
+        codebooks=policy.codec.codebooks if reward.has_slope else None,
         spread=reward.spread if len(reward.members) > 1 else None,
         embed=embedding(policy, reward),
         sound=sound,
@@ -156,6 +164,8 @@ def toy_task(seed: int, n_prompts: int = 8) -> Task:
         share_of_code_3,
         lm.sha256(),
         checks={"code_5": share_of_code_5, "movement": movement},
+        slope=lambda codes, prompts: (codes.new_ones(len(codes), 1, codes.shape[2]) / codes[0].numel(), share_of_code_3(codes, prompts)),
+        codebooks=F.one_hot(torch.tensor([3]), lm.card).float()[..., None].expand(lm.n_q, -1, -1),
         spread=lambda codes, prompts: 0.1 + (codes[..., 1:] == codes[..., :-1]).float().mean((1, 2)),
         embed=lambda codes, prompts: F.one_hot(codes, lm.card).float().mean((1, 2)),
         sound=toy_sound,

@@ -65,11 +65,14 @@ class Reward:
         """The parts that have a weight."""
         return tuple(name for name, part in self.parts.items() if part.weight)
 
-    def marks(self, codes: Tensor, prompts: list[str], everything: bool = False) -> Tensor:
+    def marks(self, codes: Tensor, prompts: list[str], everything: bool = False, known: Mapping[str, Tensor] | None = None) -> Tensor:
         """Raw marks [B, P] of codes [B, K, T], in the order of `names`, without gradient, in float32; NaN for a part that was
-        not asked."""
+        not asked. known: marks [B] that have been computed already, by name."""
         columns = []
         for name, part in self.parts.items():
+            if known is not None and name in known:
+                columns.append(known[name].to(codes.device, torch.float32))
+                continue
             if not everything and name not in self.every_round:
                 columns.append(torch.full((len(codes),), float("nan"), device=codes.device))
                 continue

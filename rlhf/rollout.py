@@ -34,7 +34,8 @@ class Rollout:
 
     codes [B, K, T] int64; prompt_ids [B] int64, rows of the run's prompts; mask [B, S], True where a step counts;
     logps (of the policy that played), ref_logps, values, rewards [B, S]; book_kl [B, K], each codebook's share of the clip's
-    log-ratio; marks [B, P] of the reward's parts (P = 0 until it was asked); score [B] as judged, NaN until `judge`.
+    log-ratio; marks [B, P] of the reward's parts (P = 0 until it was asked); slope [B, D, T] of the score along the codec's latents
+    (D = 0 where credit is not given code by code); score [B] as judged, NaN until `judge`.
     """
 
     codes: Tensor
@@ -45,6 +46,7 @@ class Rollout:
     values: Tensor
     book_kl: Tensor
     marks: Tensor
+    slope: Tensor
     score: Tensor
     rewards: Tensor
 
@@ -110,6 +112,20 @@ class StepScores:
     code_logps: Tensor
 
 
+def code_logits(
+    lm: MusicLM, codes: Tensor, cond: Conditions, *, temperature: float = 1.0, cfg_coef: float = 1.0, bf16: bool = False
+) -> tuple[Tensor, Tensor]:
+    """codes [B, K, T] -> logits [B, K, T, V] in float32 of the distribution that `generate` samples with these settings, and the trunk
+    states [B, S, d]. bf16: matrix products in bfloat16."""
+    with torch.autocast(codes.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+        hidden = lm.hidden(codes, cond)
+        logits = lm.aligned(hidden)
+        if cfg_coef != 1.0:
+            null = lm.aligned(lm.hidden(codes, cond.null()))
+            logits = null + cfg_coef * (logits - null)
+    return logits.float() / temperature, hidden
+
+
 def score_steps(
     lm: MusicLM,
     codes: Tensor,
@@ -125,13 +141,7 @@ def score_steps(
     Sums run over the codes that stand at a step; the delay pattern's fillers add nothing. bf16: matrix products in bfloat16,
     the log-softmax always in float32.
     """
-    with torch.autocast(codes.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-        hidden = lm.hidden(codes, cond)
-        logits = lm.aligned(hidden)
-        if cfg_coef != 1.0:
-            null = lm.aligned(lm.hidden(codes, cond.null()))
-            logits = null + cfg_coef * (logits - null)
-    logits = logits.float() / temperature
+    logits, hidden = code_logits(lm, codes, cond, temperature=temperature, cfg_coef=cfg_coef, bf16=bf16)
     picked = logits.gather(-1, codes[..., None])[..., 0] - logits.logsumexp(-1)
     logps = sum_by_step(picked)
     spread = sum_by_step(entropy(logits)) if with_entropy else torch.zeros_like(logps)
@@ -178,6 +188,7 @@ def play(
         values=critic(made.hidden),
         book_kl=kl_k1(made.code_logps, ref.code_logps).sum(-1),
         marks=made.logps.new_zeros((len(cond), 0)),
+        slope=made.logps.new_zeros((len(cond), 0, n_frames)),
         score=torch.full((len(cond),), float("nan"), device=device),
         rewards=torch.zeros_like(made.logps),
     )

@@ -30,8 +30,8 @@ def config(out: Path, **changes: Any) -> Config:
 
 
 def judged_by(score: Score, heldout: Prompts | None = None) -> Task:
-    """The toy with another judge; without held-out prompts that judge is called once a round."""
-    return dataclasses.replace(toy_task(0), score=score, heldout=heldout)
+    """The toy with another judge, of whose slope nothing is known; without held-out prompts that judge is called once a round."""
+    return dataclasses.replace(toy_task(0), score=score, slope=None, codebooks=None, heldout=heldout)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -86,7 +86,8 @@ def rollout_of(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Rollout:
     nothing = torch.zeros_like(logps)
     codes = torch.zeros(B, 1, logps.shape[1], dtype=torch.int64)
     none = torch.zeros(B, 0)
-    return Rollout(codes, torch.arange(B), mask, logps, ref_logps, nothing, none, none, torch.full((B,), float("nan")), nothing)
+    score = torch.full((B,), float("nan"))
+    return Rollout(codes, torch.arange(B), mask, logps, ref_logps, nothing, none, none, none[:, :, None], score, nothing)
 
 
 def row(*numbers: float) -> Tensor:
