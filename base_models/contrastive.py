@@ -87,7 +87,11 @@ class AudioTextModel(nn.Module):
         if codes.shape[2] < 4:
             raise UserError(f"{codes.shape[2]} frames", "at least 4", "embed a longer clip")
         latents = torch.stack([F.embedding(codes[:, k], self.codebooks[k]) for k in range(self.config.n_q)]).sum(0)
-        x = self.stem((latents / self.latent_scale).transpose(1, 2)).transpose(1, 2)
+        return self.features_of_latents(latents.transpose(1, 2))
+
+    def features_of_latents(self, latents: Tensor) -> Tensor:
+        """The same from the codec's latents [B, D, T >= 4], the sum of the codes' vectors; with a gradient to them."""
+        x = self.stem(latents / self.latent_scale).transpose(1, 2)
         x = self.halve(self.early(x).transpose(1, 2)).transpose(1, 2)
         x = self.norm(self.late(x)).float()
         return torch.cat([x.mean(1), (x.var(1, unbiased=False) + 1e-5).sqrt()], -1)
@@ -95,6 +99,10 @@ class AudioTextModel(nn.Module):
     def embed_codes(self, codes: Tensor) -> Tensor:
         """codes [B, K, T] -> unit vectors [B, E]."""
         return F.normalize(self.audio_projection(self.features(codes)).float(), dim=-1)
+
+    def embed_latents(self, latents: Tensor) -> Tensor:
+        """The codec's latents [B, D, T] -> unit vectors [B, E], with a gradient to them."""
+        return F.normalize(self.audio_projection(self.features_of_latents(latents)).float(), dim=-1)
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> unit vectors [B, E]."""

@@ -34,7 +34,7 @@ from base_models.corpus.captions import TEMPO_WORDS
 from base_models.corpus.harmony import PITCH_NAMES
 from base_models.corpus.styles import BANDS, MOODS
 from rlhf.descriptors import MAJOR, MINOR, autocorrelation, chromagram, onset_strength
-from rlhf.rewards import Score
+from rlhf.rewards import Score, Slope
 
 TEMPO_TOLERANCE = 0.08
 """A tempo is met within 8 %, as base_models.measures.tempo_matches has it."""
@@ -64,6 +64,32 @@ def checks(base: Base) -> dict[str, Score]:
     return found
 
 
+def slopes(base: Base) -> dict[str, Slope]:
+    """The slopes of those checks that listen in the audio-text space, along the codec's latents."""
+    if base.contrastive is None:
+        return {}
+    space = Space(base.contrastive)
+    found: dict[str, Callable[[Tensor, Sequence[str]], Tensor]] = {
+        "similarity": space.similarity_heard,
+        "mood": lambda heard, prompts: space.named_heard(heard, prompts, mood_versions),
+        "instrument": lambda heard, prompts: space.named_heard(heard, prompts, instrument_versions),
+    }
+    return {name: _slope(base, judge) for name, judge in found.items()}
+
+
+def _slope(base: Base, judge: Callable[[Tensor, Sequence[str]], Tensor]) -> Slope:
+    """judge: embeddings [B, E] and prompts -> scores [B]; rows that are NaN have the slope 0."""
+
+    def slope(codes: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        latents = base.codec.latents(codes).detach().requires_grad_(True)
+        with torch.enable_grad():
+            scores = judge(base.contrastive.embed_latents(latents).float(), prompts)
+            (found,) = torch.autograd.grad(scores[torch.isfinite(scores)].sum(), latents, allow_unused=True)
+        return torch.zeros_like(latents) if found is None else found, scores.detach()
+
+    return slope
+
+
 # ---- the audio-text space --------------------------------------------------------------------------------------------
 
 Versions = Callable[[str], "tuple[list[str], list[bool]] | None"]
@@ -78,6 +104,7 @@ class Space:
     _text: dict[str, Tensor] = field(default_factory=dict)
     _versions: dict[tuple[Versions, str], tuple[Tensor, Tensor] | None] = field(default_factory=dict)
 
+    @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
         """[N, E], from memory where a prompt was asked before."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text]
@@ -88,7 +115,11 @@ class Space:
     @torch.no_grad()
     def similarity(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine of clip and prompt [B]."""
-        return (self.model.embed_codes(codes).float() * self.text(prompts).to(codes.device)).sum(1)
+        return self.similarity_heard(self.model.embed_codes(codes).float(), prompts)
+
+    def similarity_heard(self, heard: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The same of embedded clips [B, E]."""
+        return (heard * self.text(prompts).to(heard)).sum(1)
 
     @torch.no_grad()
     def named(self, codes: Tensor, prompts: Sequence[str], versions: Versions) -> Tensor:
@@ -96,15 +127,20 @@ class Space:
 
         softmax over the versions of scale * cosine, summed over those that say the same.
         """
-        heard = self.model.embed_codes(codes).float()
-        scale = float(self.model.log_scale.exp().clamp(max=100))
-        scores = torch.full((len(codes),), math.nan, device=codes.device)
-        for row, prompt in enumerate(prompts):
+        return self.named_heard(self.model.embed_codes(codes).float(), prompts, versions)
+
+    def named_heard(self, heard: Tensor, prompts: Sequence[str], versions: Versions) -> Tensor:
+        """The same of embedded clips [B, E]."""
+        scale = float(self.model.log_scale.detach().exp().clamp(max=100))
+        scores = []
+        for row, prompt in zip(heard, prompts, strict=True):
             known = self._known(prompt, versions)
-            if known is not None:
-                said, same = (t.to(codes.device) for t in known)
-                scores[row] = (scale * said @ heard[row]).softmax(0)[same].sum()
-        return scores
+            if known is None:
+                scores.append(row.new_full((), math.nan))
+                continue
+            said, same = (t.to(row.device) for t in known)
+            scores.append((scale * said @ row).softmax(0)[same].sum())
+        return torch.stack(scores)
 
     def _known(self, prompt: str, versions: Versions) -> tuple[Tensor, Tensor] | None:
         key = (versions, prompt)

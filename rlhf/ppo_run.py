@@ -28,7 +28,7 @@ from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo
 from rlhf.metrics import diversity
 from rlhf.ppo_dense import DenseTable, dense_table, sampled_log_ratio
 from rlhf.ppo_task import Task
-from rlhf.rewards import HUMAN, parse_weights, weighted
+from rlhf.rewards import parse_weights, weighted
 from rlhf.rollout import Critic, Rollout, code_logits, judge, play, prompt_of, sample_seed, score_steps
 
 if TYPE_CHECKING:
@@ -100,13 +100,16 @@ class Run:
         adapted."""
         prompts, known = [self.task.prompts[row] for row in mine.prompt_ids.tolist()], {}
         if self.credit == "codes":
-            assert self.task.slope is not None
-            slope, known[HUMAN] = self.task.slope(mine.codes, prompts)
-            mine = dataclasses.replace(mine, slope=slope.to(mine.logps))
+            found = {name: self.task.slopes[name](mine.codes, prompts) for name in self.reward.trained}
+            known = {name: score for name, (_, score) in found.items()}
+            mine = dataclasses.replace(mine, slope=torch.stack([slope for slope, _ in found.values()], 1).to(mine.logps))
         marks = self.reward.marks(mine.codes, prompts, known=known)
         rollout = dataclasses.replace(mine, marks=marks).map(self.accelerator.gather)
         if self.step == 0:
             self.reward.measure(rollout.marks)
+        if self.credit == "codes":
+            slope = self.reward.slope(dict(zip(self.reward.trained, rollout.slope.unbind(1))))
+            rollout = dataclasses.replace(rollout, slope=limited(slope))
         total = self.reward.judge(rollout.marks).total
         if self.cfg.baseline == "prompt":
             centred = self.baseline(rollout.prompt_ids, total)
@@ -201,7 +204,7 @@ class Run:
         table = dense_table(
             self.lm,
             self._logits,
-            dataclasses.replace(rollout, slope=limited(rollout.slope)),
+            rollout,
             lambda rows: self.table.index(rollout.prompt_ids[rows]),
             torch.cat(shares),
             torch.arange(rank, len(rollout.codes), world, device=device),
@@ -372,13 +375,13 @@ class Run:
 
 
 def credit_of(wanted: str, task: Task, trained: tuple[str, ...]) -> str:
-    """`score` or `codes`. Code by code where the listeners' part alone is trained on and has a slope; UserError where that is asked
-    for and cannot be."""
-    able = task.slope is not None and trained == (HUMAN,)
-    if wanted == "codes" and not able:
-        why = "a reward without a slope" if task.slope is None else f"a reward of {', '.join(trained)}"
-        raise UserError(f"--credit codes with {why}", f"the part {HUMAN!r} alone, with a slope", "use --credit score")
-    return ("codes" if able else "score") if wanted == "auto" else wanted
+    """`score` or `codes`. Code by code where every part that is trained on has a slope; UserError where that is asked for and cannot be."""
+    flat = [name for name in trained if name not in task.slopes]
+    if wanted == "codes" and flat:
+        raise UserError(
+            f"--credit codes with {', '.join(flat)}, without a slope", f"parts among {sorted(task.slopes)}", "use --credit score"
+        )
+    return ("score" if flat else "codes") if wanted == "auto" else wanted
 
 
 def bf16_is_faster(device: torch.device) -> bool:

@@ -18,14 +18,12 @@ from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import Policy, load_policy
-from rlhf.consistency import checks
+from rlhf.consistency import checks, slopes
 from rlhf.reward_model import LATENTS, RewardModel, features, load_reward
-from rlhf.rewards import Score
+from rlhf.rewards import HUMAN, Score, Slope
 
 Sound = Callable[[Tensor], tuple[NDArray[np.float32], int]]
 """codes [K, T] -> wav [C, L] and its sample rate."""
-Slope = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
-"""codes [B, K, T] and prompts -> d score / d latents [B, D, T], score [B]."""
 Embed = Callable[[Tensor, list[str]], Tensor]
 """codes [B, K, T] and prompts -> features [B, F], in which distance is difference to the ear."""
 
@@ -56,10 +54,10 @@ class Task:
     snapshot_sha256: str | None = None
     checks: Mapping[str, Score] = field(default_factory=dict)
     """The reward's verifiable parts, by name."""
-    slope: Slope | None = None
-    """Where each frame should have moved for the listeners' score to rise; None where the score cannot say."""
+    slopes: Mapping[str, Slope] = field(default_factory=dict)
+    """Where each frame should have moved for a part of the reward to rise, for those parts that can say."""
     codebooks: Tensor | None = None
-    """What each code adds to the latents [K, V, D]; with `slope`."""
+    """What each code adds to the latents [K, V, D]; with `slopes`."""
     spread: Score | None = None
     """How far the reward's heads disagree about clips."""
     embed: Embed | None = None
@@ -90,8 +88,8 @@ def load_task(policy_dir: Path, reward_dir: Path | None, prompts_file: Path | No
         reward_sha256=reward.sha256,
         snapshot_sha256=reward.snapshot_sha256,
         checks=checks(policy) | aspects(reward),
-        slope=reward.slope if reward.has_slope else None,
-        codebooks=policy.codec.codebooks if reward.has_slope else None,
+        slopes={HUMAN: reward.slope} | slopes(policy),
+        codebooks=policy.codec.codebooks,
         spread=reward.spread if len(reward.members) > 1 else None,
         embed=embedding(policy, reward),
         sound=sound,
@@ -164,7 +162,7 @@ def toy_task(seed: int, n_prompts: int = 8) -> Task:
         share_of_code_3,
         lm.sha256(),
         checks={"code_5": share_of_code_5, "movement": movement},
-        slope=lambda codes, prompts: (codes.new_ones(len(codes), 1, codes.shape[2]) / codes[0].numel(), share_of_code_3(codes, prompts)),
+        slopes={HUMAN: slope_of_code_3},
         codebooks=F.one_hot(torch.tensor([3]), lm.card).float()[..., None].expand(lm.n_q, -1, -1),
         spread=lambda codes, prompts: 0.1 + (codes[..., 1:] == codes[..., :-1]).float().mean((1, 2)),
         embed=lambda codes, prompts: F.one_hot(codes, lm.card).float().mean((1, 2)),
@@ -176,6 +174,11 @@ def toy_task(seed: int, n_prompts: int = 8) -> Task:
 def share_of_code_3(codes: Tensor, prompts: Sequence[str]) -> Tensor:
     """The toy's reward: codes [B, K, T] -> share of the codes that are 3 [B]."""
     return (codes == 3).float().mean((1, 2))
+
+
+def slope_of_code_3(codes: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Its slope [B, 1, T] along latents that count code 3, and the score."""
+    return codes.new_ones((len(codes), 1, codes.shape[2]), dtype=torch.float32) / codes[0].numel(), share_of_code_3(codes, prompts)
 
 
 def share_of_code_5(codes: Tensor, prompts: Sequence[str]) -> Tensor:

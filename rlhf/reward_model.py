@@ -116,15 +116,13 @@ def features(base: Base, codes: Tensor, prompts: Sequence[str], blocks: Sequence
 
     Args: blocks: which to compute; default: all that the base can give.
     """
-    return features_of_latents(base, base.codec.latents(codes), codes, prompts, blocks)
+    return features_of_latents(base, base.codec.latents(codes), prompts, blocks)
 
 
-def features_of_latents(
-    base: Base, latents: Tensor, codes: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """The same, with a gradient to the codes' latents [B, D, T]; the shared audio-text space listens to codes and has none."""
-    if len(prompts) != len(codes):
-        raise ValueError(f"{len(codes)} clips and {len(prompts)} prompts")
+def features_of_latents(base: Base, latents: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The same, with a gradient to the codes' latents [B, D, T]."""
+    if len(prompts) != len(latents):
+        raise ValueError(f"{len(latents)} clips and {len(prompts)} prompts")
     wanted = blocks_of(base) if blocks is None else tuple(blocks)
     made: dict[str, Tensor] = {}
     if LATENTS in wanted:
@@ -137,11 +135,12 @@ def features_of_latents(
         if DESCRIPTORS in wanted:
             made[DESCRIPTORS] = describe(magnitude, base.codec.sample_rate, base.codec.config.stft_hop).float()
     if {SHARED, FIT} & set(wanted):
-        heard = base.contrastive.embed_codes(codes)
-        said = base.contrastive.embed_text(list(prompts)).to(heard)
+        heard = base.contrastive.embed_latents(latents)
+        with torch.no_grad():
+            said = base.contrastive.embed_text(list(prompts)).to(heard)
         fit = (heard * said).sum(1, keepdim=True)
         if SHARED in wanted:
-            made[SHARED] = torch.cat([base.contrastive.features(codes), fit], dim=1).float()
+            made[SHARED] = torch.cat([base.contrastive.features_of_latents(latents), fit], dim=1).float()
         if FIT in wanted:
             made[FIT] = fit.float()
     return {block: made[block] for block in wanted}
@@ -438,21 +437,13 @@ class RewardModel:
         return self.score_features(self._heard(codes, prompts)).to(codes.device)
 
     def slope(self, codes: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """codes [B, K, T] and their prompts -> d score / d latents [B, D, T] and score [B]: where each frame should have moved.
-
-        The part of the score that hears the shared audio-text space counts in the score and adds nothing to the slope.
-        """
+        """codes [B, K, T] and their prompts -> d score / d latents [B, D, T] and score [B]: where each frame should have moved."""
         latents = self.base.codec.latents(codes).detach().requires_grad_(True)
         with torch.enable_grad():
-            table = features_of_latents(self.base, latents, codes, prompts, self.head.blocks)
+            table = features_of_latents(self.base, latents, prompts, self.head.blocks)
             score = self.score_features({block: rows.cpu() for block, rows in table.items()})
             (slope,) = torch.autograd.grad(score.sum(), latents)
         return slope, score.detach().to(codes.device)
-
-    @property
-    def has_slope(self) -> bool:
-        """Whether anything that the head reads moves with the latents."""
-        return bool(set(self.head.blocks) & {LATENTS, MAGNITUDES, DESCRIPTORS})
 
     @torch.no_grad()
     def spread(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -23,6 +23,9 @@ from base_models.errors import UserError
 Score = Callable[[Tensor, list[str]], Tensor]
 """A judge: codes [B, K, T] and their prompts -> score [B]; the higher the better, non-finite where it cannot tell."""
 
+Slope = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
+"""codes [B, K, T] and prompts -> d score / d latents of the codec [B, D, T], score [B]."""
+
 HUMAN = "human"
 """The part that listeners' votes taught (a reward model)."""
 
@@ -110,6 +113,16 @@ class Reward:
             part, z = self.parts[name], parts[name]
             total = total + part.weight * (torch.where(torch.isnan(z), torch.zeros_like(z), z) if part.asked else z)
         return Judgement(total, parts)
+
+    def slope(self, slopes: Mapping[str, Tensor]) -> Tensor:
+        """d total / d latents [B, D, T] from those of the trained parts; one that is not finite (a part that was not asked) is 0."""
+        total = None
+        for name in self.trained:
+            sd = 1.0 if len(self.trained) == 1 else self.scales.get(name, (0.0, 1.0))[1]
+            part = torch.nan_to_num(slopes[name], 0.0, 0.0, 0.0) * (self.parts[name].weight / sd)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     def figures(self, marks: Tensor) -> dict[str, float]:
         """For plots, of marks [B, P]: mean raw mark of each part that was judged, its mean z, and the share of clips that an `asked`

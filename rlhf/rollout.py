@@ -35,7 +35,8 @@ class Rollout:
     codes [B, K, T] int64; prompt_ids [B] int64, rows of the run's prompts; mask [B, S], True where a step counts;
     logps (of the policy that played), ref_logps, values, rewards [B, S]; book_kl [B, K], each codebook's share of the clip's
     log-ratio; marks [B, P] of the reward's parts (P = 0 until it was asked); slope [B, D, T] of the score along the codec's latents
-    (D = 0 where credit is not given code by code); score [B] as judged, NaN until `judge`.
+    (of each trained part, [B, P, D, T], until it was judged; D = 0 where credit is not given code by code); score [B] as judged, NaN
+    until `judge`.
     """
 
     codes: Tensor

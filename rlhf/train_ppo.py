@@ -82,7 +82,8 @@ class Config:
     clips of the prompt score (loo, needs --samples-per-prompt of 2 or more); nothing, and easy prompts drown what the clip itself did."""
     credit: Literal["auto", "score", "codes"] = "auto"
     """score: one number a clip, GAE and a critic. codes: what every other choice of every code would have changed, to first order, by
-    the slope of the reward (rlhf/dense.py); a tenth of the clips teach as much. auto: codes where the reward has a slope."""
+    the slope of the reward (rlhf/dense.py); a tenth of the clips teach as much. auto: codes where every part of the reward that is
+    trained on has a slope."""
     epochs: int = 2
     """Passes over a round's clips."""
     minibatches: int = 2

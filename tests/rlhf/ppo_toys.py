@@ -31,7 +31,7 @@ def config(out: Path, **changes: Any) -> Config:
 
 def judged_by(score: Score, heldout: Prompts | None = None) -> Task:
     """The toy with another judge, of whose slope nothing is known; without held-out prompts that judge is called once a round."""
-    return dataclasses.replace(toy_task(0), score=score, slope=None, codebooks=None, heldout=heldout)
+    return dataclasses.replace(toy_task(0), score=score, slopes={}, heldout=heldout)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

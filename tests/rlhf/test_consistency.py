@@ -17,7 +17,7 @@ import torch
 
 from base_models.policy import PRETRAINED, load_policy
 from rlhf import consistency
-from rlhf.consistency import asked_keys, asked_tempo, checks, instrument_versions, mood_versions
+from rlhf.consistency import Space, asked_keys, asked_tempo, checks, instrument_versions, mood_versions, slopes
 
 DATA = Path(__file__).parent / "data"
 
@@ -169,3 +169,23 @@ def test_another_codec_is_heard_through_its_waveform(real):
     for judge in (consistency.tempo_probability, consistency.key_probability):
         ours, theirs = judge(policy.codec, codes[:8], prompts), judge(Foreign(), codes[:8], prompts)
         assert float((ours - theirs).abs().median()) < 0.15
+
+
+def test_slopes_of_the_audio_text_checks_are_derivatives_along_the_latents() -> None:
+    policy = load_policy(PRETRAINED)
+    codes = torch.randint(0, policy.codec.card, (3, 4, 24), generator=torch.Generator().manual_seed(0))
+    prompts = ["sad piano, slow", "happy jazz with saxophone", "120 BPM"]
+    for name, n_asked in {"similarity": 3, "mood": 2, "instrument": 2}.items():
+        slope, score = slopes(policy)[name](codes, prompts)
+        torch.testing.assert_close(score, checks(policy)[name](codes, prompts), equal_nan=True)
+        assert int(torch.isfinite(score).sum()) == n_asked
+        moved = slope.flatten(1).norm(dim=1) > 0
+        assert moved.tolist() == torch.isfinite(score).tolist()  # what is not asked pulls nowhere
+        latents = policy.codec.latents(codes)
+        step = 0.05 * slope / slope.flatten(1).norm(dim=1).clamp_min(1e-9)[:, None, None]
+        heard = [policy.contrastive.embed_latents(latents + sign * step).float().detach() for sign in (1, -1)]
+        space = Space(policy.contrastive)
+        versions = {"mood": mood_versions, "instrument": instrument_versions}
+        at = [space.named_heard(h, prompts, versions[name]) if name in versions else space.similarity_heard(h, prompts) for h in heard]
+        told = 2 * (slope * step).sum((1, 2))
+        torch.testing.assert_close((at[0] - at[1])[moved], told[moved], rtol=0.05, atol=1e-5)

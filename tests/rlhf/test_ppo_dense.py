@@ -12,6 +12,7 @@ import torch
 
 from base_models.errors import UserError
 from rlhf.ppo_task import toy_task
+from rlhf.rewards import HUMAN
 from rlhf.train_ppo import main
 from tests.rlhf.ppo_toys import SCRIPT, alone, config, judged_by, largest_difference, metrics, untimed, weights
 
@@ -69,15 +70,14 @@ def test_two_gloo_processes_equal_one(tmp_path: Path) -> None:
 
 def test_a_clip_without_a_finite_score_teaches_nothing(tmp_path: Path) -> None:
     task = toy_task(0)
-    assert task.slope is not None
-    known = task.slope
+    known = task.slopes[HUMAN]
 
     def broken(codes, prompts):
         slope, score = known(codes, prompts)
         score[0], slope[0] = float("nan"), float("nan")
         return slope, score
 
-    main(config(tmp_path, steps=2, **CODES), dataclasses.replace(task, slope=broken))
+    main(config(tmp_path, steps=2, **CODES), dataclasses.replace(task, slopes={HUMAN: broken}))
     assert all(row["scores_not_finite"] == 1 and row["updates_skipped"] == 0 for row in metrics(tmp_path))
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
 
@@ -87,7 +87,7 @@ def test_auto_takes_codes_where_there_is_a_slope_and_codes_is_refused_where_ther
     assert main(config(tmp_path / "b", steps=1, credit="auto", weights="human=1,code_5=1"))["credit"] == "score"
     flat = judged_by(lambda codes, prompts: codes.float().mean((1, 2)))
     assert main(config(tmp_path / "c", steps=1, credit="auto"), flat)["credit"] == "score"
-    with pytest.raises(UserError, match="without a slope"):
+    with pytest.raises(UserError, match="human, without a slope"):
         main(config(tmp_path / "d", steps=1, credit="codes"), flat)
     with pytest.raises(UserError, match="ent-coef"):
         main(config(tmp_path / "e", credit="codes", ent_coef=0.1))

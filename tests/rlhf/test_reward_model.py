@@ -16,14 +16,14 @@ class Tower(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
 
-    def features(self, codes):
-        return torch.stack([codes.float().mean((1, 2)), codes.float().std((1, 2)), codes[:, 0].float().mean(1)], 1)
+    def features_of_latents(self, latents):
+        return torch.stack([latents.mean((1, 2)), latents.std((1, 2)), latents[:, 0].mean(1)], 1)
 
     def sha256(self):
         return "tower"
 
-    def embed_codes(self, codes):
-        return nn.functional.normalize(self.features(codes) @ self.weight, dim=-1)
+    def embed_latents(self, latents):
+        return nn.functional.normalize(self.features_of_latents(latents) @ self.weight, dim=-1)
 
     def embed_text(self, prompts):
         return nn.functional.normalize(torch.tensor([[len(p), 1.0, 2.0, 3.0] for p in prompts]), dim=-1)
@@ -321,7 +321,7 @@ def test_members_differ_and_have_no_offset(model, base):
 
 @pytest.mark.parametrize(
     ("kind", "blocks", "within"),
-    [("linear", (rm.LATENTS,), 0.02), ("kernel", (rm.LATENTS,), 0.05), ("relevance", (rm.DESCRIPTORS, rm.FIT), 0.5)],
+    [("linear", (rm.LATENTS, rm.SHARED), 0.02), ("kernel", (rm.LATENTS,), 0.05), ("relevance", (rm.DESCRIPTORS, rm.FIT), 0.5)],
 )
 def test_slope_is_the_derivative_of_the_score_along_the_latents(base, kind, blocks, within):
     """Descriptors that count (onsets, the strongest bin) are steps: the slope is that of the rest, so their head is held to less."""
@@ -332,7 +332,6 @@ def test_slope_is_the_derivative_of_the_score_along_the_latents(base, kind, bloc
     width = rm.expand(lens, head, table).shape[1]
     members = torch.randn(3, width, generator=torch.Generator().manual_seed(1)) / width**0.5
     model = rm.RewardModel(base, head, lens, members, torch.zeros(3), lam=0.5, temperature=1.3)
-    assert model.has_slope
     slope, score = model.slope(codes, prompts)
     torch.testing.assert_close(score, model.score(codes, prompts))
     latents = base.codec.latents(codes)
@@ -340,15 +339,7 @@ def test_slope_is_the_derivative_of_the_score_along_the_latents(base, kind, bloc
 
     def at(moved):
         with torch.no_grad():
-            return model.score_features(rm.features_of_latents(base, moved, codes, prompts, head.blocks))
+            return model.score_features(rm.features_of_latents(base, moved, prompts, head.blocks))
 
     measured, told = at(latents + step) - at(latents - step), 2 * (slope * step).sum((1, 2))
     assert float(measured.mean()) == pytest.approx(float(told.mean()), rel=within)
-
-
-def test_a_reward_that_hears_only_the_shared_space_has_no_slope(base):
-    head = rm.Head("linear", (rm.SHARED,), 1.0)
-    table = rm.features(base, codes_of(6), ["a"] * 6, head.blocks)
-    lens = rm.make_lens(head, table, torch.arange(6) // 2)
-    model = rm.RewardModel(base, head, lens, torch.ones(1, table[rm.SHARED].shape[1]), torch.zeros(1), 0.0, 1.0)
-    assert not model.has_slope
