@@ -85,6 +85,18 @@ def test_a_phone_of_390_pixels_shows_it_all_without_sideways_scroll(
     boxes = [button.bounding_box() for button in ada.page.locator(".votes button, .lane .side, .controls button").all()]
     assert len(boxes) == 10
     assert all(box["height"] >= 44 and box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
+    ada.page.wait_for_function("document.querySelector('main.encore').player.buffers !== null")
+    ada.page.evaluate("document.querySelector('main.encore').player.addMark('b', 2.4, 3.5)")
+    deck = ada.page.locator(".deck").bounding_box()
+    for part in ada.page.locator(".marks li > *").all():
+        box = part.bounding_box()
+        assert box["x"] >= deck["x"]
+        assert box["x"] + box["width"] <= deck["x"] + deck["width"]
+    ada.page.get_by_text("Menu").click()
+    ada.page.get_by_role("button", name="Guide").click()
+    ada.at("guide")
+    expect(ada.page.locator(".keys")).to_be_hidden()  # nobody presses them here
+    assert ada.page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_every_control_has_a_name(hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]) -> None:
