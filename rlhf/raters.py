@@ -159,7 +159,7 @@ class Habit:
     """How one rater answers."""
 
     slope: float
-    """By how much the rater's answers follow the margins; 1 is the mean rater, 0 does not listen, below 0 answers against them."""
+    """By how much the rater's answers follow the margins; 1 is all raters taken as one, 0 does not listen, below 0 answers against."""
     slope_se: float
     lean: float
     """Towards the side on the left, nats."""
@@ -181,7 +181,7 @@ class Habits:
 
     raters: dict[str, Habit]
     scale: float
-    """Nats of the mean rater for a margin of 1."""
+    """Nats for a margin of 1 at slope 1."""
     tie: float
     """nu in Davidson's model."""
     lean: float
@@ -198,7 +198,7 @@ def habits(votes: Sequence[Vote], margins: Array, iterations: int = 30) -> Habit
     how far they spread is learnt from the raters (EM, with Laplace's approximation), so that a rater with few votes is drawn
     towards the mean rater. Davidson and Beaver 1977 (ties, order); slopes may be negative, which tells an adversary.
 
-    Returns: None when the margins tell nothing about the votes: the mean slope is not above 0 by two standard errors.
+    Returns: None when the margins tell nothing about the votes: all raters taken as one have no slope above 0 by two standard errors.
     """
     told = [(vote, d) for vote, d in zip(votes, margins, strict=True) if vote.choice != BOTH_BAD]
     unit = float(np.sqrt(np.mean(np.square([d for _, d in told])))) if told else 0.0
@@ -211,31 +211,39 @@ def habits(votes: Sequence[Vote], margins: Array, iterations: int = 30) -> Habit
     o = np.array([{X: 1.0, Y: -1.0}.get(vote.shown_first or "", 0.0) for vote, _ in told])
     said = np.array([[vote.choice == X, vote.choice == Y, vote.choice == TIE] for vote, _ in told], dtype=float)
     R, n = len(names), np.bincount(who, minlength=len(names))
+    nobody = np.zeros_like(who)
+    one = _habits_mode(np.array([1.0, 1.0, 0.0, 0.0, -1.0]), said, d, o, nobody, 1.0, LEAN_SD)
+    listening = float(one[0])
+    if listening <= SURE * float(_habits_information(one, d, o, nobody, 1.0, LEAN_SD)[0, 0]) ** -0.5:
+        return None
 
-    slope_sd, lean_sd = SLOPE_SD, LEAN_SD
+    slope_sd, lean_sd = SLOPE_SD * listening, LEAN_SD
     at = np.concatenate([np.full(R + 1, 1.0), np.zeros(R + 1), [-1.0]])  # a_r, their mean, b_r, their mean, log nu
     information = np.eye(len(at))
     for _ in range(iterations):
-        found = minimize(_habits_loss, at, args=(said, d, o, who, slope_sd, lean_sd), jac=True, method="L-BFGS-B", options={"maxiter": 500})
-        at = found.x
+        at = _habits_mode(at, said, d, o, who, slope_sd, lean_sd)
         information = _habits_information(at, d, o, who, slope_sd, lean_sd)
         variance = np.diag(np.linalg.inv(information))
         a, m, b, mean = at[:R], at[R], at[R + 1 : 2 * R + 1], at[2 * R + 1]
         before = slope_sd, lean_sd
         # Two raters' worth of the spreads that were expected keep a crew of equals from falling to none, where EM would stay.
-        slope_sd = float(np.sqrt((np.sum((a - m) ** 2 + variance[:R]) + 2 * (SLOPE_SD * max(m, 0.1)) ** 2) / (R + 2)))
+        slope_sd = float(np.sqrt((np.sum((a - m) ** 2 + variance[:R]) + 2 * (SLOPE_SD * listening) ** 2) / (R + 2)))
         lean_sd = float(np.sqrt((np.sum((b - mean) ** 2 + variance[R + 1 : 2 * R + 1]) + 2 * LEAN_SD**2) / (R + 2)))
         if abs(slope_sd - before[0]) + abs(lean_sd - before[1]) < 1e-3:
             break
-    if m <= SURE * np.sqrt(variance[R]):
-        return None
     return Habits(
-        {name: Habit(float(a[i] / m), float(np.sqrt(variance[i]) / m), float(b[i]), int(n[i])) for name, i in seat.items()},
-        scale=float(m / unit),
+        {name: Habit(float(a[i] / listening), float(np.sqrt(variance[i]) / listening), float(b[i]), int(n[i])) for name, i in seat.items()},
+        scale=listening / unit,
         tie=float(np.exp(at[-1])),
         lean=float(mean),
-        spread=slope_sd / float(m),
+        spread=slope_sd / listening,
     )
+
+
+def _habits_mode(at: Array, said: Array, d: Array, o: Array, who: NDArray[np.int64], slope_sd: float, lean_sd: float) -> Array:
+    """The posterior mode, from `at` on."""
+    found = minimize(_habits_loss, at, args=(said, d, o, who, slope_sd, lean_sd), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    return np.asarray(found.x)
 
 
 def _habits_point(at: Array, d: Array, o: Array, who: NDArray[np.int64]) -> Array:

@@ -1,7 +1,9 @@
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
-from rlhf import train_reward
-from rlhf.reward_model import load_reward
+from rlhf import raters, train_reward
+from rlhf.preferences import content_sha256, load_snapshot, training_pairs
+from rlhf.reward_folds import Clips, Folds, choose_heads
+from rlhf.reward_gates import GateError
+from rlhf.reward_model import Head, load_reward
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "rlhf" / "train_reward.py"
@@ -31,7 +36,7 @@ def test_smoke_run_predicts_votes_on_unseen_prompts(smoke):
     assert figures["ci"][0] > 0.5
     assert figures["accuracy"] <= figures["ceiling_ci"][1] + 0.05
     assert figures["accuracy"] > figures["baseline"]["value"]
-    assert figures["n"] == 240
+    assert figures["n"] + figures["n_both_bad"] == figures["n_votes"] == 240
     assert figures["n_prompts"] == 20
 
 
@@ -56,10 +61,42 @@ def _alone():
     return Accelerator(cpu=True)
 
 
-def test_shuffled_labels_stay_at_chance_on_unseen_prompts(tmp_path):
-    cheap = {"members": 1, "folds": 3, "shuffle_labels": True}
-    reached = [train_reward.main(settings(tmp_path / str(seed), seed=seed, **cheap))["accuracy"] for seed in range(2)]
+def test_shuffled_labels_stay_at_chance_on_unseen_prompts_and_strict_says_so(tmp_path, capsys):
+    cheap = {"members": 1, "folds": 3, "shuffle_labels": True, "strict": True}
+    reached = []
+    for seed in range(2):
+        with pytest.raises(GateError, match="lower end") as failed:
+            train_reward.script(settings(tmp_path / str(seed), seed=seed, **cheap))
+        assert failed.value.exit_code == 1
+        assert "FAIL  accuracy" in capsys.readouterr().out
+        reached.append(read_json(tmp_path / str(seed) / "figures.json")["accuracy"])  # written all the same
+        assert (tmp_path / str(seed) / "manifest.json").is_file()
     assert 0.38 < sum(reached) / 2 < 0.62
+
+
+def test_strangers_votes_are_foretold_too(smoke):
+    told = smoke[1]["accuracy_unseen_raters"]
+    assert told["ci"][0] > 0.5
+    assert told["n"] == smoke[1]["n"]
+
+
+def test_aspects_both_bad_and_marks_are_told_and_kept(smoke):
+    out, figures = smoke
+    assert figures["extras"]["musicality"]["ci"][0] > 0.5
+    assert 0 < figures["extras"]["acceptable"]["n"] == figures["n_both_bad"]
+    assert figures["frames"]["n"] > 20
+    base = train_reward.toy_task(settings(out), _alone())[0]
+    model = load_reward(out, base)
+    codes = torch.randint(0, 32, (3, 2, 12))
+    assert set(model.extra_scores(codes, ["toy"] * 3)) >= {"musicality"}
+    assert model.per_frame(codes, ["toy"] * 3).shape == (3, 12)
+
+
+def test_the_report_shows_each_gate_with_its_verdict(smoke):
+    figures = smoke[1]
+    lines = [line for line in train_reward.report(figures).splitlines() if line.startswith("gate ")]
+    assert len(lines) == len(figures["gates"]) == 5
+    assert all(any(verdict in line for verdict in ("PASS", "FAIL", "n/a")) for line in lines)
 
 
 def test_the_careless_rater_is_named_in_the_report(smoke):
@@ -84,6 +121,91 @@ def test_a_run_without_a_snapshot_says_how_to_get_one():
         train_reward.main(train_reward.Config())
 
 
+def rewritten(folder, **changes):
+    """The toy's snapshot with its votes changed: column -> function of the vote."""
+    train_reward.write_toy_snapshot(folder, train_reward.toy_base(0).sha256, seed=0)
+    rows = [json.loads(line) for line in (folder / "votes.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {column: change(row) for column, change in changes.items()}
+    (folder / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "snapshot.json").write_text(json.dumps({"name": "toy", "sha256": content_sha256(folder)}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"choice": lambda row: "tie"}, "all of them ties"),
+        ({"choice": lambda row: "both_bad"}, "no pair that is ordered"),
+        ({"excluded_reason": lambda row: "rater_blocked"}, "240 rater_blocked"),
+        ({"rater": lambda row: "me"}, "one rater alone"),
+        ({"clip_x": lambda row: "f" * 64}, r"not in clips\.jsonl"),
+        ({"prompt_id": lambda row: "p0"}, "folds|prompts"),
+    ],
+)
+def test_votes_that_cannot_teach_are_refused_and_nothing_is_written(tmp_path, monkeypatch, changes, said):
+    folder = rewritten(tmp_path / "snapshot", **changes)
+    monkeypatch.setattr(train_reward, "load_policy", lambda path: train_reward.toy_base(0))
+    with pytest.raises(UserError, match=said):
+        train_reward.main(train_reward.Config(snapshot=folder, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_clips_of_another_codec_and_of_another_base_are_refused(tmp_path, monkeypatch):
+    folder = rewritten(tmp_path / "snapshot")
+    base = train_reward.toy_base(0)
+    monkeypatch.setattr(train_reward, "load_policy", lambda path: replace(base, sha256="c" * 64))
+    with pytest.raises(UserError, match=f"clips of base {base.sha256[:12]}"):
+        train_reward.main(train_reward.Config(snapshot=folder, out=tmp_path / "out"))
+    other = replace(train_reward.toy_base(0, n_q=3), sha256=base.sha256)
+    monkeypatch.setattr(train_reward, "load_policy", lambda path: other)
+    with pytest.raises(UserError, match="2 codebooks"):
+        train_reward.main(train_reward.Config(snapshot=folder, out=tmp_path / "out"))
+
+
+def test_one_persons_taste_can_be_learnt_on_request(tmp_path, monkeypatch):
+    folder = rewritten(tmp_path / "snapshot", rater=lambda row: "me")
+    monkeypatch.setattr(train_reward, "load_policy", lambda path: train_reward.toy_base(0))
+    cheap = {"members": 1, "folds": 3}
+    figures = train_reward.main(train_reward.Config(snapshot=folder, out=tmp_path / "out", one_rater=True, **cheap))
+    assert figures["ci"][0] > 0.5
+    assert figures["ceiling"] is None
+    assert figures["accuracy_unseen_raters"] is None
+    assert "unknown" in train_reward.report(figures)
+
+
+def test_slopes_find_the_careless_and_the_adversary_where_nobody_shares_a_pair(tmp_path):
+    """One vote a pair: agreement knows nothing of anybody."""
+    train_reward.write_toy_snapshot(tmp_path, "b" * 64, seed=1, n_pairs=400)
+    snapshot = load_snapshot(tmp_path)
+    turned = {"x": "y", "y": "x"}
+    votes = [replace(vote, choice=turned.get(vote.choice, vote.choice)) if vote.rater == "r3" else vote for vote in snapshot.votes]
+    alone = {vote.pair_id: vote for vote in sorted(votes, key=lambda vote: hashlib.sha256(vote.vote_id.encode()).hexdigest())}
+    snapshot = replace(snapshot, votes=tuple(alone.values()))
+    assert set(raters.weights(raters.reliability(snapshot.votes)).values()) == {1.0}
+    clips = Clips(snapshot, 2, 32)
+    head = Head("linear", ("all",), 1.0)
+    heard = torch.stack([codes[0].float().flatten() / 10 for codes in clips.codes])
+    folds = Folds({head: heard}, clips.fold_of_prompt(5, 0), 5)
+
+    def preferences(weights):
+        return training_pairs(snapshot, weights, known=clips.known)
+
+    pairs = clips.pairs(preferences(None))
+    cfg = train_reward.Config(members=1)
+    found = train_reward.weigh(cfg, folds, clips, snapshot, None, pairs, choose_heads(folds, pairs), preferences)
+    assert found.name == "slopes"
+    assert found.losses["slopes"] < found.losses["agreement"] - 0.05
+    assert found.weights["r3"] == 0
+    assert found.told("r3")["against_the_music"]
+    assert found.weights["r4"] < 0.5 * min(found.weights[rater] for rater in ("r0", "r1", "r2"))
+    turned_round = train_reward.weigh(
+        replace(cfg, adversaries="invert"), folds, clips, snapshot, None, pairs, choose_heads(folds, pairs), preferences
+    )
+    assert turned_round.weights["r3"] < 0
+    assert turned_round.losses["slopes"] < found.losses["agreement"] - 0.05
+
+
 def launch(arguments, cwd, *launcher):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *launcher, str(SCRIPT), *arguments]
@@ -102,7 +224,7 @@ def test_two_processes_make_the_model_of_one(smoke, tmp_path):
     assert figures["processes"] == 2
     assert figures["reward_sha256"] == smoke[1]["reward_sha256"]
     assert figures["accuracy"] == smoke[1]["accuracy"]
-    assert done.stdout.count("accuracy ") == 1
+    assert done.stdout.count("baseline ") == 1
 
 
 def test_launched_as_a_file_from_elsewhere_bad_input_exits_with_two(tmp_path):

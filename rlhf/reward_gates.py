@@ -1,0 +1,99 @@
+"""What a reward model must show before anybody trains on it, each with its number.
+
+figures -> gates: name, number, what was asked, PASS | FAIL | not asked
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from base_models.errors import UserError
+from rlhf.reward_model import Head, Pairs, fit
+
+MIN_SHARE, SHARE_FROM = 0.8, 500
+"""Of what the raters' ceiling leaves above chance, asked from so many pairs on."""
+MAX_ECE = 0.05
+OVERFIT_PAIRS, MIN_OVERFIT = 20, 0.95
+
+
+class GateError(UserError):
+    """A gate that was asked for with --strict; the exit code tells it from bad input."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One demand."""
+
+    name: str
+    value: float | None
+    asked: str
+    passed: bool | None
+    """None: it was not asked of so few votes."""
+
+    @property
+    def line(self) -> str:
+        verdict = {True: "PASS", False: "FAIL", None: "n/a "}[self.passed]
+        return f"{verdict}  {self.name}: {'unknown' if self.value is None else f'{self.value:.3f}'} (asked: {self.asked})"
+
+
+def gates(figures: Mapping[str, Any]) -> list[Gate]:
+    """All gates, from the figures of train_reward.
+
+    A ceiling that nobody can tell fails where it is asked for: a share of the unknown cannot be shown.
+    """
+    share = share_of_ceiling(figures)
+    enough = figures["n_pairs"] >= SHARE_FROM
+    beats = figures["above_baseline"]
+    return [
+        Gate("accuracy, lower end of its interval", figures["ci"][0], "above .5", figures["ci"][0] > 0.5),
+        Gate(
+            "share of the ceiling above chance", share, f"{MIN_SHARE} from {SHARE_FROM} pairs on; here {figures['n_pairs']}",
+            (share is not None and share >= MIN_SHARE) if enough else None,
+        ),
+        Gate("calibration error", figures["ece"], f"at most {MAX_ECE}", figures["ece"] <= MAX_ECE),
+        Gate("accuracy above loudness and length, lower end", beats["ci"][0], "above 0", beats["ci"][0] > 0),
+        Gate(
+            f"accuracy on {OVERFIT_PAIRS} pairs it was fitted on", figures["overfit"], f"{MIN_OVERFIT} or more",
+            figures["overfit"] >= MIN_OVERFIT,
+        ),
+    ]  # fmt: skip
+
+
+def share_of_ceiling(figures: Mapping[str, Any]) -> float | None:
+    """(accuracy - 1/2) / (ceiling - 1/2); None where the raters agree no more than by chance, or nobody can tell."""
+    ceiling = figures["ceiling"]
+    return None if ceiling is None or ceiling <= 0.5 else float((figures["accuracy"] - 0.5) / (ceiling - 0.5))
+
+
+def demand(asked: Sequence[Gate]) -> None:
+    """Raises: GateError naming what failed."""
+    failed = [gate for gate in asked if gate.passed is False]
+    if failed:
+        got = "; ".join(f"{gate.name} {'unknown' if gate.value is None else f'{gate.value:.3f}'}" for gate in failed)
+        wanted = "; ".join(gate.asked for gate in failed)
+        raise GateError(got, wanted, "collect more votes, or look at figures.json; the model was written all the same")
+
+
+def as_json(asked: Sequence[Gate]) -> list[dict[str, Any]]:
+    return [asdict(gate) for gate in asked]
+
+
+def overfit(head: Head, inputs: Tensor, pairs: Pairs, seed: int) -> float:
+    """Accuracy on 20 decided pairs of a head fitted on these alone, its prior ten times as wide: whether it can learn at all.
+
+    A head that cannot tell apart what it was told sees no difference between the clips, or sees the wrong clips.
+    """
+    decided = (pairs.p != 0.5).nonzero()[:, 0]
+    drawn = decided[torch.randperm(len(decided), generator=torch.Generator().manual_seed(seed))[:OVERFIT_PAIRS]]
+    few = pairs.index(drawn)
+    few = few.reweighted(torch.ones(len(few)))
+    score = inputs @ fit(Head(head.kind, head.blocks, 10 * head.prior, head.length), inputs, few)
+    margin = score[few.chosen] - score[few.rejected]
+    return float(((margin > 0).float() + 0.5 * (margin == 0)).mean())

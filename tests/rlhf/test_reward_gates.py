@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from rlhf import reward_gates
+from rlhf.reward_gates import GateError, demand, gates, overfit, share_of_ceiling
+from rlhf.reward_model import Head, Pairs
+
+GOOD = {
+    "accuracy": 0.76, "ci": [0.74, 0.78], "ceiling": 0.8, "n_pairs": 600, "ece": 0.02, "overfit": 1.0,
+    "above_baseline": {"value": 0.1, "ci": [0.05, 0.15]},
+}  # fmt: skip
+
+
+def verdicts(**changes):
+    return [gate.passed for gate in gates(GOOD | changes)]
+
+
+def test_a_good_model_passes_every_gate():
+    assert verdicts() == [True] * 5
+    demand(gates(GOOD))
+
+
+@pytest.mark.parametrize(
+    ("changes", "which"),
+    [
+        ({"ci": [0.49, 0.6]}, 0),
+        ({"accuracy": 0.73}, 1),
+        ({"ceiling": None}, 1),
+        ({"ceiling": 0.5}, 1),
+        ({"ece": 0.06}, 2),
+        ({"above_baseline": {"value": 0.1, "ci": [-0.01, 0.2]}}, 3),
+        ({"overfit": 0.9}, 4),
+    ],
+)
+def test_each_gate_fails_by_its_own_number_alone(changes, which):
+    assert [index for index, passed in enumerate(verdicts(**changes)) if not passed] == [which]
+    with pytest.raises(GateError) as failed:
+        demand(gates(GOOD | changes))
+    assert failed.value.exit_code == 1
+    assert gates(GOOD | changes)[which].name in str(failed.value)
+
+
+def test_the_share_of_the_ceiling_is_not_asked_of_few_pairs():
+    assert verdicts(accuracy=0.6, ci=[0.55, 0.65], n_pairs=499)[1] is None
+    demand(gates(GOOD | {"n_pairs": 499, "ceiling": None}))
+    assert share_of_ceiling({"accuracy": 0.65, "ceiling": 0.8}) == pytest.approx(0.5)
+
+
+def test_lines_say_verdict_and_number():
+    lines = [gate.line for gate in gates(GOOD | {"ece": 0.061, "ceiling": None})]
+    assert lines[2].startswith("FAIL")
+    assert "0.061" in lines[2]
+    assert "unknown" in lines[1]
+    assert reward_gates.as_json(gates(GOOD))[0]["passed"] is True
+
+
+def test_a_head_that_sees_nothing_does_not_overfit():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.arange(0, 80, 2)
+    pairs = Pairs(first, first + 1, torch.ones(40), torch.ones(40), torch.zeros(40, dtype=torch.long))
+    head = Head("linear", ("all",), 1.0)
+    assert overfit(head, torch.randn(80, 30, generator=generator), pairs, seed=0) == 1
+    assert overfit(head, torch.ones(80, 30), pairs, seed=0) == 0.5
