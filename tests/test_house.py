@@ -144,13 +144,20 @@ def test_the_environment_holds_versions_that_pyproject_allows() -> None:
 # ---- accelerate --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "distributed_type"), [("cpu", "NO"), ("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")]
-)
+LAUNCHES = {"cpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
+
+
+@pytest.mark.parametrize(("name", "distributed_type"), LAUNCHES.items())
 def test_accelerate_reads_our_launch_configurations(name: str, distributed_type: str) -> None:
     config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
     assert str(config.distributed_type).rpartition(".")[2] == distributed_type
     assert config.use_cpu == (name == "cpu")
+    if distributed_type == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+def test_every_launch_configuration_is_one_that_is_read() -> None:
+    assert {p.stem for p in (ROOT / "configs" / "accelerate").glob("*.yaml")} == set(LAUNCHES)
 
 
 def test_fsdp_wraps_a_layer_that_exists() -> None:
