@@ -26,7 +26,8 @@ from base_models import atomic
 from base_models.checkpoint import latest_training_state, load_tensors, load_training_state, tensors_sha256
 if script == "ppo":
     from rlhf.train_ppo import TOY, Config, main
-    settings = {**TOY, "steps": 24, "batch_size": 4, "n_frames": 4, "minibatches": 1, "epochs": 1, "look_every": 5, "heldout_clips": 2, "listen": 0}
+    settings = {**TOY, "steps": 24, "batch_size": 4, "n_frames": 4, "minibatches": 1, "epochs": 1}
+    settings |= {"look_every": 5, "heldout_clips": 2, "listen": 0}
 else:
     from rlhf.train_dpo import PRESETS, Config, main
     settings = {**PRESETS["smoke"], "steps": 12, "kl_clips": 0}
