@@ -7,7 +7,7 @@ follows Ho and Salimans 2022 (arXiv:2207.12598): logits = null + cfg_coef * (con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ def _uniforms(seeds: Sequence[int], K: int, S: int) -> Tensor:
 
 def _draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     """Invert the distribution function: log_probs [B, K, V], uniform [B, K] -> ids [B, K], never one of probability 0."""
-    cumulative = log_probs.double().exp().cumsum(-1)
+    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0].clamp(max=log_probs.shape[-1] - 1)
 
 
@@ -115,6 +115,58 @@ def effective_weight(linear: Any) -> Tensor:
     return base + sum(deltas) if deltas else base
 
 
+class Matrix:
+    """y = x W^T for a weight [out, in] that many small batches of `rows` rows pass through.
+
+    On a CPU in float32 the weight is laid out once for oneDNN, whose kernels take 16 rows 2.2 times as fast as the general
+    product that F.linear calls (AMD Zen 5, one core), and which applies GELU or adds the residual without another pass.
+    """
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self.weight = weight.detach()
+        packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows) if packs and rows > 1 else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, in] -> [rows, out]."""
+        if self.packed is None:
+            return F.linear(x, self.weight)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
+        return y
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + x W^T."""
+        if self.packed is None:
+            return residual + F.linear(x, self.weight)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, None, "add")
+        return y
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """gelu(x W^T), exact (not its tanh approximation)."""
+        if self.packed is None:
+            return F.gelu(F.linear(x, self.weight))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "gelu", [], "none")
+        return y
+
+
+@dataclass
+class Layer:
+    """A decoder layer as the stepper wants it. Caches: keys [B * H, d / H, S], values [B * H, S, d / H], cross_* likewise."""
+
+    qkv: Matrix
+    out: Matrix
+    cross_q: Matrix
+    cross_out: Matrix
+    fc1: Matrix
+    fc2: Matrix
+    feed: Callable[[Matrix, Tensor], Tensor]
+    norms: tuple[Any, Any, Any]
+    keys: Tensor
+    values: Tensor
+    cross_keys: Tensor
+    cross_values: Tensor
+
+
 class Stepper:
     """One decoder step at a time with preallocated caches; numerically the same network as `MusicLM.hidden`.
 
@@ -124,56 +176,70 @@ class Stepper:
     def __init__(self, lm: MusicLM, cond: Conditions, max_steps: int) -> None:
         decoder: Any = lm.decoder.model.decoder
         self.device = decoder.layer_norm.weight.device
-        self.n_heads = lm.config.n_heads
+        self.n_heads, self.n_q, self.time = lm.config.n_heads, lm.n_q, 0
         cond = cond.to(self.device)
         memory, mask = lm.memory(cond)
         B, M, D = memory.shape
-        self.width, self.head_width = D, D // self.n_heads
-        self.mask = mask[:, None, None, :]
-        self.embedding = torch.stack([table.weight for table in decoder.embed_tokens])  # [K, V + 1, D]
-        self.head = torch.cat([effective_weight(head) for head in lm.decoder.lm_heads])  # [K * V, D]
-        self.n_q, self.norm, self.time = lm.n_q, decoder.layer_norm, 0
-        self.books = torch.arange(lm.n_q, device=self.device)
+        H, W = self.n_heads, D // self.n_heads
+        self.hidden_places = torch.where(mask, 0.0, -torch.inf).to(memory.dtype).repeat_interleave(H, 0)[:, None]  # [B * H, 1, M]
+        self.embedding = torch.cat([table.weight for table in decoder.embed_tokens])  # [K * (V + 1), D]
+        self.first_rows = torch.arange(lm.n_q, device=self.device) * (lm.card + 1)
+        self.head = Matrix(torch.cat([effective_weight(head) for head in lm.decoder.lm_heads]), B)  # [K * V, D]
+        self.norm = decoder.layer_norm
         self.positions = lm.positions(cond, max_steps)  # [1 or B, S, D]
+
+        def heads_of(weight: Tensor) -> Tensor:
+            """Keys or values of the memory, [B * H, M, d / H]."""
+            return F.linear(memory, weight).view(B, M, H, W).transpose(1, 2).reshape(B * H, M, W)
+
         self.layers = []
         for layer in decoder.layers:
             own, cross = layer.self_attn, layer.encoder_attn
-            split = (B, M, self.n_heads, self.head_width)
+            q, k, v = (effective_weight(p) for p in (own.q_proj, own.k_proj, own.v_proj))
             self.layers.append(
-                {
-                    "qkv": torch.cat([effective_weight(p) for p in (own.q_proj, own.k_proj, own.v_proj)]),
-                    "out": effective_weight(own.out_proj),
-                    "cross_q": effective_weight(cross.q_proj),
-                    "cross_out": effective_weight(cross.out_proj),
-                    "cross_k": F.linear(memory, effective_weight(cross.k_proj)).view(split).transpose(1, 2).contiguous(),
-                    "cross_v": F.linear(memory, effective_weight(cross.v_proj)).view(split).transpose(1, 2).contiguous(),
-                    "fc1": effective_weight(layer.fc1),
-                    "fc2": effective_weight(layer.fc2),
-                    "norms": (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm),
-                    "activation": layer.activation_fn,
-                    "keys": memory.new_zeros((B, self.n_heads, max_steps, self.head_width)),
-                    "values": memory.new_zeros((B, self.n_heads, max_steps, self.head_width)),
-                }
+                Layer(
+                    qkv=Matrix(torch.cat([q * W**-0.5, k, v]), B),
+                    out=Matrix(effective_weight(own.out_proj), B),
+                    cross_q=Matrix(effective_weight(cross.q_proj) * W**-0.5, B),
+                    cross_out=Matrix(effective_weight(cross.out_proj), B),
+                    fc1=Matrix(effective_weight(layer.fc1), B),
+                    fc2=Matrix(effective_weight(layer.fc2), B),
+                    feed=_feed(layer.activation_fn),
+                    norms=(layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm),
+                    keys=memory.new_empty((B * H, W, max_steps)),
+                    values=memory.new_empty((B * H, max_steps, W)),
+                    cross_keys=heads_of(effective_weight(cross.k_proj)).transpose(1, 2).contiguous(),
+                    cross_values=heads_of(effective_weight(cross.v_proj)),
+                )
             )
 
     def step(self, tokens: Tensor) -> Tensor:
         """tokens [B, K] of the step before (the special token at first) -> trunk state [B, d] that predicts the next."""
-        B, now = len(tokens), self.time
-        x = self.embedding[self.books, tokens].sum(1) + self.positions[:, now]
+        now, D = self.time, self.embedding.shape[1]
+        rows, width = len(tokens) * self.n_heads, D // self.n_heads
+        x = F.embedding_bag(tokens + self.first_rows, self.embedding, mode="sum") + self.positions[:, now]
         for layer in self.layers:
-            norm_self, norm_cross, norm_ff = layer["norms"]
-            q, k, v = F.linear(norm_self(x), layer["qkv"]).view(B, 3, self.n_heads, self.head_width).unbind(1)
-            layer["keys"][:, :, now], layer["values"][:, :, now] = k, v
-            past = slice(0, now + 1)
-            y = F.scaled_dot_product_attention(q[:, :, None], layer["keys"][:, :, past], layer["values"][:, :, past])
-            x = x + F.linear(y.reshape(B, self.width), layer["out"])
-            q = F.linear(norm_cross(x), layer["cross_q"]).view(B, self.n_heads, 1, self.head_width)
-            y = F.scaled_dot_product_attention(q, layer["cross_k"], layer["cross_v"], attn_mask=self.mask)
-            x = x + F.linear(y.reshape(B, self.width), layer["cross_out"])
-            x = x + F.linear(layer["activation"](F.linear(norm_ff(x), layer["fc1"])), layer["fc2"])
+            norm_self, norm_cross, norm_feed = layer.norms
+            q, k, v = layer.qkv(norm_self(x)).view(-1, 3, D).unbind(1)
+            layer.keys[:, :, now], layer.values[:, now] = k.reshape(rows, width), v.reshape(rows, width)
+            attention = torch.bmm(q.reshape(rows, 1, width), layer.keys[:, :, : now + 1]).softmax(-1)
+            x = layer.out.plus(torch.bmm(attention, layer.values[:, : now + 1]).view(-1, D), x)
+            q = layer.cross_q(norm_cross(x)).view(rows, 1, width)
+            attention = torch.baddbmm(self.hidden_places, q, layer.cross_keys).softmax(-1)
+            x = layer.cross_out.plus(torch.bmm(attention, layer.cross_values).view(-1, D), x)
+            x = layer.fc2.plus(layer.feed(layer.fc1, norm_feed(x)), x)
         self.time += 1
-        return self.norm(x)
+        state: Tensor = self.norm(x)
+        return state
 
     def logits(self, state: Tensor) -> Tensor:
         """Trunk state [B, d] -> logits [B, K, V]."""
-        return F.linear(state, self.head).view(len(state), self.n_q, -1)
+        return self.head(state).view(len(state), self.n_q, -1)
+
+
+def _feed(activation: Any) -> Callable[[Matrix, Tensor], Tensor]:
+    """How the first matrix of a feed-forward block and its activation are applied: as one, where it is the exact GELU."""
+    probe = torch.linspace(-4, 4, 9)
+    if torch.equal(activation(probe), F.gelu(probe)):
+        return Matrix.gelu
+    return lambda matrix, x: activation(matrix(x))

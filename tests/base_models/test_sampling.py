@@ -4,7 +4,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from base_models.lm import LORA_TARGETS
 from base_models.patterns import undelay
-from base_models.sampling import Stepper, filtered_log_probs, generate
+from base_models.sampling import Matrix, Stepper, filtered_log_probs, generate
 
 
 def test_sampler_and_teacher_forcing_give_one_log_prob(tiny_lm, tiny_conditions):
@@ -89,3 +89,27 @@ def test_stepper_agrees_with_the_network_at_every_step(tiny_lm, tiny_conditions)
 def test_impossible_requests_are_refused(tiny_lm, tiny_conditions, wrong):
     with pytest.raises(ValueError, match=r"needed|seeds"):
         generate(tiny_lm, tiny_conditions, **({"n_frames": 4, "seeds": [1, 2, 3]} | wrong))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_a_packed_matrix_is_the_plain_product(rows):
+    weight, x, residual = torch.randn(48, 32), torch.randn(rows, 32), torch.randn(rows, 48)
+    matrix = Matrix(weight, rows)
+    assert (matrix.packed is not None) == (rows > 1 and torch.backends.mkldnn.is_available())
+    torch.testing.assert_close(matrix(x), x @ weight.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(matrix.plus(x, residual), residual + x @ weight.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(matrix.gelu(x), torch.nn.functional.gelu(x @ weight.T), atol=1e-5, rtol=1e-5)
+
+
+def test_an_activation_other_than_gelu_is_applied_too(tiny_lm, tiny_conditions):
+    for layer in tiny_lm.decoder.model.decoder.layers:
+        layer.activation_fn = torch.nn.ReLU()
+    made = generate(tiny_lm, tiny_conditions, 6, seeds=[1, 2, 3])
+    torch.testing.assert_close(made.logps, tiny_lm.logps(made.codes, tiny_conditions), atol=1e-5, rtol=1e-5)
+
+
+def test_a_sampler_in_half_precision_is_not_packed(tiny_lm, tiny_conditions):
+    stepper = Stepper(tiny_lm.bfloat16(), tiny_conditions, 4)
+    assert stepper.head.packed is None
+    with torch.no_grad():
+        assert stepper.step(torch.full((3, 4), tiny_lm.special)).dtype == torch.bfloat16
