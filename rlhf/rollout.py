@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapters.lora import adapter_disabled
 from base_models.conditions import Conditions
@@ -124,7 +125,8 @@ def code_logits(
         if cfg_coef != 1.0:
             null = lm.aligned(lm.hidden(codes, cond.null()))
             logits = null + cfg_coef * (logits - null)
-    return logits.float() / temperature, hidden
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature, hidden
 
 
 def score_steps(
@@ -143,7 +145,7 @@ def score_steps(
     the log-softmax always in float32.
     """
     logits, hidden = code_logits(lm, codes, cond, temperature=temperature, cfg_coef=cfg_coef, bf16=bf16)
-    picked = logits.gather(-1, codes[..., None])[..., 0] - logits.logsumexp(-1)
+    picked = -F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view_as(codes)
     logps = sum_by_step(picked)
     spread = sum_by_step(entropy(logits)) if with_entropy else torch.zeros_like(logps)
     return StepScores(logps, hidden, spread, picked)
