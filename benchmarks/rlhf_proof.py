@@ -1,0 +1,142 @@
+"""Do votes make the model better, for listeners who like different things? The long proof, cell by cell.
+
+    python benchmarks/rlhf_proof.py --jobs 2                                # main table: 3 tastes x 3 seeds x {PPO, DPO}
+    python benchmarks/rlhf_proof.py --jobs 2 --tastes drive --seeds 0 --methods ppo
+    python benchmarks/rlhf_proof.py --jobs 2 --experiments curve --votes 50,200,500,1000,2000,3000 --methods ppo,dpo,best_of_n,sft
+    python benchmarks/rlhf_proof.py --jobs 2 --experiments over_optimisation controls
+    python benchmarks/rlhf_proof.py --tuning --tastes warm --seeds 0 --methods ppo      # choose settings here, and nowhere else
+    python benchmarks/rlhf_proof.py --small --out runs/proof-small          # the whole graph in minutes; its figures mean nothing
+
+    prompts -> clips of the base -> votes through the rating app's HTTP -> snapshot -> reward -> PPO | DPO | best of n | SFT
+    -> held-out prompts -> the taste judges, in a process of its own -> OUT/report.md, plots, proof.json
+
+It may be killed at any moment and called again: finished cells are kept, a begun training run goes on from its checkpoint. Settings are
+part of a cell's name: change a constant below and only what hangs on it is done again. The code is not: after a change of a training
+script take another --out. --report-only tells what is there. Every program has one thread; --jobs runs so many side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import dataclasses
+
+from base_models.errors import UserError
+from base_models.policy import PRETRAINED
+from rlhf.proof.cells import closure, run_all
+from rlhf.proof.figures import collect_figures
+from rlhf.proof.page import sections, write_page
+from rlhf.proof.plan import METHODS, SMALL, Arguments, Builder, Plan, Sizes
+
+TASTES = ("warm", "drive", "space")
+EXPERIMENTS = ("main", "curve", "over_optimisation", "controls")
+CONTROLS = ("shuffled", "reversed", "constant", "gold")
+
+# ---- what each training script is given: tuned with --tuning, on prompts that the figures do not use ----------------------
+REWARD: tuple[str, ...] = ()
+PPO: tuple[str, ...] = ("--steps", "60", "--lr", "1e-3")
+DPO: tuple[str, ...] = ("--beta", "0.03", "--lr", "8e-4")
+SFT: tuple[str, ...] = ()
+TRAINED_ON = {"ppo": "reward", "dpo": "both", "sft": "votes"}
+CREW = ("--crew", "crowd", "--careless", "0.15", "--adversaries", "1")
+# A weak reward (few votes, one head, no caution), followed far; and the same votes with caution, a price and a brake.
+WEAK_REWARD = ("--members", "1", "--lam", "0")
+FREE = ("--steps", "120", "--lr", "1e-3", "--kl-coef", "0", "--kl-budget", "1e9", "--save-every", "10")
+BRAKED = ("--steps", "120", "--lr", "1e-3", "--kl-coef", "0.1", "--save-every", "10")
+VOTES = (50, 200, 500, 1000, 2000, 3000)
+# ---- the same for --small --------------------------------------------------------------------------------------------------
+SMALL_ARGUMENTS = Arguments(
+    ppo=("--steps", "2", "--batch-size", "8", "--lr", "1e-2"),
+    dpo=("--rounds", "2", "--round-prompts", "4", "--round-clips", "2", "--held-out-clips", "4", "--lr", "1e-2"),
+    sft=("--steps", "4", "--lr", "1e-2", "--kl-clips", "4"),
+    weak_reward=WEAK_REWARD,
+    free=("--steps", "4", "--batch-size", "8", "--lr", "1e-2", "--kl-coef", "0", "--kl-budget", "1e9", "--save-every", "2"),
+    braked=("--steps", "4", "--batch-size", "8", "--lr", "1e-2", "--save-every", "2"),
+    crew=CREW,
+    trained_on=TRAINED_ON,
+)
+FULL_ARGUMENTS = Arguments(REWARD, WEAK_REWARD, PPO, DPO, SFT, FREE, BRAKED, CREW, TRAINED_ON)
+
+
+def build(args: argparse.Namespace) -> Plan:
+    """The graph that the flags ask for."""
+    sizes, arguments = (SMALL, SMALL_ARGUMENTS) if args.small else (Sizes(), FULL_ARGUMENTS)
+    if args.votes_main:
+        sizes = dataclasses.replace(sizes, votes=args.votes_main)
+    builder = Builder(sizes, arguments, args.policy, args.tuning, args.tokens)
+    plan = Plan()
+    first_taste, first_seed = args.tastes[0], args.seeds[0]
+    for experiment in args.experiments:
+        if experiment == "main":
+            builder.main_table(plan, args.tastes, args.seeds, args.methods)
+        elif experiment == "curve":
+            votes = (20, 40, 60) if args.small else args.votes
+            builder.curve(plan, first_taste, first_seed, args.methods, votes)
+        elif experiment == "over_optimisation":
+            builder.over_optimisation(plan, first_taste, first_seed)
+        else:
+            builder.controls(plan, args.controls, first_taste, first_seed, [m for m in args.methods if m in ("ppo", "dpo")])
+    return plan
+
+
+def words(allowed: tuple[str, ...]):  # type: ignore[no-untyped-def]
+    def read(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := set(chosen) - set(allowed):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}; known are {', '.join(allowed)}")
+        return chosen
+
+    return read
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/proof"))
+    parser.add_argument("--policy", type=Path, default=PRETRAINED)
+    parser.add_argument("--experiments", type=words(EXPERIMENTS), default=["main"], help=",".join(EXPERIMENTS))
+    parser.add_argument("--tastes", type=words(TASTES), default=list(TASTES))
+    parser.add_argument("--seeds", type=integers, default=[0, 1, 2])
+    parser.add_argument("--methods", type=words(METHODS), default=["ppo", "dpo"])
+    parser.add_argument("--votes", type=integers, default=list(VOTES), help="points of the curve")
+    parser.add_argument("--votes-main", type=int, help="votes of the main table and of the controls (default 2000)")
+    parser.add_argument("--controls", type=words(CONTROLS), default=list(CONTROLS))
+    parser.add_argument("--tuning", action="store_true", help="prompts and seeds that exist for choosing settings")
+    parser.add_argument("--tokens", type=Path, help="the base's corpus, tokenised: measures the nearest training clip too")
+    parser.add_argument("--jobs", type=int, default=1, help="programs side by side")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--list", action="store_true", help="say what would be done")
+    parser.add_argument("--report-only", action="store_true")
+    args = parser.parse_args(argv)
+    args.out = args.out.resolve()
+    out = args.out / ("tuning" if args.tuning else "final")
+    root = args.out / "cells"
+    plan = build(args)
+    if args.list:
+        for cell in closure(plan.cells()):
+            print(f"{'done' if cell.is_done(root) else '    '} {cell.name}")
+        return 0
+    failed = {} if args.report_only else run_all(plan.cells(), root, args.jobs)
+    figures = {**collect_figures(plan, root), "failed": failed}
+    page = write_page(out, figures)
+    for title, text, body in sections(figures):
+        print(f"\n{title}. {text}\n{body}")
+    print(f"\nreport: {page}")
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason[:200]}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,317 @@
+"""The proof as a graph of cells: what is trained on what, and who judges it.
+
+    prompts -> samples of the base -> votes through the app -> snapshot -> (first N, turned) -> reward -> PPO | DPO | best of n | SFT
+    -> held-out prompts -> the taste judges in a process of its own
+
+A replication (seed) has prompts, clips, votes, reward, training and held-out prompts of its own. The tastes of one seed vote on the same
+clips. Prompts come from ranges that never meet: training 100 + seed, play 200 + seed, held out 9000 + seed; for choosing settings
+(`tuning`) 500, 600 and 8000 + seed, and no held-out prompt is one on which a choice was made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from base_models.policy import PRETRAINED
+from rlhf.proof.cells import HERE, Cell, place
+
+PYTHON = sys.executable
+METHODS = ("ppo", "dpo", "best_of_n", "sft")
+TUNED_ON = (0, 1, *range(8000, 8006))
+"""Seeds of held-out prompts on which settings have been compared, in the demo's time and by `tuning`."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    train_prompts: int = 252
+    clips: int = 4
+    raters: int = 16
+    target_votes: int = 2
+    votes: int = 2000
+    """Votes of the main figures; never more than 2,000."""
+    play_prompts: int = 480
+    heldout_prompts: int = 144
+    heldout_clips: int = 2
+    trail_prompts: int = 96
+    duration_s: float = 4.0
+    best_of: int = 8
+    weak_votes: int = 50
+    shuffles: int = 3
+
+    @property
+    def n_frames(self) -> int:
+        return round(self.duration_s * 25)
+
+
+SMALL = Sizes(
+    train_prompts=24, clips=3, raters=6, target_votes=1, votes=60, play_prompts=12, heldout_prompts=12, trail_prompts=12,
+    duration_s=1.0, best_of=2, weak_votes=40, shuffles=2,
+)  # fmt: skip
+"""The same graph in minutes, to see that it runs. Its figures mean nothing."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What is passed to each training script beside its parents; the benchmark names the values."""
+
+    reward: tuple[str, ...] = ()
+    weak_reward: tuple[str, ...] = ()
+    ppo: tuple[str, ...] = ()
+    dpo: tuple[str, ...] = ()
+    sft: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
+    """PPO with no price on KL and no brake."""
+    braked: tuple[str, ...] = ()
+    """The same with both."""
+    crew: tuple[str, ...] = ()
+    trained_on: Mapping[str, str] = field(default_factory=lambda: {"ppo": "reward", "dpo": "both", "sft": "votes"})
+    """Method -> what it learns from: votes, reward (and prompts to play), or both."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of a table: which cells hold its figures."""
+
+    experiment: str
+    method: str
+    taste: str
+    seed: int
+    votes: int | None
+    play: Cell
+    base: Cell
+    gold: Cell
+    reward: Cell | None = None
+
+
+@dataclass(frozen=True)
+class Trail:
+    """One run whose checkpoints were all judged."""
+
+    arm: str
+    taste: str
+    seed: int
+    votes: int
+    cell: Cell
+    base: Cell
+    reward: Cell
+
+
+@dataclass(frozen=True)
+class RewardRow:
+    """One reward model, for the table of accuracies."""
+
+    taste: str
+    seed: int
+    votes: int
+    cell: Cell
+
+
+@dataclass
+class Plan:
+    outcomes: list[Outcome] = field(default_factory=list)
+    trails: list[Trail] = field(default_factory=list)
+    rewards: list[RewardRow] = field(default_factory=list)
+
+    def cells(self) -> list[Cell]:
+        """All that is to be done; what stands early is done early."""
+        return [o.gold for o in self.outcomes] + [r.cell for r in self.rewards] + [t.cell for t in self.trails]
+
+
+def program(name: str) -> tuple[str, ...]:
+    """A script by its path, or a module by its dotted name."""
+    return (PYTHON, name) if name.endswith(".py") else (PYTHON, "-m", name)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Cells by what they are. Equal calls give equal cells, which are done once."""
+
+    sizes: Sizes
+    arguments: Arguments
+    policy: Path = PRETRAINED
+    tuning: bool = False
+    tokens: Path | None = None
+
+    # ---- clips and votes -----------------------------------------------------------------------------------------------
+
+    def prompts(self, kind: str, seed: int) -> Cell:
+        first, split, n = {
+            "train": (500 if self.tuning else 100, "train", self.sizes.train_prompts),
+            "play": (600 if self.tuning else 200, "train", self.sizes.play_prompts),
+            "heldout": (8000 if self.tuning else 9000, "heldout", self.sizes.heldout_prompts),
+            "trail": (8000 if self.tuning else 9000, "heldout", self.sizes.trail_prompts),
+        }[kind]
+        named = ("--n", str(n), "--split", split, "--seed", str(first + seed), "--name", f"{kind}{seed}", "--out", f"{HERE}/prompts.jsonl")
+        avoid = ("--avoid", *map(str, TUNED_ON)) if split == "heldout" and not self.tuning else ()
+        return Cell(f"prompts/{kind}/s{seed}", (*program("rlhf.proof.prompts"), *named, *avoid))
+
+    def samples(self, seed: int) -> Cell:
+        prompts = self.prompts("train", seed)
+        given = ("--policy", str(self.policy), "--prompts", place(prompts, "prompts.jsonl"), "-n", str(self.sizes.clips))
+        how = (
+            "--seed",
+            str(seed + 50 * self.tuning),
+            "--duration",
+            str(self.sizes.duration_s),
+            "--system",
+            "base",
+            "--out",
+            f"{HERE}/samples",
+        )
+        return Cell(f"samples/s{seed}", (*program("rlhf.cli"), "sample", *given, *how), (prompts,), weight=70)
+
+    def votes(self, taste: str, seed: int) -> Cell:
+        samples = self.samples(seed)
+        given = ("--manifest", place(samples, "samples", "manifest.jsonl"), "--out", HERE)
+        size = ("--raters", str(self.sizes.raters), "--target-votes", str(self.sizes.target_votes))
+        vote = ("--", "--taste", taste, "--seed", str(seed), *self.arguments.crew)
+        return Cell(f"votes/{taste}/s{seed}", (*program("rlhf.proof.collect"), *given, *size, *vote), (samples,), weight=90)
+
+    def snapshot(self, taste: str, seed: int, votes: int, turn: str = "none", turn_seed: int = 0) -> Cell:
+        parent = self.votes(taste, seed)
+        given = ("--snapshot", place(parent, "snapshot"), "--out", f"{HERE}/snapshot", "--votes", str(votes))
+        label = f"snapshot/{taste}/s{seed}/n{votes}" + ("" if turn == "none" else f"-{turn}{turn_seed}")
+        how = ("--turn", turn, "--seed", str(seed if turn == "none" else turn_seed))
+        return Cell(label, (*program("rlhf.proof.snapshots"), *given, *how), (parent,))
+
+    # ---- training --------------------------------------------------------------------------------------------------------
+
+    def reward(self, snapshot: Cell, weak: bool = False) -> Cell:
+        given = ("--snapshot", place(snapshot, "snapshot"), "--policy", str(self.policy), "--out", f"{HERE}/reward")
+        more = self.arguments.weak_reward if weak else self.arguments.reward
+        label = snapshot.label.replace("snapshot/", "weak/" if weak else "reward/", 1)
+        return Cell(label, (*program("rlhf/train_reward.py"), *given, *more), (snapshot,), weight=40)
+
+    def trained(self, method: str, snapshot: Cell, reward: Cell, seed: int, more: Sequence[str] | None = None, arm: str = "") -> Cell:
+        """The run of a training script; its adapter is <cell>/run/adapter."""
+        own = tuple(getattr(self.arguments, method) if more is None else more)
+        prompts = self.prompts("play", seed)
+        given: tuple[str, ...] = ("--policy", str(self.policy), "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
+        needs: tuple[Cell, ...] = ()
+        if self.arguments.trained_on[method] in ("votes", "both"):
+            given, needs = (*given, "--snapshot", place(snapshot, "snapshot")), (*needs, snapshot)
+        if self.arguments.trained_on[method] in ("reward", "both"):
+            judge = ("--reward", place(reward, "reward"), "--prompts", place(prompts, "prompts.jsonl"))
+            given, needs = (*given, *judge, "--n-frames", str(self.sizes.n_frames)), (*needs, reward, prompts)
+        label = snapshot.label.replace("snapshot/", f"{arm or method}/", 1)
+        script = (*program(f"rlhf/train_{method}.py"), *given, *own)
+        return Cell(label, script, needs, resume=("--resume",), weight=300)
+
+    def outside(self, judge: Sequence[str], label: str, seed: int, more: Sequence[str] = ()) -> Cell:
+        """PPO whose reward is a program."""
+        prompts = self.prompts("play", seed)
+        given = ("--policy", str(self.policy), "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
+        judged = (
+            "--score-command",
+            " ".join((PYTHON, "-m", "rlhf.simulation.serve", *judge)),
+            "--prompts",
+            place(prompts, "prompts.jsonl"),
+        )
+        script = (*program("rlhf/train_ppo.py"), *given, *judged, "--n-frames", str(self.sizes.n_frames), *(more or self.arguments.ppo))
+        return Cell(label, script, (prompts,), resume=("--resume",), weight=400)
+
+    def kept(self, arm: str, snapshot: Cell, reward: Cell, seed: int, more: Sequence[str]) -> Cell:
+        """PPO of which every checkpoint's adapter is kept, in <cell>/kept."""
+        plain = self.trained("ppo", snapshot, reward, seed, more, f"trail-{arm}")
+        keeping = (*program("rlhf.proof.keep"), "--run", f"{HERE}/run", "--kept", f"{HERE}/kept", "--", *plain.argv[1:])
+        return Cell(plain.label, keeping, plain.needs, plain.resume, weight=600)
+
+    # ---- what came of it ----------------------------------------------------------------------------------------------
+
+    def probe(self, seed: int) -> Cell:
+        samples = self.samples(seed)
+        argv = (*program("rlhf.proof.play"), "--out", HERE, "--fit-probe", place(samples, "samples", "manifest.jsonl"))
+        return Cell(f"probe/s{seed}", argv, (samples,), weight=30)
+
+    def how_to_play(self, seed: int, kind: str = "heldout") -> tuple[tuple[str, ...], tuple[Cell, ...]]:
+        prompts, probe, samples = self.prompts(kind, seed), self.probe(seed), self.samples(seed)
+        n = self.sizes.heldout_clips if kind == "heldout" else 1
+        how = (
+            "--policy", str(self.policy), "--prompts", place(prompts, "prompts.jsonl"), "-n", str(n), "--seed", str(10_000 + seed),
+            "--duration", str(self.sizes.duration_s), "--probe", place(probe, "probe.npz"),
+            "--rated", place(samples, "samples", "manifest.jsonl"), *(("--tokens", str(self.tokens)) if self.tokens else ()),
+        )  # fmt: skip
+        return how, (prompts, probe, samples)
+
+    def base(self, seed: int, kind: str = "heldout") -> Cell:
+        how, needs = self.how_to_play(seed, kind)
+        return Cell(f"base/{kind}/s{seed}", (*program("rlhf.proof.play"), "--out", HERE, *how), needs, weight=60)
+
+    def played(self, run: Cell, method: str, seed: int, proxy: Cell | None) -> Cell:
+        how, needs = self.how_to_play(seed)
+        base = self.base(seed)
+        given = ("--system", method, "--adapter", place(run, "run", "adapter"), "--out", HERE, "--beside", place(base))
+        more = ("--proxy", place(proxy, "reward")) if proxy else ()
+        needs = (*needs, run, base, *((proxy,) if proxy else ()))
+        return Cell(f"play/{run.label}", (*program("rlhf.proof.play"), *given, *more, *how), needs, weight=90)
+
+    def best_of_n(self, reward: Cell, seed: int) -> Cell:
+        how, needs = self.how_to_play(seed)
+        base = self.base(seed)
+        given = ("--system", "best_of_n", "--out", HERE, "--beside", place(base), "--best-of", str(self.sizes.best_of))
+        judged = ("--reward", place(reward, "reward"), "--proxy", place(reward, "reward"))
+        label = f"play/{reward.label.replace('reward/', 'best_of_n/', 1)}"
+        return Cell(label, (*program("rlhf.proof.play"), *given, *judged, *how), (*needs, reward, base), weight=400)
+
+    def gold(self, played: Cell, base: Cell, taste: str) -> Cell:
+        manifests = [part for cell in (base, played) for part in ("--manifest", place(cell, "samples", "manifest.jsonl"))]
+        argv = (*program("rlhf.simulation.judge"), *manifests, "--taste", taste, "--out", f"{HERE}/gold.json")
+        return Cell(played.label.replace("play/", "gold/", 1), argv, (played, base), weight=25)
+
+    def trail(self, run: Cell, reward: Cell, taste: str, seed: int) -> Cell:
+        how, needs = self.how_to_play(seed, "trail")
+        base = self.base(seed, "trail")
+        given = ("--kept", place(run, "kept"), "--base", place(base), "--taste", taste, "--out", HERE)
+        argv = (*program("rlhf.proof.trail"), *given, "--", "--proxy", place(reward, "reward"), *how)
+        return Cell(f"judged/{run.label}", argv, (*needs, run, reward, base), weight=600)
+
+    # ---- experiments --------------------------------------------------------------------------------------------------
+
+    def outcome(self, experiment: str, method: str, taste: str, seed: int, votes: int, turn: str = "none", turn_seed: int = 0) -> Outcome:
+        """A method on the first `votes` votes, perhaps turned; turned ones are trained with another seed each."""
+        snapshot = self.snapshot(taste, seed, votes, turn, turn_seed)
+        reward = self.reward(snapshot)
+        if method == "best_of_n":
+            played = self.best_of_n(reward, seed)
+        else:
+            played = self.played(self.trained(method, snapshot, reward, seed), method, seed, reward)
+        base = self.base(seed)
+        return Outcome(experiment, method, taste, seed, votes, played, base, self.gold(played, base, taste), reward)
+
+    def main_table(self, plan: Plan, tastes: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
+        for seed in seeds:
+            for taste in tastes:
+                rewarded = self.reward(self.snapshot(taste, seed, self.sizes.votes))
+                plan.rewards.append(RewardRow(taste, seed, self.sizes.votes, rewarded))
+                plan.outcomes += [self.outcome("main", method, taste, seed, self.sizes.votes) for method in methods]
+
+    def curve(self, plan: Plan, taste: str, seed: int, methods: Sequence[str], votes: Sequence[int]) -> None:
+        for n in votes:
+            plan.rewards.append(RewardRow(taste, seed, n, self.reward(self.snapshot(taste, seed, n))))
+            plan.outcomes += [self.outcome("curve", method, taste, seed, n) for method in methods]
+
+    def over_optimisation(self, plan: Plan, taste: str, seed: int) -> None:
+        snapshot = self.snapshot(taste, seed, self.sizes.weak_votes)
+        arms = (("free", self.reward(snapshot, weak=True), self.arguments.free), ("braked", self.reward(snapshot), self.arguments.braked))
+        for arm, reward, more in arms:
+            run = self.kept(arm, snapshot, reward, seed, more)
+            trail = self.trail(run, reward, taste, seed)
+            plan.trails.append(Trail(arm, taste, seed, self.sizes.weak_votes, trail, self.base(seed, "trail"), reward))
+
+    def controls(self, plan: Plan, which: Sequence[str], taste: str, seed: int, methods: Sequence[str]) -> None:
+        base, votes = self.base(seed), self.sizes.votes
+        for name in which:
+            if name == "reversed":
+                plan.outcomes += [self.outcome("reversed", method, taste, seed, votes, "all") for method in methods]
+            elif name == "shuffled":
+                for draw in range(1, self.sizes.shuffles + 1):
+                    plan.outcomes += [self.outcome("shuffled", method, taste, seed, votes, "half", draw) for method in methods]
+            elif name in ("constant", "gold"):
+                judge = ("--constant", "0") if name == "constant" else ("--taste", taste)
+                run = self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed)
+                played = self.played(run, "ppo", seed, None)
+                plan.outcomes.append(Outcome(name, "ppo", taste, seed, None, played, base, self.gold(played, base, taste)))
