@@ -45,8 +45,8 @@ TRAINED_ON = {"ppo": "reward", "dpo": "both", "sft": "votes"}
 CREW = ("--crew", "crowd", "--careless", "0.15", "--adversaries", "1")
 # A weak reward (few votes, one head, no caution), followed far; and the same votes with caution, a price and a brake.
 WEAK_REWARD = ("--members", "1", "--lam", "0")
-FREE = ("--steps", "120", "--lr", "1e-3", "--kl-coef", "0", "--kl-budget", "1e9", "--save-every", "10")
-BRAKED = ("--steps", "120", "--lr", "1e-3", "--kl-coef", "0.1", "--save-every", "10")
+FREE = ("--steps", "120", "--lr", "1e-3", "--kl-coef", "0", "--brake", "off", "--save-every", "10")
+BRAKED = ("--steps", "120", "--lr", "1e-3", "--kl-coef", "0.1", "--brake", "rewind", "--save-every", "10")
 VOTES = (50, 200, 500, 1000, 2000, 3000)
 # ---- the same for --small --------------------------------------------------------------------------------------------------
 SMALL_ARGUMENTS = Arguments(
@@ -54,7 +54,7 @@ SMALL_ARGUMENTS = Arguments(
     dpo=("--rounds", "2", "--round-prompts", "4", "--round-clips", "2", "--held-out-clips", "4", "--lr", "1e-2"),
     sft=("--steps", "4", "--lr", "1e-2", "--kl-clips", "4"),
     weak_reward=WEAK_REWARD,
-    free=("--steps", "4", "--batch-size", "8", "--lr", "1e-2", "--kl-coef", "0", "--kl-budget", "1e9", "--save-every", "2"),
+    free=("--steps", "4", "--batch-size", "8", "--lr", "1e-2", "--kl-coef", "0", "--brake", "off", "--save-every", "2"),
     braked=("--steps", "4", "--batch-size", "8", "--lr", "1e-2", "--save-every", "2"),
     crew=CREW,
     trained_on=TRAINED_ON,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import Policy, load_policy
 from rlhf.consistency import checks, slopes
+from rlhf.outside_judge import OutsideJudge
 from rlhf.reward_model import LATENTS, RewardModel, features, load_reward
 from rlhf.rewards import HUMAN, Score, Slope
 
@@ -68,13 +70,17 @@ class Task:
     """Prompts that are played to watch the run and never learnt from."""
 
 
-def load_task(policy_dir: Path, reward_dir: Path | None, prompts_file: Path | None, heldout_file: Path | None = None) -> Task:
-    """The policy, the reward model and the prompts that the settings name."""
-    if reward_dir is None or prompts_file is None:
-        raise UserError(f"--reward {reward_dir}, --prompts {prompts_file}", "both", "train one with train_reward.py; or --preset smoke")
+def load_task(
+    policy_dir: Path, reward_dir: Path | None, prompts_file: Path | None, heldout_file: Path | None = None, command: str | None = None
+) -> Task:
+    """The policy, the prompts and the reward model, or a program in its place, that the settings name."""
+    if (reward_dir is None) == (command is None):
+        raise UserError(f"--reward {reward_dir}, --score-command {command}", "one of them", "train a reward; or --preset smoke")
+    if prompts_file is None:
+        raise UserError("no --prompts", "a file of prompts to play", "give one; or --preset smoke")
     policy = load_policy(policy_dir)
     prompts = load_prompts(policy, prompts_file)
-    reward = load_reward(reward_dir, policy)
+    reward = None if reward_dir is None else load_reward(reward_dir, policy)
 
     def sound(codes: Tensor) -> tuple[NDArray[np.float32], int]:
         return policy.decode(codes[None])[0].float().cpu().numpy(), policy.codec.sample_rate
@@ -83,14 +89,14 @@ def load_task(policy_dir: Path, reward_dir: Path | None, prompts_file: Path | No
         lm=policy.lm,
         prompts=prompts.texts,
         table=prompts.table,
-        score=reward.score,
+        score=OutsideJudge(shlex.split(command or ""), policy) if reward is None else reward.score,
         base_sha256=policy.sha256,
-        reward_sha256=reward.sha256,
-        snapshot_sha256=reward.snapshot_sha256,
-        checks=checks(policy) | aspects(reward),
-        slopes={HUMAN: reward.slope} | slopes(policy),
+        reward_sha256=None if reward is None else reward.sha256,
+        snapshot_sha256=None if reward is None else reward.snapshot_sha256,
+        checks=checks(policy) | ({} if reward is None else aspects(reward)),
+        slopes=({} if reward is None else {HUMAN: reward.slope}) | slopes(policy),
         codebooks=policy.codec.codebooks,
-        spread=reward.spread if len(reward.members) > 1 else None,
+        spread=reward.spread if reward is not None and len(reward.members) > 1 else None,
         embed=embedding(policy, reward),
         sound=sound,
         heldout=None if heldout_file is None else load_prompts(policy, heldout_file),
@@ -112,10 +118,12 @@ def load_prompts(policy: Policy, path: Path) -> Prompts:
     return Prompts(texts, policy.conditions(texts, tempi))
 
 
-def embedding(policy: Policy, reward: RewardModel) -> Embed:
-    """The shared audio-text space where the policy has one (unit vectors), else statistics of the codec's latents."""
+def embedding(policy: Policy, reward: RewardModel | None) -> Embed | None:
+    """The shared audio-text space where the policy has one (unit vectors), else the reward's statistics of the codec's latents, if any."""
     contrastive = policy.contrastive
     if contrastive is None:
+        if reward is None:
+            return None
         return lambda codes, prompts: features(reward.base, codes, prompts, [LATENTS])[LATENTS]
     return lambda codes, prompts: contrastive.embed_codes(codes)
 

@@ -60,6 +60,8 @@ class Config:
     """The base to start from; it is also the reference."""
     reward: Path | None = None
     """Folder of a trained reward model (train_reward.py)."""
+    score_command: str | None = None
+    """A program that judges in place of --reward: JSON lines of wav files in, scores out (rlhf/outside_judge.py)."""
     prompts: Path | None = None
     """Prompts to play: a .jsonl file with `prompt` and, where wanted, `tempo_bpm`; or a text file, one prompt a line."""
     weights: str = f"{HUMAN}=1"
@@ -193,7 +195,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 
     # 1. Four roles, two networks: policy and reference are one LM with and without its adapter, the critic is a head on it.
     if task is None:
-        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts, cfg.heldout_prompts)
+        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts, cfg.heldout_prompts, cfg.score_command)
     check_task(cfg, task)
     run = Run(cfg, task, accelerator)
     if cfg.resume:

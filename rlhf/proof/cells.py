@@ -107,7 +107,11 @@ def run_cell(cell: Cell, root: Path, environment: dict[str, str] | None = None) 
         return seconds
 
 
-def run_all(cells: Sequence[Cell], root: Path, jobs: int = 1, tell: Callable[[str], None] = print, threads: int = 1) -> dict[str, str]:
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run_all(cells: Sequence[Cell], root: Path, jobs: int = 1, tell: Callable[[str], None] = say, threads: int = 1) -> dict[str, str]:
     """Do the cells and all that they need, `jobs` at a time; a failed cell stops what needs it and nothing else.
 
     Returns: name -> what went wrong, empty where all is done."""

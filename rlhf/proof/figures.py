@@ -20,6 +20,7 @@ from scipy import stats
 from base_models.checkpoint import read_json
 from rlhf.metrics import mean_ci, paired_outcomes, win_rate
 from rlhf.proof.cells import Cell, result
+from rlhf.proof.keep import FINAL
 from rlhf.proof.plan import Outcome, Plan, RewardRow, Trail
 
 FIT = ("similarity", "tempo", "genre")
@@ -157,19 +158,25 @@ def reward_row(entry: RewardRow, root: Path) -> Row:
 
 
 def trail_rows(trail: Trail, root: Path) -> list[Row]:
-    """Checkpoint by checkpoint: KL, what the proxy gained, what gold gained, and how often it wins."""
+    """Checkpoint by checkpoint, then what the run hands over: KL, what the proxy gained, what gold gained, and how often it wins."""
     folder = trail.cell.folder(root)
     rows = []
-    for step in sorted(folder.glob("step_*")):
+    for step in (*sorted(folder.glob("step_*")), folder / FINAL):
         figures, clips = read_json(step / "figures.json"), read_json(step / "clips.json")
         gain = numbers(clips["proxy"]) - numbers(clips["proxy_base"])
-        row: Row = {"arm": trail.arm, "taste": trail.taste, "seed": trail.seed, "votes": trail.votes, "step": int(step.name[5:])}
+        row: Row = {
+            "arm": trail.arm,
+            "taste": trail.taste,
+            "seed": trail.seed,
+            "votes": trail.votes,
+            "step": step.name.removeprefix("step_").lstrip("0"),
+        }
         rows.append(row | {"kl": figures["kl"], "proxy_gain": float(np.nanmean(gain)), **won(read_pairs(folder / "gold.json", step.name))})
     return rows
 
 
 def lost_after_the_best(rows: Sequence[Row]) -> Row:
-    """Over-optimisation of one arm: its best checkpoint by gold, its last one, and what was lost between while the proxy rose.
+    """Over-optimisation of one arm: its best checkpoint by gold, what it hands over, and what was lost between while the proxy rose.
 
     The best of several noisy checkpoints is too good by luck; told beside is the loss from the middle of the run, which is not chosen."""
     gold, proxy = [row["gold_gain"] for row in rows], [row["proxy_gain"] for row in rows]

@@ -2,13 +2,14 @@
 
     python -m rlhf.proof.keep --run DIR --kept DIR -- rlhf/train_ppo.py --out DIR --save-every 10 ...
 
-    DIR/checkpoints/step_00000010/adapter.safetensors -> KEPT/step_00000010/ (an adapter's folder, as any other)
+    DIR/checkpoints/step_00000010/adapter.safetensors -> KEPT/step_00000010/ (an adapter's folder, as any other); DIR/adapter -> KEPT/final
 
 It looks at the run's folder twice a second while the script runs. A checkpoint appears whole, and stays until two newer ones are there."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -18,8 +19,12 @@ from safetensors.torch import load_file
 
 from adapters.compose import LoraTensors
 from adapters.library import read_adapter, save_lora
+from base_models.atomic import atomic_folder
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
+
+FINAL = "final"
+"""What the run itself hands over: its last adapter, or the one that a brake went back to."""
 
 
 def keep_new(run: Path, kept: Path) -> list[Path]:
@@ -56,6 +61,9 @@ def train_and_keep(run: Path, kept: Path, command: list[str]) -> list[Path]:
     found = sorted(kept.glob("step_*"))
     if not found:
         raise UserError(f"{run} without a checkpoint", "one or more", "lower --save-every")
+    with atomic_folder(kept / FINAL) as temporary:
+        shutil.copytree(run / "adapter", temporary, dirs_exist_ok=True)
+    found.append(kept / FINAL)
     for folder in found:
         read_adapter(folder)
     return found

@@ -97,7 +97,7 @@ def over_table(arms: dict[str, Row]) -> str:
         "arm",
         "best step",
         "gold there",
-        "gold at the end",
+        "gold handed over",
         "lost",
         "lost since the middle",
         "proxy rose by",
@@ -168,10 +168,12 @@ def plot_curve(rows: Sequence[Row], path: Path) -> Path:
 
 
 def plot_trails(trails: dict[str, list[Row]], path: Path) -> Path:
-    """Gold (line) and proxy (dashes) gained over the base, against KL, an arm a colour."""
+    """Gold (line) and proxy (dashes) gained over the base, against KL, an arm a colour; a star is what the run hands over."""
     figure, axes = _axes("A weak reward, followed far: what it says and what is liked", "KL to the base, nats a clip", "gain over the base")
     for arm, rows in trails.items():
-        ordered = sorted(rows, key=lambda row: row["step"])
+        ordered = rows[:-1]  # the last is what the run hands over: one of the others, or the same as the last
+        final = rows[-1]
+        axes.plot([final["kl"]], [final["gold_gain"]], marker="*", markersize=13, color=COLOURS[arm])
         x = [row["kl"] for row in ordered]
         gold = [row["gold_gain"] for row in ordered]
         low, high = ([row["gold_gain_ci"][side] for row in ordered] for side in (0, 1))

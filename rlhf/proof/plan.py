@@ -4,8 +4,8 @@
     -> held-out prompts -> the taste judges in a process of its own
 
 A replication (seed) has prompts, clips, votes, reward, training and held-out prompts of its own. The tastes of one seed vote on the same
-clips. Prompts come from ranges that never meet: training 100 + seed, play 200 + seed, held out 9000 + seed; for choosing settings
-(`tuning`) 500, 600 and 8000 + seed, and no held-out prompt is one on which a choice was made."""
+clips. Prompts come from ranges that never meet: training 100 + seed, play 200 + seed, watch 300 + seed, held out 9000 + seed;
+for choosing settings (`tuning`) 500, 600, 700 and 8000 + seed, and no held-out prompt is one on which a choice was made."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class Sizes:
     votes: int = 2000
     """Votes of the main figures; never more than 2,000."""
     play_prompts: int = 480
+    watch_prompts: int = 24
+    """By which PPO's brake watches the run; training prompts too, since nobody may look at held-out ones."""
     heldout_prompts: int = 144
     heldout_clips: int = 2
     trail_prompts: int = 96
@@ -48,7 +50,7 @@ class Sizes:
 
 
 SMALL = Sizes(
-    train_prompts=24, clips=3, raters=6, target_votes=1, votes=60, play_prompts=12, heldout_prompts=12, trail_prompts=12,
+    train_prompts=24, clips=3, raters=6, target_votes=1, votes=60, play_prompts=12, watch_prompts=6, heldout_prompts=12, trail_prompts=12,
     duration_s=1.0, best_of=2, weak_votes=40, shuffles=2,
 )  # fmt: skip
 """The same graph in minutes, to see that it runs. Its figures mean nothing."""
@@ -142,6 +144,7 @@ class Builder:
         first, split, n = {
             "train": (500 if self.tuning else 100, "train", self.sizes.train_prompts),
             "play": (600 if self.tuning else 200, "train", self.sizes.play_prompts),
+            "watch": (700 if self.tuning else 300, "train", self.sizes.watch_prompts),
             "heldout": (8000 if self.tuning else 9000, "heldout", self.sizes.heldout_prompts),
             "trail": (8000 if self.tuning else 9000, "heldout", self.sizes.trail_prompts),
         }[kind]
@@ -196,7 +199,12 @@ class Builder:
             given, needs = (*given, "--snapshot", place(snapshot, "snapshot")), (*needs, snapshot)
         if self.arguments.trained_on[method] in ("reward", "both"):
             judge = ("--reward", place(reward, "reward"), "--prompts", place(prompts, "prompts.jsonl"))
-            given, needs = (*given, *judge, "--n-frames", str(self.sizes.n_frames)), (*needs, reward, prompts)
+            given, needs = (*given, *judge), (*needs, reward, prompts)
+            if method != "sft":
+                given = (*given, "--n-frames", str(self.sizes.n_frames))
+        if method == "ppo":
+            watch = self.prompts("watch", seed)
+            given, needs = (*given, "--heldout-prompts", place(watch, "prompts.jsonl")), (*needs, watch)
         label = snapshot.label.replace("snapshot/", f"{arm or method}/", 1)
         script = (*program(f"rlhf/train_{method}.py"), *given, *own)
         return Cell(label, script, needs, resume=("--resume",), weight=300)

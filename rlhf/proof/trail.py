@@ -2,7 +2,7 @@
 
     python -m rlhf.proof.trail --kept DIR --taste warm --out DIR -- <arguments of rlhf.proof.play but --system, --adapter and --out>
 
-DIR/step_XXXXXXXX/ is what `play` writes, DIR/gold.json what the judge says of all and of the base."""
+DIR/step_XXXXXXXX/ and DIR/final/ are what `play` writes, DIR/gold.json what the judge says of all and of the base."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from base_models.errors import UserError
 from rlhf.proof import play
+from rlhf.proof.keep import FINAL
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -27,9 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--taste", required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv[:cut])
-    adapters = sorted(args.kept.glob("step_*"))
-    if not adapters:
-        raise UserError(f"{args.kept} without adapters", "one a checkpoint", "train with rlhf.proof.keep")
+    adapters = [*sorted(args.kept.glob("step_*")), args.kept / FINAL]
     manifests = [args.base / "samples" / "manifest.jsonl"]
     for adapter in adapters:
         here = args.out / adapter.name

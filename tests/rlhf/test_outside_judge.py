@@ -5,6 +5,7 @@ import torch
 
 from base_models.errors import UserError
 from rlhf.outside_judge import OutsideJudge
+from rlhf.ppo_task import load_task
 
 ECHO = """
 import json, sys, soundfile
@@ -61,3 +62,9 @@ def test_any_other_answer_is_an_error_that_names_the_remedy(answer):
 def test_a_program_that_is_not_there_is_an_error():
     with pytest.raises(UserError, match="score-command"):
         OutsideJudge(["/no/such/program"], Policy())(torch.tensor([[[1]]]), ["a"])
+
+
+@pytest.mark.parametrize(("reward", "command"), [(None, None), ("runs/reward", "judge")])
+def test_ppo_wants_one_judge(tmp_path, reward, command):
+    with pytest.raises(UserError, match="one of them"):
+        load_task(tmp_path, reward, tmp_path / "prompts.txt", command=command)

@@ -1,0 +1,118 @@
+import json
+
+import numpy as np
+import pytest
+
+from rlhf.proof import page
+from rlhf.proof.figures import Pairs, fit, lost_after_the_best, pooled, read_pairs, won
+
+
+def test_pairs_are_joined_by_clip_and_never_across_prompts(tmp_path):
+    clips = [
+        {"system": system, "file": f"{i:06d}_0.wav", "prompt_id": f"p{i}", "gold": i + (system == "ppo")}
+        for system in ("ppo", "base")
+        for i in (2, 0, 1)
+    ]
+    (tmp_path / "gold.json").write_text(json.dumps({"clips": clips}))
+    pairs = read_pairs(tmp_path / "gold.json", "ppo")
+    assert (pairs.gold - pairs.base).tolist() == [1, 1, 1]
+    assert pairs.prompts == ["p0", "p1", "p2"]
+    (tmp_path / "gold.json").write_text(json.dumps({"clips": clips[1:]}))
+    with pytest.raises(ValueError, match="different prompts"):
+        read_pairs(tmp_path / "gold.json", "ppo")
+
+
+def test_a_system_that_plays_what_the_base_plays_wins_one_half_of_nothing():
+    same = np.arange(6.0)
+    told = won(Pairs(same, same, list("aabbcc")))
+    assert (told["win_rate"], told["decided"], told["ties"]) == (0.5, 0, 6)
+
+
+def test_ties_are_left_out_of_the_win_rate():
+    base = np.zeros(8)
+    told = won(Pairs(np.array([1, 1, 1, -1, 0, 0, 0, 0.0]), base, list("abcdefgh")))
+    assert (told["win_rate"], told["decided"], told["ties"]) == (0.75, 4, 4)
+
+
+def test_pooling_keeps_the_prompts_of_two_seeds_apart():
+    one = Pairs(np.ones(4), np.zeros(4), list("aabb"))
+    together = pooled([one, one])
+    assert len(set(together.prompts)) == 4
+    assert won(together)["pairs"] == 8
+
+
+def test_prompt_fit_is_told_as_a_change_where_both_were_measured(tmp_path):
+    for name, values in (("own", [1.0, None, 0.0, 1.0]), ("base", [0.0, 1.0, 0.0, 1.0])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "clips.json").write_text(json.dumps({"prompt_id": list("aabb"), "tempo": values}))
+    told = fit(tmp_path / "own", tmp_path / "base")
+    assert set(told) == {"tempo"}
+    assert told["tempo"]["n"] == 3
+    assert told["tempo"]["change"] == pytest.approx(1 / 3)
+
+
+def test_over_optimisation_is_gold_lost_while_the_proxy_rose():
+    rows = [
+        {"step": str(i), "gold_gain": g, "proxy_gain": p, "kl": 10.0 * i, "win_rate": 0.5}
+        for i, (g, p) in enumerate([(0, 0), (1, 1), (0.5, 2), (-1, 3)])
+    ]
+    told = lost_after_the_best(rows)
+    assert (told["best_step"], told["lost"], told["lost_since_the_middle"], told["proxy_rose"]) == ("1", 2, 1.5, 2)
+
+
+def rows():
+    base = {
+        "taste": "warm",
+        "seed": 0,
+        "win_rate": 0.8,
+        "ci": [0.76, 0.84],
+        "decided": 288,
+        "kl": 20.0,
+        "diversity_ratio": 0.95,
+        "gold_gain": 0.6,
+    }
+    base |= {"gold_gain_ci": [0.5, 0.7], "proxy_gain": 1.0, "lowest": 0.78, "highest": 0.82, "seeds": 3, "nearest_rated_copied": 0.01}
+    return [
+        {**base, "method": method, "votes": votes, "similarity_change": 0.01, "similarity_half_ci": 0.02}
+        for method in ("ppo", "dpo")
+        for votes in (200, 2000)
+    ]
+
+
+def figures():
+    trail = [{**row, "step": str(i), "kl": 5.0 * i} for i, row in enumerate(rows())]
+    reward = {
+        "taste": "warm",
+        "seed": 0,
+        "votes": 200,
+        "accuracy": 0.66,
+        "ci": [0.6, 0.7],
+        "ceiling": 0.78,
+        "of_ceiling": 0.57,
+        "ece": 0.03,
+    }
+    each = [{**row, "experiment": "gold"} for row in rows()]
+    return {
+        "cells": 4, "cells_done": 3, "main": rows(), "main_by_seed": each, "curve": rows(), "controls": {"gold": each},
+        "shuffled_together": [], "rewards": [reward], "trails": {"free": trail, "braked": trail},
+        "over_optimisation": {"free": lost_after_the_best(trail), "braked": lost_after_the_best(trail)},
+    }  # fmt: skip
+
+
+def test_the_page_shows_what_is_there_and_leaves_out_what_is_not(tmp_path):
+    text = page.write_page(tmp_path, figures()).read_text()
+    for name in ("main", "curve", "rewards", "trails"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert f"({name}.png)" in text
+    assert "Control: gold" in text
+    assert "Control: reversed" not in text
+    assert "3 of 4 results" in text
+    empty = {key: [] for key in ("main", "main_by_seed", "curve", "shuffled_together", "rewards")}
+    nothing = {**empty, "cells": 4, "cells_done": 0, "controls": {}, "trails": {}, "over_optimisation": {}}
+    assert "##" not in page.write_page(tmp_path / "empty", nothing).read_text()
+
+
+def test_reached_asks_for_the_rate_and_for_the_lower_end():
+    good, low, wide = rows()[0], {**rows()[0], "win_rate": 0.79}, {**rows()[0], "ci": [0.74, 0.86]}
+    told = [line.split("|")[-2].strip() for line in page.main_table([good, low, wide]).splitlines()[2:]]
+    assert told == ["yes", "no", "no"]

@@ -1,0 +1,102 @@
+import re
+
+from base_models.corpus.captions import demo_prompts
+from rlhf.proof import prompts
+from rlhf.proof.cells import closure
+from rlhf.proof.plan import SMALL, TUNED_ON, Arguments, Builder, Plan, Sizes
+from rlhf.sample_pairs import read_prompts
+
+
+def main_plan(**changes):
+    plan, builder = Plan(), Builder(Sizes(), Arguments(), **changes)
+    builder.main_table(plan, ["warm", "drive", "space"], [0, 1, 2], ["ppo", "dpo"])
+    return plan
+
+
+def labels(plan):
+    return [cell.label for cell in closure(plan.cells())]
+
+
+def test_the_main_table_has_a_row_for_each_taste_seed_and_method():
+    plan = main_plan()
+    rows = {(o.taste, o.seed, o.method) for o in plan.outcomes}
+    assert len(rows) == len(plan.outcomes) == 18
+    assert all(o.votes <= 2000 for o in plan.outcomes)
+
+
+def test_tastes_share_the_clips_of_a_seed_and_seeds_share_nothing():
+    named = labels(main_plan())
+    assert sum(label.startswith("samples/") for label in named) == 3
+    assert sum(label.startswith("votes/") for label in named) == 9
+    assert sum(label.startswith("base/") for label in named) == 3
+
+
+def test_what_trains_never_hears_of_held_out_prompts_and_what_plays_them_does_not_train():
+    for cell in closure(main_plan().cells()):
+        texts = " ".join(cell.argv)
+        if cell.label.split("/")[0] in ("ppo", "dpo", "sft", "reward"):
+            needs = {need.label for need in closure([cell])}
+            assert not any("heldout" in label for label in needs)
+            assert "simulation" not in texts
+        if "rlhf.proof.play" in texts and "--prompts" in texts:
+            assert "prompts/heldout" in texts
+
+
+def test_tuning_uses_other_seeds_for_everything():
+    seeds = {}
+    for tuning in (False, True):
+        cells = [cell for cell in closure(main_plan(tuning=tuning).cells()) if cell.label.startswith("prompts/")]
+        seeds[tuning] = {int(cell.argv[cell.argv.index("--seed") + 1]) for cell in cells}
+    assert not seeds[False] & seeds[True]
+    assert {9000, 9001, 9002} <= seeds[False]
+    assert {8000, 8001, 8002} <= seeds[True] & set(TUNED_ON) == {8000, 8001, 8002}
+
+
+def test_no_held_out_prompt_is_one_on_which_settings_were_chosen(tmp_path):
+    out = tmp_path / "p.jsonl"
+    prompts.main(["--n", "144", "--split", "heldout", "--seed", "9000", "--name", "h", "--out", str(out), "--avoid", "0", "1", "8000"])
+    own = {prompt.prompt for prompt in read_prompts(out)}
+    tuned = {row["prompt"] for seed in (0, 1, 8000) for row in demo_prompts(144, "heldout", seed=seed)}
+    assert len(own) == 144
+    assert not own & tuned
+
+
+def test_the_curve_and_the_main_table_share_what_is_the_same():
+    plan, builder = main_plan(), Builder(Sizes(), Arguments())
+    before = set(labels(plan))
+    builder.curve(plan, "warm", 0, ["ppo", "dpo"], [200, 2000])
+    new = set(labels(plan)) - before
+    assert not any("n2000" in label for label in new)
+    assert any("n200" in label for label in new)
+
+
+def test_other_settings_of_ppo_leave_all_else_alone():
+    names = []
+    for steps in ("60", "80"):
+        plan = Plan()
+        Builder(Sizes(), Arguments(ppo=("--steps", steps))).main_table(plan, ["warm"], [0], ["ppo", "dpo"])
+        names.append({cell.name for cell in closure(plan.cells())})
+    changed = {re.sub("-[0-9a-f]{8}$", "", name) for name in names[0] ^ names[1]}
+    assert changed == {"ppo/warm/s0/n2000", "play/ppo/warm/s0/n2000", "gold/ppo/warm/s0/n2000"}
+
+
+def test_controls_train_on_what_they_should():
+    plan, builder = Plan(), Builder(SMALL, Arguments())
+    builder.controls(plan, ["shuffled", "reversed", "constant", "gold"], "drive", 0, ["ppo", "dpo"])
+    texts = {cell.label: " ".join(cell.argv) for cell in closure(plan.cells())}
+    assert sum(outcome.experiment == "shuffled" for outcome in plan.outcomes) == 2 * SMALL.shuffles
+    assert "--turn all" in texts["snapshot/drive/s0/n60-all0"]
+    assert "--constant 0" in texts["outside-constant/drive/s0"]
+    assert "--taste drive" in texts["outside-gold/drive/s0"]
+    assert "--reward" not in texts["outside-gold/drive/s0"]
+
+
+def test_the_weak_reward_is_weak_and_both_arms_keep_their_checkpoints():
+    plan = Plan()
+    builder = Builder(Sizes(), Arguments(weak_reward=("--members", "1"), free=("--kl-coef", "0"), braked=("--brake", "rewind")))
+    builder.over_optimisation(plan, "warm", 0)
+    texts = {cell.label: " ".join(cell.argv) for cell in closure(plan.cells())}
+    assert "--members 1" in texts["weak/warm/s0/n50"]
+    assert "--kl-coef 0" in texts["trail-free/warm/s0/n50"]
+    assert "--brake rewind" in texts["trail-braked/warm/s0/n50"]
+    assert all("rlhf.proof.keep" in texts[f"trail-{arm}/warm/s0/n50"] for arm in ("free", "braked"))

@@ -1,0 +1,91 @@
+import json
+from collections import Counter
+
+import pytest
+
+from base_models.errors import UserError
+from rlhf.preferences import content_sha256, load_snapshot
+from rlhf.proof import snapshots
+
+
+def write(folder, n_prompts=6, pairs=3, votes=2):
+    """A snapshot of votes that all say x."""
+    clips, rows = [], []
+    for prompt in range(n_prompts):
+        clips += [
+            {
+                "sha256": f"{prompt}-{k}",
+                "codes_uri": f"codes/{prompt}-{k}.npy",
+                "prompt_id": f"p{prompt}",
+                "prompt": "x",
+                "policy_sha256": "b",
+            }
+            for k in range(2 * pairs)
+        ]
+        for pair in range(pairs):
+            for vote in range(votes):
+                rows.append({
+                    "vote_id": len(rows), "pair_id": f"{prompt}.{pair}", "prompt_id": f"p{prompt}", "prompt": "x", "rater": f"r{vote}",
+                    "choice": "x", "clip_x": f"{prompt}-{2 * pair}", "clip_y": f"{prompt}-{2 * pair + 1}", "aspects": {"musicality": -2},
+                    "marks": [{"side": "y", "t0_ms": 0, "t1_ms": 500, "tag": "bad"}], "excluded_reason": "spam" if len(rows) == 0 else None,
+                })  # fmt: skip
+    folder.mkdir()
+    (folder / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clips))
+    (folder / "snapshot.json").write_text(json.dumps({"name": "whole", "sha256": content_sha256(folder), "n_votes": len(rows)}))
+    return folder
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return write(tmp_path / "whole")
+
+
+def test_a_subset_is_a_snapshot_of_its_own_that_names_its_parent(whole, tmp_path):
+    told = snapshots.derive(whole, tmp_path / "few", n=10)
+    few = load_snapshot(tmp_path / "few")
+    assert len(few.votes) == told["n_votes"] == 10
+    assert told["parent_sha256"] == load_snapshot(whole).sha256 != few.sha256
+    assert all(clip.codes_uri == str(whole / "codes" / f"{sha}.npy") for sha, clip in few.clips.items())
+
+
+def test_smaller_subsets_lie_within_larger_ones_and_excluded_votes_in_none(whole, tmp_path):
+    kept = []
+    for n in (5, 12, 30):
+        snapshots.derive(whole, tmp_path / str(n), n=n)
+        kept.append({vote.vote_id for vote in load_snapshot(tmp_path / str(n)).votes})
+    assert kept[0] < kept[1] < kept[2]
+    assert "0" not in kept[2]
+    snapshots.derive(whole, tmp_path / "other", n=12, seed=1)
+    assert {vote.vote_id for vote in load_snapshot(tmp_path / "other").votes} != kept[1]
+
+
+def test_turned_votes_say_the_opposite_in_everything(whole, tmp_path):
+    snapshots.derive(whole, tmp_path / "turned", turn="all")
+    for vote in load_snapshot(tmp_path / "turned").votes:
+        assert vote.choice == "y"
+        assert vote.aspects == {"musicality": -2}  # read turned: -2 in the file was +2 for x
+        assert vote.marks[0].clip == vote.clip_x
+
+
+def test_half_turned_votes_agree_within_a_pair_and_balance_within_a_prompt(whole, tmp_path):
+    snapshots.derive(whole, tmp_path / "half", turn="half", seed=3)
+    votes = load_snapshot(tmp_path / "half").votes
+    by_pair = {}
+    for vote in votes:
+        by_pair.setdefault(vote.pair_id, set()).add(vote.choice)
+    assert all(len(choices) == 1 for choices in by_pair.values())
+    assert Counter(next(iter(choices)) for choices in by_pair.values()) == {"x": 9, "y": 9}
+    by_prompt = Counter(pair.split(".")[0] for pair, choices in by_pair.items() if choices == {"y"})
+    assert set(by_prompt.values()) <= {1, 2}
+
+
+def test_more_votes_than_there_are_is_refused(whole, tmp_path):
+    with pytest.raises(UserError, match="35 usable votes"):
+        snapshots.derive(whole, tmp_path / "more", n=36)
+    assert not (tmp_path / "more").exists()
+
+
+def test_the_command_line_makes_the_same(whole, tmp_path, capsys):
+    assert snapshots.main(["--snapshot", str(whole), "--out", str(tmp_path / "a"), "--votes", "9", "--turn", "all"]) == 0
+    assert json.loads(capsys.readouterr().out)["sha256"] == snapshots.derive(whole, tmp_path / "b", 9, "all")["sha256"]
