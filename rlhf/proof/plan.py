@@ -219,7 +219,8 @@ class Builder:
             "--prompts",
             place(prompts, "prompts.jsonl"),
         )
-        script = (*program("rlhf/train_ppo.py"), *given, *judged, "--n-frames", str(self.sizes.n_frames), *(more or self.arguments.ppo))
+        how = ("--n-frames", str(self.sizes.n_frames), *(more or self.arguments.ppo), "--credit", "score")  # a program has no slope
+        script = (*program("rlhf/train_ppo.py"), *given, *judged, *how)
         return Cell(label, script, (prompts,), resume=("--resume",), weight=400)
 
     def kept(self, arm: str, snapshot: Cell, reward: Cell, seed: int, more: Sequence[str]) -> Cell:
