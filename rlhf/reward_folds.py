@@ -59,14 +59,14 @@ class Clips:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def table(self, base: Base, share: Share, progress: bool) -> Table:
+    def table(self, base: Base, blocks: Sequence[str], share: Share, progress: bool) -> Table:
         """The frozen features of all clips: blocks [N, F]."""
         bar = tqdm(total=len(self.codes), desc="features", unit="clip", disable=not progress, dynamic_ncols=True)
         width: dict[str, int] = {}
 
         def job(index: int) -> Tensor:
             bar.update()
-            made = features(base, self.codes[index], [self.prompts[index]])
+            made = features(base, self.codes[index], [self.prompts[index]], blocks)
             width.update({block: rows.shape[1] for block, rows in made.items()})
             return torch.cat([rows[0] for rows in made.values()])
 

@@ -1,4 +1,4 @@
-"""What the token LM itself makes of a clip: its hidden states, as frozen features and as a trunk that votes may bend.
+"""What the token LM itself makes of a clip: its hidden states, as frozen features for a reward's heads (`--trunk`).
 
     codes [B, K, T] + prompts -> LM under teacher forcing -> states of a middle and of the last layer [B, S, d]
                               -> mean and spread over time -> features [B, 4 d]

@@ -77,6 +77,7 @@ from rlhf.reward_folds import (
     unseen_scores,
 )
 from rlhf.reward_model import (
+    STATES,
     Base,
     Head,
     Pairs,
@@ -115,6 +116,9 @@ class Config:
     weights_by: Literal["auto", "agreement", "slopes", "nothing"] = "auto"
     """What raters weigh by: how they agree on common pairs, how their votes follow what the model hears (slopes), or alike. auto: the
     better of the first two, by held-out votes."""
+    trunk: Literal["frozen", "tokens", "auto"] = "frozen"
+    """What heads read: what the codec plays and the shared space (frozen), the states of the base's own language model (tokens), or
+    either and both, by held-out votes (auto). The language model costs a forward pass a clip, at every step of PPO too."""
     adversaries: Literal["silence", "invert"] = "silence"
     """What is done with raters who answer against the music beyond doubt: they weigh nothing, or count the other way round."""
     one_rater: bool = False
@@ -166,8 +170,9 @@ def _main(cfg: Config) -> dict[str, Any]:
     learnt = shuffled(truth, cfg.seed) if cfg.shuffle_labels else truth
 
     # 2. Features of every clip, once.
-    table = clips.table(base, share, progress=accelerator.is_main_process)
-    lenses = {head: make_lens(head, table, clips.prompt) for head in candidates(blocks_of(base))}
+    heads = trunk_heads(cfg.trunk, base)
+    table = clips.table(base, sorted({block for head in heads for block in head.blocks}), share, progress=accelerator.is_main_process)
+    lenses = {head: make_lens(head, table, clips.prompt) for head in heads}
     inputs = {head: expand(lens, head, table) for head, lens in lenses.items()}
 
     # 3. Judge by folds of prompts: every margin comes from heads that never met the pair's prompt.
@@ -266,6 +271,21 @@ def check_votes(snapshot: Snapshot, cfg: Config) -> None:
             "at least two raters, else nobody can tell how right a model can be",
             "invite a second rater, or pass --one-rater for a reward of this one person's taste",
         )
+
+
+def trunk_heads(trunk: Literal["frozen", "tokens", "auto"], base: Base) -> tuple[Head, ...]:
+    """The heads that held-out votes choose among. Raises: UserError when the language model is asked for and there is none."""
+    frozen = candidates(blocks_of(base))
+    if trunk == "frozen":
+        return frozen
+    if not hasattr(base, "lm"):
+        raise UserError(f"--trunk {trunk} with a base that has no language model", "a policy's folder", "use --trunk frozen")
+    tokens = (Head("linear", (STATES,), 0.6), Head("kernel", (STATES,), 1.0, 2.0), Head("kernel", (STATES,), 2.0, 1.5))
+    if trunk == "tokens":
+        return tokens
+    kernels = [head for head in frozen if head.kind != "linear"]
+    both = tuple(dict.fromkeys(replace(head, kind="kernel", blocks=(*head.blocks, STATES), prior=2.0, length=2.0) for head in kernels))
+    return (*frozen, *tokens, *both)
 
 
 def sharing(accelerator: Accelerator) -> Share:
