@@ -272,6 +272,6 @@ class FlatCausalLM(PreTrainedModel):
 def use_native_heads(model: FlatCausalLM) -> None:
     """Undo TRL's patch of `model.forward`: `fused_lm_head=True` then reaches this class, K softmaxes over V, not one over K * V.
 
-    Only for trainers that score at the temperature of the wrapper (DPO, KTO, reward); TRL's patch carries GRPO's temperature.
+    They score at the wrapper's temperature; the patch that is undone carries the one of GRPO's settings, so the two must agree.
     """
     model.__dict__.pop("forward", None)

@@ -21,6 +21,7 @@ SCRIPTS = (
     "rlhf/train_reward.py",
     "rlhf/train_dpo.py",
     "rlhf/train_ppo.py",
+    "rlhf/train_grpo.py",
 )
 
 

@@ -1,0 +1,308 @@
+"""GRPO and RLOO: the reward model's opinion into a LoRA adapter without a critic, by TRL's own trainers.
+
+    accelerate launch rlhf/train_grpo.py --policy base_models/pretrained --reward runs/reward --prompts prompts.jsonl --out runs/grpo
+    accelerate launch rlhf/train_grpo.py --method rloo --reward runs/reward --prompts prompts.jsonl --out runs/rloo
+    python rlhf/train_grpo.py --preset smoke                      # a toy policy and a toy reward, under a minute on a CPU
+
+    prompts -> n clips each, codes [B, K, T] -> score [B] -> score against the prompt's other clips -> clipped updates -> LoRA -> adapter
+
+What a clip is worth is what it scores above the others of its prompt, the same for each of its codes: no critic has to learn it
+(see train_ppo.py for one that does). The trainer is TRL's over the flat view of the LM (`rlhf.flat_grpo`); the sampler is ours, and
+what it says is checked against the trainer's scorer. The reference is the policy without its adapter, and --kl-budget ends the run.
+
+With --method rloo keep --epochs 1 and --minibatches 1: its ratio is that of a whole clip, of hundreds of codes, and almost all of
+them leave the clip range at the second update.
+
+Papers: Shao et al. 2024, arXiv:2402.03300 (GRPO). Ahmadian et al. 2024, arXiv:2402.14740 (RLOO).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run to its makers otherwise
+
+import torch
+from transformers import ProgressCallback
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.rloo_config import RLOOConfig
+
+from adapters.library import Manifest, save_adapter
+from base_models.checkpoint import latest_training_state, write_json
+from base_models.conditions import Conditions
+from base_models.errors import UserError
+from base_models.lm import MusicLM
+from base_models.policy import PRETRAINED, load_policy
+from base_models.settings import run, to_mapping
+from rlhf.dpo_arguments import bf16_is_faster
+from rlhf.dpo_report import Recorder
+from rlhf.flat_grpo import FlatGRPOTrainer, FlatRLOOTrainer, Judge
+from rlhf.flat_policy import FlatCausalLM
+from rlhf.reward_model import load_reward
+from rlhf.rewards import Score
+from rlhf.rollout import prompt_of
+from rlhf.sample_pairs import read_prompts
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a GRPO or RLOO run."""
+
+    out: Path = Path("runs/grpo")
+    """Folder of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, adapter/."""
+    method: Literal["grpo", "rloo"] = "grpo"
+    """grpo clips ratios code by code and divides by the spread within a prompt; rloo takes a clip as one action."""
+    policy: Path = PRETRAINED
+    """The base to start from; it is also the reference."""
+    reward: Path | None = None
+    """Folder of a trained reward model (train_reward.py)."""
+    prompts: Path | None = None
+    """Prompts to play: .jsonl with `prompt` and, where wanted, `tempo_bpm`, or text, one a line."""
+    toy: bool = False
+    """A tiny random policy and a toy reward instead of --policy, --reward and --prompts (what --preset smoke does)."""
+    n_frames: int = 100
+    """Codec frames T of a clip that is played."""
+    steps: int = 60
+    """Rounds of playing and learning."""
+    max_minutes: float = 0.0
+    """Stop after this time and keep what was learnt; 0 sets no limit."""
+    batch_size: int = 32
+    """Clips a round, over all processes."""
+    samples_per_prompt: int = 4
+    """Clips of one prompt, which are each other's baseline."""
+    epochs: int = 1
+    """Passes over a round's clips."""
+    minibatches: int = 1
+    """Optimiser steps a pass."""
+    microbatch: int = 16
+    """Clips a forward pass and process."""
+    sample_batch: int = 64
+    """Clips that are played at once."""
+    temperature: float = 1.0
+    """At which clips are played and scored; use the one that listeners will hear."""
+    lr: float = 1.5e-3
+    """Learning rate of the adapter (AdamW, linear to 0)."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    cliprange: float = 0.2
+    """How far a ratio may leave 1 and still be paid for: of a code (grpo), or of a clip (rloo)."""
+    kl_coef: float = 0.03
+    """Price of a nat of KL: in spreads of the score within a prompt (grpo), in units of the score (rloo)."""
+    kl_budget: float = 60.0
+    """Stop when the policy's KL exceeds this many nats a clip; what is beyond fools the reward more than it pleases listeners."""
+    r: int = 16
+    """Rank of the adapter."""
+    alpha: float = 32.0
+    """Scale of the adapter: alpha / r."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 runs matrix products in bfloat16 (the sampler stays float32); auto: where the processor is faster for it."""
+    save_every: int = 10
+    """Rounds between checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out."""
+    licence: str = "unspecified"
+    """Licence of the adapter, for its card."""
+    processes: int = 0
+    """Refuse to run with any other number of processes; 0 does not ask. `accelerate launch --cpu --num_processes 2` runs one."""
+    seed: int = 0
+    """Seed of the adapter's start, the prompts' order and the clips."""
+
+
+TOY: dict[str, Any] = {"toy": True, "n_frames": 12, "steps": 30, "batch_size": 32, "r": 4, "alpha": 8.0, "lr": 1e-2, "kl_coef": 0.01}
+PRESETS: dict[str, dict[str, Any]] = {"smoke": {**TOY, "out": Path("runs/grpo-smoke"), "precision": "fp32"}}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What plays and who judges: the LM, its prompts (one row of `table` each), the score, and the hashes of the parents."""
+
+    lm: MusicLM
+    prompts: list[str]
+    table: Conditions
+    score: Score
+    base_sha256: str
+    reward_sha256: str | None = None
+    snapshot_sha256: str | None = None
+
+
+def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
+    """Run it; returns the figures of the adapter's manifest. `task` replaces what --policy, --reward and --prompts name."""
+    began = time.monotonic()
+    # 1. Who plays, who judges.
+    check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    if task is None:
+        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg)
+    args = training_arguments(cfg, task.lm.n_q)
+    if args.should_save:
+        write_json(cfg.out / "config.json", to_mapping(cfg))
+
+    # 2. The flat view, and the order in which the prompts are played.
+    task.lm.to(args.device).fast_training()
+    flat = FlatCausalLM(task.lm, task.table, cfg.temperature).eval()
+    groups = cfg.steps * cfg.batch_size // cfg.samples_per_prompt
+    rows = prompt_of(range(groups), len(task.prompts), 1, cfg.seed)
+    judge = Judge(task.score, task.prompts, task.lm.n_q, task.lm.card)
+
+    # 3. Play, judge, learn.
+    recorder = Reporter(cfg, args.should_save)
+    kind = FlatGRPOTrainer if cfg.method == "grpo" else FlatRLOOTrainer
+    trainer = kind(flat, args, rows, judge, cfg.r, cfg.alpha, cfg.seed, cfg.sample_batch, [recorder])
+    recorder.trainer = trainer
+    trainer.pop_callback(ProgressCallback)
+    newest = latest_training_state(cfg.out) if cfg.resume else None
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+
+    # 4. Tell.
+    figures: dict[str, Any] = {"steps": trainer.state.global_step, "stopped": recorder.stopped, **recorder.summary()}
+    figures["seconds"] = round(time.monotonic() - began, 1)
+    if args.should_save:
+        manifest = Manifest(
+            name=cfg.method,
+            base_sha256=task.base_sha256,
+            method=cfg.method,
+            snapshot_sha256=task.snapshot_sha256,
+            reward_sha256=task.reward_sha256,
+            licence=cfg.licence,
+            config=to_mapping(cfg),
+            figures=figures,
+        )
+        save_adapter(cfg.out / "adapter", task.lm, manifest)
+        recorder.close()
+        print(f"{cfg.out / 'adapter'}: " + ", ".join(f"{k} {v}" for k, v in figures.items()))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return figures
+
+
+# ---- the pieces ------------------------------------------------------------------------------------------------------
+
+
+def check(cfg: Config, world: int) -> None:
+    """Refuse what cannot work, before anything is loaded or written."""
+    if cfg.processes and world != cfg.processes:
+        raise UserError(
+            f"{world} process(es)",
+            f"{cfg.processes}, as --processes asks",
+            "launch with torchrun --nproc-per-node N, or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu` on a CPU",
+        )
+    if not cfg.toy and (cfg.reward is None or cfg.prompts is None):
+        raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", "both", "train one with train_reward.py; or --preset smoke")
+    if not cfg.resume and latest_training_state(cfg.out) is not None:
+        raise UserError(f"{cfg.out} with checkpoints of another run", "a new folder", "add --resume, or choose another --out")
+
+
+def training_arguments(cfg: Config, n_q: int) -> GRPOConfig | RLOOConfig:
+    """TRL's settings: one round is a generation batch, cut into `minibatches` optimiser steps of microbatches, `epochs` times."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    share = cfg.batch_size // (world * cfg.minibatches)
+    microbatch = min(cfg.microbatch, max(share, 1))
+    if min(cfg.epochs, cfg.minibatches, cfg.steps, cfg.n_frames) < 1 or cfg.samples_per_prompt < 2:
+        raise UserError("a size too small", "1 or more, and 2 or more --samples-per-prompt", "correct the sizes")
+    if cfg.batch_size % (world * cfg.minibatches * microbatch) or cfg.batch_size % cfg.samples_per_prompt:
+        raise UserError(
+            f"batch_size {cfg.batch_size}",
+            f"a multiple of {world} process(es) x {cfg.minibatches} minibatches x {microbatch}, and of {cfg.samples_per_prompt} a prompt",
+            "change --batch-size, --minibatches, --microbatch or --samples-per-prompt",
+        )
+    cpu, updates = not torch.cuda.is_available(), cfg.minibatches * cfg.epochs
+    shared: dict[str, Any] = {
+        "output_dir": str(cfg.out),
+        "use_cpu": cpu,
+        "ddp_backend": "gloo" if cpu and world > 1 else None,
+        "ddp_find_unused_parameters": False,
+        "bf16": cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster()),
+        "activation_checkpointing": False,
+        "remove_unused_columns": False,
+        "max_completion_length": cfg.n_frames * n_q,
+        "num_generations": cfg.samples_per_prompt,
+        "per_device_train_batch_size": microbatch,
+        "gradient_accumulation_steps": share // microbatch,
+        "steps_per_generation": cfg.minibatches * share // microbatch,
+        "num_iterations": cfg.epochs,
+        "shuffle_dataset": False,
+        "temperature": cfg.temperature,
+        "beta": cfg.kl_coef,
+        "epsilon": cfg.cliprange,
+        "learning_rate": cfg.lr,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": cfg.max_grad_norm,
+        "max_steps": cfg.steps * updates,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "steps",
+        "save_steps": cfg.save_every * updates,
+        "report_to": [],
+        "dataloader_pin_memory": not cpu,
+        "seed": cfg.seed,
+        "data_seed": cfg.seed,
+    }
+    return GRPOConfig(**shared, loss_type="grpo") if cfg.method == "grpo" else RLOOConfig(**shared)
+
+
+def load_task(cfg: Config) -> Task:
+    """The policy, the prompts and the reward model that the settings name."""
+    assert cfg.reward is not None
+    assert cfg.prompts is not None
+    policy = load_policy(cfg.policy)
+    prompts = read_prompts(cfg.prompts)
+    reward = load_reward(cfg.reward, policy)
+    words = [prompt.prompt for prompt in prompts]
+    table = policy.conditions(words, [prompt.tempo_bpm for prompt in prompts])
+    return Task(policy.lm, words, table, reward.score, policy.sha256, reward.sha256, reward.snapshot_sha256)
+
+
+def toy_task(seed: int) -> Task:
+    """The toy of `rlhf.dpo_task`, judged by the share of its codes that lie in the lower half of the codebooks."""
+    from rlhf import train_dpo
+    from rlhf.dpo_task import toy_task as dpo_toy
+
+    toy = dpo_toy(train_dpo.Config(toy=True, toy_reward=True, seed=seed), n_pairs=1)
+    assert toy.own is not None
+    return Task(toy.lm, toy.own.prompts, toy.table, toy.own.score, toy.base_sha256)
+
+
+class Reporter(Recorder):
+    """metrics.jsonl and TensorBoard, the clock, and the KL budget."""
+
+    trainer: FlatGRPOTrainer | FlatRLOOTrainer
+
+    def __init__(self, cfg: Config, main: bool) -> None:
+        super().__init__(cfg.out, cfg.max_minutes, cfg.resume, main)
+        self.kl_budget, self.stopped = cfg.kl_budget, "steps"
+        self.told: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
+        row = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        if "reward" in row:
+            self.told.append(row)
+        self.write(state.global_step, row)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        super().on_step_end(args, state, control, **more)
+        if control.should_training_stop and state.global_step < state.max_steps:
+            self.stopped = "time"
+        if self.trainer.kl > self.kl_budget:
+            self.stopped = f"kl {self.trainer.kl:.1f} nats a clip exceeds the budget of {self.kl_budget:g}"
+            control.should_training_stop = True
+
+    def summary(self) -> dict[str, float]:
+        """First and last scores (means over up to five rounds) and the last KL."""
+        scores = [row["reward"] for row in self.told]
+        if not scores:
+            return {}
+        few = max(1, min(5, len(scores) // 2))
+        kl = [row["kl_nats_per_clip"] for row in self.told if "kl_nats_per_clip" in row]
+        told = {"score_first": sum(scores[:few]) / few, "score_last": sum(scores[-few:]) / few, "kl": kl[-1] if kl else float("nan")}
+        return {name: round(value, 4) for name, value in told.items()}
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS)
