@@ -315,6 +315,13 @@ def erase_rater(store: Store, actor_id: int | None, rater_id: int, votes: Litera
         return _trained_on(session, rater_id)
 
 
+def trained_on(store: Store, handle: str) -> list[TrainedOn]:
+    """The frozen snapshots that hold a rater's votes, oldest first. Raises NotFoundError."""
+    rater_id = rater_id_of(store, handle)
+    with store.read() as session:
+        return _trained_on(session, rater_id)
+
+
 def rater_id_of(store: Store, handle: str) -> int:
     """Raises NotFoundError."""
     with store.read() as session:

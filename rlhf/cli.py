@@ -130,8 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True)
 
     p = _command(commands, "lineage", lineage, "what an adapter was made from: reward, snapshot, base, votes")
-    p.add_argument("folder", type=Path)
-    p.add_argument("--runs", type=Path, default=Path("runs"), help="where its parents are looked for")
+    p.add_argument("folder", type=Path, nargs="?", help="an adapter's")
+    p.add_argument("--rater", metavar="NAME", help="list what was trained on this person's votes instead; needs --db")
+    p.add_argument("--snapshot", metavar="SHA256", action="append", default=[], help="list what was trained on this snapshot; repeatable")
+    p.add_argument("--db", help="database URL")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where parents and children are looked for")
 
     p = _command(commands, "demo", demo, "the whole loop, from prompts to a report")
     p.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -287,9 +290,21 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def lineage(args: argparse.Namespace) -> None:
-    from rlhf.lineage import trace
+    from db.owners import trained_on
+    from db.store import open_store
+    from rlhf.lineage import descendants, trace
 
-    for line in trace(args.folder, args.runs):
+    if args.folder is not None:
+        lines = trace(args.folder, args.runs)
+    elif args.rater and args.db:
+        with open_store(args.db) as store:
+            found = trained_on(store, args.rater)
+        lines = descendants((snapshot.sha256 for snapshot in found), args.runs) or [f"no frozen snapshot holds votes of {args.rater}"]
+    elif args.snapshot:
+        lines = descendants(args.snapshot, args.runs)
+    else:
+        raise UserError("nothing to trace", "an adapter's folder, --rater NAME --db URL, or --snapshot SHA256", "name one")
+    for line in lines:
         print(line)
 
 

@@ -1,6 +1,8 @@
 """Where an adapter comes from: its reward model, snapshot, votes and base, walked by their hashes.
 
-    encore lineage runs/demo/ppo/adapter
+    encore lineage runs/demo/ppo/adapter             # backwards: what it was made from
+    encore lineage --rater ada --db URL              # forwards: what was trained on a person's votes
+    encore lineage --snapshot SHA256                 # the same for a snapshot, of a rater who was forgotten say
 
 Each line names a thing, its hash, and whether it was found below `runs` and still has that hash. A parent that is missing is said to
 be missing: a broken chain is a finding, not an error.
@@ -9,6 +11,7 @@ be missing: a broken chain is a finding, not an error.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,39 @@ def trace(folder: str | Path, runs: str | Path = "runs") -> list[str]:
         lines += _snapshot_lines(Path(runs), manifest.snapshot_sha256)
     lines.append(_base_line(manifest.base_sha256))
     return lines
+
+
+def descendants(snapshots: Iterable[str], runs: str | Path = "runs") -> list[str]:
+    """The lines for snapshots, by hash: each reward model and adapter below `runs` that was trained on one, itself or by its reward."""
+    lines = []
+    made = [(path.parent, _json(path)) for path in sorted(Path(runs).rglob("manifest.json"))]
+    for snapshot in dict.fromkeys(snapshots):
+        found = _find(Path(runs), "snapshot.json", "sha256", snapshot)
+        lines.append(f"snapshot {snapshot}  {found or 'not found below ' + str(runs)}")
+        rewards: set[str] = set()
+        for adapters in (False, True):
+            for folder, content in made:
+                if (folder / "adapter_config.json").exists() != adapters:
+                    continue
+                own_reward = content.get("reward_sha256")
+                if content.get("snapshot_sha256") != snapshot and not (adapters and own_reward in rewards):
+                    continue
+                if not adapters and own_reward:
+                    rewards.add(own_reward)
+                kind, key = ("adapter", "adapter_sha256") if adapters else ("reward ", "reward_sha256")
+                lines.append(f"  {kind}  {content.get(key)}  {folder}")
+        if lines[-1].startswith("snapshot"):
+            lines.append(f"  nothing below {runs} was trained on it")
+    return lines
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _snapshot_lines(runs: Path, sha256: str) -> list[str]:

@@ -28,11 +28,12 @@ const percent = (share) => (share === null ? '–' : `${Math.round(100 * share)}
 const when = (text) => new Date(text).toLocaleString([], { dateStyle: 'medium', timeStyle: 'short' });
 function table(heads, rows) {
   if (!rows.length) return make('p', { class: 'fine' }, 'Nothing yet.');
-  const cells = (row) => row.map((cell) => make('td', {}, cell instanceof Node ? cell : String(cell ?? '–')));
-  return make('table', {}, make('thead', {}, make('tr', {}, ...heads.map((head) => make('th', {}, head)))),
+  const cells = (row) => row.map((cell, i) => make('td', { 'data-head': heads[i] || null }, cell instanceof Node ? cell : String(cell ?? '–')));
+  return make('table', { class: heads.length > 3 ? 'many' : null }, make('thead', {}, make('tr', {}, ...heads.map((head) => make('th', {}, head)))),
     make('tbody', {}, ...rows.map((row) => make('tr', {}, ...cells(row)))));
 }
 const card = (title, content, wide) => make('div', { class: wide ? 'card full' : 'card' }, make('h2', {}, title), content);
+const refusal = ({ got, expected, remedy }) => `Got ${got}; expected ${expected}. ${remedy.charAt(0).toUpperCase()}${remedy.slice(1)}.`;
 function say(text, bad = false) {
   find('.said').textContent = text;
   find('.said').classList.toggle('bad', bad);
@@ -47,7 +48,7 @@ async function call(method, path, body, quiet = false) {
     if (answer.ok) return answer.status === 204 ? {} : await answer.json();
     const { detail } = await answer.json().catch(() => ({}));
     if (answer.status === 401 && path !== '/login') show('signin');
-    if (!quiet) say(detail ? `Got ${detail.got}; expected ${detail.expected}. ${detail.remedy}.` : `Refused (${answer.status}).`, true);
+    if (!quiet) say(detail && detail.got ? refusal(detail) : `Refused (${answer.status}).`, true);
   } catch {
     if (!quiet) say('The server does not answer. Nothing was changed; try again in a moment.', true);
   }
@@ -107,7 +108,7 @@ const put = new Set(); // failures that were read and put away
 const busy = () => house && house.fills.some((fill) => fill.state === 'waiting' || fill.state === 'running');
 function fillCard(fill) {
   const failed = fill.state === 'failed';
-  const told = failed ? `Nothing was stored. Got ${fill.problem.got}; expected ${fill.problem.expected}. ${fill.problem.remedy}.`
+  const told = failed ? `Nothing was stored. ${refusal(fill.problem)}`
     : fill.state === 'waiting' ? 'Waits for its turn.' : `${fill.stage || 'beginning'}${fill.total ? `: ${fill.done.toLocaleString()} of ${fill.total.toLocaleString()}` : ''}. You may leave this page.`;
   const away = make('button', { type: 'button', class: 'plain', onclick: () => { put.add(fill.id); drawHouse(); } }, 'Put away');
   return make('div', { class: 'card campaign fill', role: 'status' }, make('b', {}, fill.name), make('span', { class: failed ? 'state failed' : 'state' }, failed ? 'failed' : 'being made'),

@@ -87,6 +87,11 @@ def test_the_board_is_narrowed_renewed_while_it_is_looked_at_and_frozen(demo: ob
             first = page.locator(".standings li").first
             expect(first.locator("b")).to_have_text(f"1. {HOSTILE}")
             expect(first).to_contain_text("3 won, 0 lost")
+            plots = ["Rating, with 95 % intervals", "Who beat whom", "Votes over time", "Agreement", "Kept, but not counted", "Raters"]
+            expect(page.locator(".plots h2")).to_have_text(plots)
+            expect(page.locator(".matrix [role=cell]")).to_have_count(4)
+            expect(page.locator(".days i")).to_have_count(1)
+            assert page.evaluate("[...document.querySelectorAll('.plots .card')].every((card) => card.scrollWidth <= card.clientWidth)")
             page.locator("summary", has_text="Rules").click()
             page.locator(".change [name=target_votes]").fill("7")
             vote(store, rater.id, 1)

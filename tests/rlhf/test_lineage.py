@@ -1,0 +1,63 @@
+"""From a person's votes to what was trained on them, by the hashes in real snapshots, reward models and adapters' manifests."""
+
+# ruff: noqa: F811  (fixtures that come from another folder)
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from db import owners
+from db.export import export_snapshot
+from db.store import Store
+from rlhf.cli import main
+from tests.db.conftest import add_raters, make_rows, sqlite_store, sqlite_url  # noqa: F401
+
+
+@pytest.fixture
+def store(sqlite_store: Store) -> Store:  # noqa: F811
+    return sqlite_store
+
+
+def made(folder: Path, adapter: bool = False, **manifest: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if adapter:
+        (folder / "adapter_config.json").write_text("{}")
+
+
+def test_what_was_trained_on_a_persons_votes_is_listed_before_and_after_the_person_is_forgotten(
+    store: Store,
+    make_rows: Callable,
+    add_raters: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    store.create_campaign("c", make_rows(3), tmp_path / "clips", min_listen_ms=0)
+    ann, bob, _ = add_raters(3)
+    runs, sha = tmp_path / "runs", {}
+    for name, rater in (("one", ann), ("two", bob)):
+        key = store.next_assignment(rater).assignment_id
+        store.submit_vote(rater, key, "a", idempotency_key=key)
+        sha[name] = export_snapshot(store, "c", runs / "snapshots", name)["sha256"]
+    made(runs / "reward", reward_sha256="r1", snapshot_sha256=sha["one"])
+    made(runs / "ppo", adapter=True, adapter_sha256="ppo-hash", reward_sha256="r1")
+    made(runs / "dpo", adapter=True, adapter_sha256="dpo-hash", snapshot_sha256=sha["two"])
+    made(runs / "other", adapter=True, adapter_sha256="other-hash", snapshot_sha256="of somebody else")
+    (runs / "broken").mkdir()
+    (runs / "broken/manifest.json").write_text("{")
+
+    def told(*arguments: str) -> str:
+        assert main(["lineage", *arguments, "--runs", str(runs)]) in (None, 0)
+        return capsys.readouterr().out
+
+    of_ann = told("--rater", "rater 0", "--db", str(store.url))
+    assert [name for name in ("r1", "ppo-hash", "dpo-hash", "other-hash") if name in of_ann] == ["r1", "ppo-hash", "dpo-hash"]
+    of_bob = told("--rater", "rater 1", "--db", str(store.url))
+    assert [name for name in ("r1", "ppo-hash", "dpo-hash", "other-hash") if name in of_bob] == ["dpo-hash"]
+    assert "no frozen snapshot" in told("--rater", "rater 2", "--db", str(store.url))
+    forgotten = owners.erase_rater(store, None, ann)
+    assert told(*(part for snapshot in forgotten for part in ("--snapshot", snapshot.sha256))) == of_ann
+    assert "nothing below" in told("--snapshot", "ab" * 32)
