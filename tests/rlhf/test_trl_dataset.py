@@ -16,7 +16,7 @@ from tests.db.conftest import add_raters, make_rows, sqlite_store, sqlite_url  #
 
 
 @pytest.fixture
-def store(sqlite_store: Store) -> Store:  # noqa: F811
+def store(sqlite_store: Store) -> Store:
     return sqlite_store
 
 
