@@ -9,6 +9,7 @@ const player = new Player(() => paint());
 let pair = null;
 let busy = false;
 let notice = '';
+let unloadable = ''; // why the pair on the table has no sound
 let said = '';
 let chosen = null;
 let me = null;
@@ -125,6 +126,7 @@ async function present(next, load) {
   show('rate');
   countProgress(pair.progress);
   player.reset();
+  unloadable = '';
   tell('Loading both pieces…');
   try {
     await load();
@@ -133,7 +135,7 @@ async function present(next, load) {
       say(notice);
     }
   } catch (error) {
-    if (pair === next) say(`The audio could not be loaded (${error.message}). Reload the page, or skip this pair.`);
+    if (pair === next) say(unloadable = `The audio could not be loaded (${error.message}). Reload the page, or skip this pair.`);
   }
   notice = '';
   paint();
@@ -225,7 +227,7 @@ async function vote(choice) {
   if (busy || !pair || page.dataset.view !== 'rate') return;
   player.tick();
   if (choice !== 'skip') {
-    if (!player.buffers) return tell('One moment, both pieces are still loading.');
+    if (!player.buffers) return tell(unloadable || 'One moment, both pieces are still loading.');
     const waiting = missing().map((side) => `${((pair.min_listen_ms - player.heardMs[side]) / 1000).toFixed(1)} s more of ${side.toUpperCase()}`);
     if (waiting.length) return tell(`First listen to ${waiting.join(' and ')}.`);
   }

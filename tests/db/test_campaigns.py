@@ -22,6 +22,14 @@ def test_the_same_rows_again_add_nothing(store: Store, make_rows: Callable, tmp_
     assert (again.n_clips, again.n_pairs, again.n_new_pairs) == (6, 3, 0)
 
 
+def test_a_row_that_stands_twice_in_a_manifest_is_one_clip(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(2)
+    made = store.create_campaign("c", [*rows, rows[0], *reversed(rows)], tmp_path / "clips")
+    assert (made.n_clips, made.n_pairs) == (4, 2)
+    with store.read() as session:
+        assert session.scalar(select(func.count()).select_from(Clip)) == 4
+
+
 def test_more_rows_add_their_own_pairs(store: Store, make_rows: Callable, tmp_path: Path) -> None:
     store.create_campaign("c", make_rows(3), tmp_path / "clips")
     more = store.create_campaign("c", make_rows(5), tmp_path / "clips")

@@ -89,6 +89,33 @@ def test_aspects_marks_coverage_and_clock_are_stored_as_shown(ada: TestClient, s
         assert [(m.side, m.t0_ms, m.t1_ms, m.tag) for m in marks] == [("b", 100, 400, "noise"), ("a", 0, 50, "bad")]
 
 
+def test_sql_and_html_in_every_field_are_stored_as_they_are_and_do_nothing(ada: TestClient, store: Store) -> None:
+    nasty = "'); drop table vote; -- <img src=x onerror=alert(1)> ${1} {{1}} \u202egnol"
+    pair = ada.get("/api/v1/pairs/next").json()
+    mark = {"side": "a", "t0_ms": 0, "t1_ms": 50, "tag": nasty[:32]}
+    more = {"comment": nasty, "marks": [mark], "events": [[10, nasty[:12], "a", 0]], "ui_version": nasty[:32]}
+    assert vote(ada, pair, "'); drop--<b>", **more).status_code == 422  # a key has no spaces
+    assert vote(ada, pair, "');drop--<b>", **more).status_code == 201
+    for parameter in ("campaign", "token"):
+        assert ada.get("/api/v1/pairs/next", params={parameter: nasty}).status_code == (404 if parameter == "campaign" else 200)
+    refused = TestClient(ada.app).post("/api/v1/login", json={"handle": nasty[:64], "token": nasty})
+    assert (refused.status_code, nasty[:20] in refused.text) == (401, False)
+    with store.read() as session:
+        stored = session.scalars(select(Vote)).one()
+        assert (stored.comment, stored.events, stored.ui_version) == (nasty, [[10, nasty[:12], "a", 0]], nasty[:32])
+        assert session.scalars(select(SpanMark.tag)).one() == nasty[:32]
+
+
+def test_a_clients_clock_decides_nothing(ada: TestClient, store: Store) -> None:
+    for i, client_ms in enumerate((0, 2**53)):  # 1970, and 285,000 years on
+        pair = ada.get("/api/v1/pairs/next").json()
+        assert vote(ada, pair, f"key-{i:05}", client_ms=client_ms).status_code == 201
+    with store.read() as session:
+        votes = session.scalars(select(Vote).order_by(Vote.id)).all()
+    assert [stored.client_ms for stored in votes] == [0, 2**53]
+    assert abs(votes[0].created_at.timestamp() - votes[1].created_at.timestamp()) < 60
+
+
 def test_a_skip_is_no_vote(ada: TestClient, store: Store) -> None:
     pair = ada.get("/api/v1/pairs/next").json()
     assert vote(ada, pair, "key-00001", choice="skip").json() == {"vote_id": None, "duplicate": False, "choice": "skip"}

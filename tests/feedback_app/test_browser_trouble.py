@@ -72,6 +72,29 @@ def test_while_one_side_loads_more_slowly_the_page_shows_both_alike(
     assert ada.errors == []
 
 
+def test_a_clip_that_is_gone_is_told_and_the_pair_can_be_skipped(
+    hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
+) -> None:
+    code = add_listener(hostile_demo)
+    server = start_server(hostile_demo)
+    clips = {path: path.read_bytes() for path in hostile_demo.folder.glob("*.wav")}
+    for path in clips:
+        path.unlink()
+    ada = visit(server.url)
+    ada.sign_in("ada", code)
+    told = "The audio could not be loaded (audio 410). Reload the page, or skip this pair."
+    expect(ada.page.locator(".status")).to_have_text(told)
+    ada.page.keyboard.press("1")  # nothing was heard: no vote
+    expect(ada.page.locator(".status")).to_have_text(told)
+    for path, content in clips.items():
+        path.write_bytes(content)
+    ada.page.get_by_role("button", name="Skip this pair").click()
+    expect(ada.page.locator(".count")).to_have_text("0 rated · 2 to go", timeout=PATIENCE_MS)
+    ada.page.wait_for_function("document.querySelector('main.encore').player.buffers !== null")
+    assert votes_of(hostile_demo.url) == []
+    assert ada.errors == []
+
+
 def test_whoever_withdraws_consent_is_handed_no_pair_until_they_agree_again(
     hostile_demo: object, start_server: Callable, visit: Callable[..., Visit]
 ) -> None:
