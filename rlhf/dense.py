@@ -38,14 +38,14 @@ class Sloped(Protocol):
     def slope(self, codes: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
 
 
-def limited(slope: Tensor, times: float = 2.0) -> Tensor:
-    """slope [B, D, T], none longer than `times` the batch's median: one clip at a cliff of the score must not lead a round.
+def limited(slope: Tensor, times: float = 2.0, typical: float | None = None) -> Tensor:
+    """slope [B, D, T], none longer than `times` the typical one: one clip at a cliff of the score must not lead a round.
 
-    Slopes that are not finite become 0: such a clip teaches nothing.
+    Slopes that are not finite become 0: such a clip teaches nothing. typical: by default the batch's median length.
     """
     slope = torch.where(torch.isfinite(slope).flatten(1).all(1)[:, None, None], slope, torch.zeros_like(slope))
     length = slope.flatten(1).norm(dim=1)
-    bound = times * length.median()
+    bound = times * (length.median() if typical is None else typical)
     return slope * (bound / length.clamp_min(1e-12)).clamp(max=1.0)[:, None, None]
 
 

@@ -10,10 +10,11 @@ import torch
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import load_policy
+from rlhf.consistency import checks, slopes
 from rlhf.flat_kto import BadClip, bad_clips
 from rlhf.preferences import Preference, load_snapshot, prompt_folds, training_pairs
 from rlhf.reward_model import load_reward
-from rlhf.rewards import Score
+from rlhf.rewards import HUMAN, Mixed, Part, Reward, Score, parse_weights, weighted
 from rlhf.sample_pairs import read_prompts
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def load_task(cfg: Config) -> Task:
         prompts = read_prompts(cfg.prompts)
         reward = load_reward(cfg.reward, policy)
         held_out = held_out_prompts([p.prompt_id for p in prompts], cfg.held_out, cfg.seed)
-        own = OwnTask([p.prompt for p in prompts], len(words), held_out, reward.score, reward.sha256)
+        parts = weighted(parse_weights(cfg.weights), reward.score, checks(policy))
+        judge = Mixed(parts, {HUMAN: reward.slope} | slopes(policy), policy.codec.codebooks)
+        own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256)
         words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
         snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256
     table = policy.conditions(words, tempi)
@@ -126,5 +129,10 @@ def toy_task(cfg: Config, n_pairs: int = 64, n_prompts: int = 16, n_frames: int 
         def score(codes: torch.Tensor, prompts: list[str]) -> torch.Tensor:
             return 10 * (codes < half).float().mean((1, 2))
 
-        own = OwnTask([f"toy prompt {i}" for i in range(n_prompts)], 0, held_out, score)
+        def slope(codes: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.full((len(codes), 1, codes.shape[2]), 10 / codes[0].numel()), score(codes, prompts)
+
+        low_ones = (torch.arange(config.card) < half).float()[None, :, None].expand(config.n_q, -1, -1)
+        judge = Mixed(Reward({HUMAN: Part(score)}), {HUMAN: slope}, low_ones)
+        own = OwnTask([f"toy prompt {i}" for i in range(n_prompts)], 0, held_out, judge)
     return Task(lm, table, pairs, {str(i): i for i in range(n_prompts)}, lm.sha256(), None, own)

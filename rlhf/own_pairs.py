@@ -1,6 +1,7 @@
 """The policy's own clips, judged by a reward model, as preference pairs: DPO that stays on policy.
 
     prompts -> n clips each, codes [n, K, T] -> score [n] -> best against worst -> rows of the DPO trainer, a round at a time
+                                             -> or each clip edited both ways (rlhf.edits): better against worse
 
 A few hundred rated pairs say what *they* say, and a policy that has learnt them by heart has learnt little else. A reward model
 that was fitted on the same votes can judge any clip, so each round the policy as it then is plays new clips, and learns from the
@@ -14,6 +15,7 @@ ends when it exceeds its budget.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,12 +31,13 @@ from adapters.lora import adapter_disabled
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM
 from base_models.sampling import generate
+from rlhf.edits import Edits, antithetic_edits
 from rlhf.flat_dpo import LiveRows, PreferenceCollator, reference_logps, smoothed
 from rlhf.flat_policy import FlatCausalLM
-from rlhf.rewards import Score
+from rlhf.rewards import Mixed, Score
 from rlhf.rollout import prompt_of, sample_seed
 
-Pairing = Literal["best_worst", "all"]
+Pairing = Literal["best_worst", "all", "edits"]
 Labels = Literal["hard", "soft"]
 
 
@@ -106,10 +109,13 @@ class Plan:
     score_batch: int
     held_out_clips: int
     kl_budget: float
+    edit_price: float
     seed: int
 
     @property
     def pairs_per_prompt(self) -> int:
+        if self.pairing == "edits":
+            return self.n_clips
         return 1 if self.pairing == "best_worst" else self.n_clips * (self.n_clips - 1) // 2
 
     @property
@@ -152,19 +158,15 @@ class OwnPairs:
         judged = self._play([rows[i] for i in mine], [sample_seed(plan.seed, indices[i]) for i in mine])
         made: list[tuple[int, dict[str, Any]]] = []
         gaps, unused = [], 0
-        for start in range(0, len(mine), plan.n_clips):
-            codes, score = judged.codes[start : start + plan.n_clips], judged.score[start : start + plan.n_clips]
-            places = pair_up(score, plan.pairing)
-            unused += plan.pairs_per_prompt - len(places)
-            gaps += [float(score[a] - score[b]) for a, b in places]
-            weights = [1.0] * len(places) + [0.0] * (plan.pairs_per_prompt - len(places))
-            for n, weight in enumerate(weights):
-                a, b = places[n] if weight else (0, 0)
-                p = label(float(score[a] - score[b]), plan.labels) if weight else 0.5
-                prompt, chosen = self.flat.sequence(judged.rows[start], codes[a])
-                _, rejected = self.flat.sequence(judged.rows[start], codes[b])
-                soft = {"p_chosen": smoothed(p, plan.label_smoothing), "weight": weight}
-                made.append((mine[start], {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **soft}))
+        for index, row, better, worse, gap in self._pairs(judged, [indices[i] for i in mine]):
+            used = gap is not None
+            unused += not used
+            gaps += [gap] if gap is not None else []
+            p = 0.5 if gap is None else label(gap, plan.labels)
+            prompt, chosen = self.flat.sequence(row, better)
+            _, rejected = self.flat.sequence(row, worse)
+            soft = {"p_chosen": smoothed(p, plan.label_smoothing), "weight": float(used)}
+            made.append((index, {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **soft}))
         told = [(judged.score.tolist(), gaps, unused)]
         if world > 1:
             made, told = gather_object(made), gather_object(told)
@@ -181,6 +183,53 @@ class OwnPairs:
             "own/pairs_unordered": float(sum(n for _, _, n in told)),
         }
 
+    def _pairs(self, judged: Judged, indices: Sequence[int]) -> list[tuple[int, int, Tensor, Tensor, float | None]]:
+        """(place in the run, row of the table, better, worse: codes [K, T], gap in score), `pairs_per_prompt` a prompt; the gap is None
+        where a pair is not to be used."""
+        plan, n = self.plan, self.plan.n_clips
+        if plan.pairing == "edits":
+            edits = self._edits(judged, indices)
+            found = zip(indices, judged.rows, edits.better, edits.worse, edits.gap.tolist())
+            return [(i, row, a, b, gap if math.isfinite(gap) and gap > 0 else None) for i, row, a, b, gap in found]
+        pairs: list[tuple[int, int, Tensor, Tensor, float | None]] = []
+        for start in range(0, len(indices), n):
+            codes, score = judged.codes[start : start + n], judged.score[start : start + n]
+            places = pair_up(score, "all" if plan.pairing == "all" else "best_worst")
+            padded = [*places, *[None] * (plan.pairs_per_prompt - len(places))]
+            for place in padded:
+                a, b = place or (0, 0)
+                gap = None if place is None else float(score[a] - score[b])
+                pairs.append((indices[start], judged.rows[start], codes[a], codes[b], gap))
+        return pairs
+
+    def _edits(self, judged: Judged, indices: Sequence[int]) -> Edits:
+        """Every clip edited both ways by the policy as it is; slopes are limited by the median of all processes' clips."""
+        plan, device = self.plan, self.args.device
+        assert isinstance(self.score, Mixed)
+        table, parts = self.flat.trunk.table.to(device), [slice(i, i + plan.score_batch) for i in range(0, len(indices), plan.score_batch)]
+        names = [self.prompts[row] for row in judged.rows]
+        lengths = [self.score.slope(judged.codes[p].to(device), names[p])[0].flatten(1).norm(dim=1) for p in parts]
+        everywhere = torch.cat(lengths).tolist()
+        typical = float(torch.tensor(gather_object(everywhere) if self.args.world_size > 1 else everywhere).nanmedian())
+        assert self.base_scores is not None
+        unit = float(self.base_scores[torch.isfinite(self.base_scores)].std().clamp_min(1e-6))
+        made = [
+            antithetic_edits(
+                self.lm,
+                self.score,
+                judged.codes[p].to(device),
+                table.index(judged.rows[p]),
+                names[p],
+                [sample_seed(plan.seed ^ 0xED17, index) for index in indices[p]],
+                unit,
+                plan.edit_price,
+                plan.temperature,
+                typical,
+            )
+            for p in parts
+        ]
+        return Edits(*(torch.cat([getattr(edits, name).cpu() for edits in made]) for name in ("better", "worse", "gap")))
+
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Held-out prompts, the same seeds each time: mean score, KL(policy || base) in nats a clip, and the share of clips that the
@@ -190,7 +239,12 @@ class OwnPairs:
         seeds = [sample_seed(plan.seed ^ 0x4E1D, i) for i in range(len(rows))]
         if self.base_scores is None:
             with adapter_disabled(self.lm):
-                self.base_scores = self._play(rows, seeds).score
+                base = self._play(rows, seeds)
+            names = [self.prompts[row] for row in rows]
+            if isinstance(self.score, Mixed):  # the base's clips set the scale of the reward's parts
+                self.score.measure(base.codes.to(self.args.device), names)
+                base = dataclasses.replace(base, score=self.score(base.codes.to(self.args.device), names).float().cpu())
+            self.base_scores = base.score
         played = self._play(rows, seeds)
         reference = []
         with adapter_disabled(self.lm):
@@ -201,11 +255,11 @@ class OwnPairs:
                 assert isinstance(logps, Tensor)
                 reference.append(logps.sum(1).cpu())
         both = torch.isfinite(played.score) & torch.isfinite(self.base_scores)
-        mine, base = played.score[both], self.base_scores[both]
+        mine, theirs = played.score[both], self.base_scores[both]
         return {
             "held_out/score": mine.mean().item(),
-            "held_out/score_base": base.mean().item(),
-            "held_out/preferred_to_base": ((mine > base).float() + 0.5 * (mine == base).float()).mean().item(),
+            "held_out/score_base": theirs.mean().item(),
+            "held_out/preferred_to_base": ((mine > theirs).float() + 0.5 * (mine == theirs).float()).mean().item(),
             "held_out/kl": (played.logps - torch.cat(reference)).mean().item(),
         }
 

@@ -152,6 +152,30 @@ class Reward:
         self.scales = {name: (float(mean), float(sd)) for name, (mean, sd) in state["scales"].items()}
 
 
+class Mixed:
+    """A reward as one judge with one slope: total(codes, prompts) [B], once `measure` has seen clips of the base."""
+
+    def __init__(self, reward: Reward, slopes: Mapping[str, Slope], codebooks: Tensor) -> None:
+        """slopes: of the trained parts, those that have one. codebooks [K, V, D]: what each code adds to the latents."""
+        self.reward, self.slopes, self.codebooks = reward, slopes, codebooks
+
+    def measure(self, codes: Tensor, prompts: list[str]) -> None:
+        """Take the parts' scales from clips of the base."""
+        self.reward.measure(self.reward.marks(codes, prompts))
+
+    def __call__(self, codes: Tensor, prompts: list[str]) -> Tensor:
+        return self.reward.judge(self.reward.marks(codes, prompts)).total
+
+    def slope(self, codes: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """d total / d latents [B, D, T], total [B]. UserError where a trained part has no slope."""
+        flat = [name for name in self.reward.trained if name not in self.slopes]
+        if flat:
+            raise UserError(f"the part {', '.join(flat)}, without a slope", f"parts among {sorted(self.slopes)}", "leave it out")
+        found = {name: self.slopes[name](codes, prompts) for name in self.reward.trained}
+        marks = self.reward.marks(codes, prompts, known={name: score for name, (_, score) in found.items()})
+        return self.reward.slope({name: slope for name, (slope, _) in found.items()}), self.reward.judge(marks).total
+
+
 def parse_weights(text: str) -> dict[str, float]:
     """'human=1.0,similarity=0.3' -> {"human": 1.0, "similarity": 0.3}. Raises UserError for anything else, or without a weight."""
     weights: dict[str, float] = {}

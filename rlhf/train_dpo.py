@@ -16,8 +16,8 @@ clips together (`--ties drop` leaves such pairs out). "Both bad" orders nothing 
 one by one, learns from it. --marks mask lets a pair act only at the times that raters marked as bad in its rejected clip.
 
 From rated pairs alone it is not on-policy: what it learns is what was rated, and a thousand pairs generalise hardly at all. With
---reward it goes in rounds: the policy as it is plays --round-clips clips of --round-prompts prompts, the reward model judges them,
-and the best and the worst of each prompt are the round's pairs (`rlhf.own_pairs`). Rated pairs may be mixed in. The reference stays
+--reward it goes in rounds: the policy as it is plays --round-clips clips of --round-prompts prompts, and each is edited for the better
+and for the worse by the slope of the reward (`rlhf.edits`; or the best and the worst of each prompt are the pairs, `rlhf.own_pairs`). Rated pairs may be mixed in. The reference stays
 the base; between rounds reward and KL are measured on held-out prompts, and --kl-budget ends the run. It is the reward that limits
 it then: judge the result by listeners, not by the score.
 
@@ -61,6 +61,7 @@ from rlhf.flat_kto import FlatKTOTrainer, JudgementCollator, judgement_rows, jud
 from rlhf.flat_policy import PAD, FlatCausalLM
 from rlhf.own_pairs import BudgetSpentError, OwnPairs, Plan, Rounds
 from rlhf.preferences import Preference, decided, shuffled, split_by_prompt
+from rlhf.rewards import HUMAN, Mixed
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,18 @@ class Config:
     """Rounds of playing, judging and learning (--reward); --epochs then counts nothing."""
     round_prompts: int = 64
     """Prompts a round."""
-    round_clips: int = 8
-    """Clips of a prompt, of which the best and the worst are learnt from."""
+    round_clips: int = 2
+    """Clips of a prompt; with --pairing best_worst take 8, of which the best and the worst are learnt from."""
     round_epochs: int = 1
     """Passes over a round's pairs."""
-    pairing: Literal["best_worst", "all"] = "best_worst"
-    """Which pairs of a prompt's clips: the extremes, or every pair (which costs more time than it tells)."""
+    pairing: Literal["best_worst", "all", "edits"] = "edits"
+    """Which pairs: each clip edited for the better against the same clip edited for the worse, by the slope of the reward (rlhf/edits.py);
+    the extremes of a prompt's clips; or every pair of them (which costs more time than it tells)."""
+    edit_price: float = 0.04
+    """edits: a nat of departure from the policy is worth so many standard deviations of the base's scores; the less it is, the more
+    codes change."""
+    weights: str = f"{HUMAN}=1"
+    """What a spread of each part of the reward is worth, as in train_ppo.py: human=1,similarity=0.3 keeps the prompt in sight."""
     labels: Literal["hard", "soft"] = "hard"
     """What is said of an own pair: that the better one wins, or how probably, by the reward model's calibration."""
     rated_share: float = 0.25
@@ -163,7 +170,15 @@ class Config:
 
 
 TOY: dict[str, Any] = {"toy": True, "r": 4, "alpha": 8.0, "lr": 5e-3, "kl_clips": 4}
-TOY_ROUNDS: dict[str, Any] = {"toy_reward": True, "rounds": 6, "round_prompts": 32, "round_clips": 4, "n_frames": 12, "held_out_clips": 16}
+TOY_ROUNDS: dict[str, Any] = {
+    "toy_reward": True,
+    "rounds": 6,
+    "round_prompts": 32,
+    "round_clips": 4,
+    "pairing": "best_worst",
+    "n_frames": 12,
+    "held_out_clips": 16,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {**TOY, "out": Path("runs/dpo-smoke"), "steps": 30},
     "smoke_reward": {**TOY, **TOY_ROUNDS, "out": Path("runs/dpo-smoke-reward"), "lr": 1e-2},
@@ -180,6 +195,8 @@ def main(cfg: Config) -> dict[str, Any]:
     if cfg.shuffle_votes is not None:
         pairs = shuffled(pairs, cfg.shuffle_votes)
     train, held_out = split_by_prompt(pairs, cfg.held_out, cfg.seed) if cfg.held_out and pairs else (pairs, [])
+    if task.own and cfg.pairing == "edits" and not isinstance(task.own.score, Mixed):
+        raise UserError("--pairing edits with a reward without a slope", "a reward model", "use --pairing best_worst")
     plan = round_plan(cfg, len(train))
     args = training_arguments(cfg, plan.n_rows if task.own else len(train))
     if cfg.processes and args.world_size != cfg.processes:
@@ -320,8 +337,12 @@ def check(cfg: Config) -> None:
 
 def round_plan(cfg: Config, n_rated: int) -> Plan:
     """How a round is made. Raises UserError for sizes that make no pair."""
-    if min(cfg.rounds, cfg.round_prompts, cfg.round_epochs, cfg.n_frames, cfg.sample_batch, cfg.held_out_clips) < 1 or cfg.round_clips < 2:
-        raise UserError("a size too small", "1 or more everywhere, and 2 or more --round-clips", "correct the sizes of the rounds")
+    least = 1 if cfg.pairing == "edits" else 2
+    if (
+        min(cfg.rounds, cfg.round_prompts, cfg.round_epochs, cfg.n_frames, cfg.sample_batch, cfg.held_out_clips) < 1
+        or cfg.round_clips < least
+    ):
+        raise UserError("a size too small", f"1 or more everywhere, and {least} or more --round-clips", "correct the sizes of the rounds")
     if not 0 <= cfg.rated_share < 1:
         raise UserError(f"--rated-share {cfg.rated_share}", "0 to less than 1", "to learn from rated pairs alone leave --reward out")
     plan = Plan(
@@ -337,6 +358,7 @@ def round_plan(cfg: Config, n_rated: int) -> Plan:
         score_batch=2 * cfg.batch_size,
         held_out_clips=cfg.held_out_clips,
         kl_budget=cfg.kl_budget,
+        edit_price=cfg.edit_price,
         seed=cfg.seed,
     )
     share = cfg.rated_share / (1 - cfg.rated_share) if n_rated else 0.0

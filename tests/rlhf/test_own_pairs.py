@@ -207,3 +207,47 @@ def test_a_reward_without_prompts_is_refused(tmp_path):
 def test_some_prompts_are_always_held_out():
     assert len(held_out_prompts([str(i) for i in range(16)], 0.0, 0)) == 1
     assert 2 <= len(held_out_prompts([str(i) for i in range(40)], 0.1, 0)) <= 6
+
+
+# -- clips edited both ways
+
+
+def test_edits_of_one_clip_are_ordered_as_meant_and_share_most_of_their_codes(tmp_path):
+    task = toy_task(config(tmp_path))
+    own = own_pairs(tmp_path, task, pairing="edits", edit_price=0.3)
+    own.measure()
+    rows, figures = own.round(0)
+    assert len(rows) == own.plan.n_rows == own.plan.n_prompts * own.plan.n_clips
+    assert figures["own/pairs"] + figures["own/pairs_unordered"] == len(rows)
+    assert figures["own/pairs"] > 0.7 * len(rows)
+    assert figures["own/gap"] > 0
+    for row in rows[:8]:
+        better, worse = (unflatten_ids(torch.tensor([row[name]]), K, V) for name in ("chosen_ids", "rejected_ids"))
+        assert (better == worse).float().mean() > 0.4
+        if row["weight"]:
+            assert (better < V // 2).sum() > (worse < V // 2).sum()
+
+
+def test_edits_of_a_clip_do_not_depend_on_the_clips_beside_it(tmp_path):
+    task = toy_task(config(tmp_path))
+    own = own_pairs(tmp_path, task, pairing="edits")
+    own.measure()
+    whole, _ = own.round(0)
+    own.plan = dataclasses.replace(own.plan, score_batch=3)
+    parts, _ = own.round(0)
+    assert [row["chosen_ids"] for row in parts] == [row["chosen_ids"] for row in whole]
+
+
+def test_rounds_of_edits_raise_the_held_out_score(tmp_path):
+    figures = train_dpo.main(config(tmp_path, pairing="edits", edit_price=0.3, round_clips=2))
+    assert figures["held_out_score"] > figures["held_out_score_base"] + 1.0
+
+
+def test_a_judge_without_a_slope_cannot_edit(tmp_path):
+    task = toy_task(config(tmp_path))
+    assert task.own is not None
+    task.own.score.slopes = {}
+    own = own_pairs(tmp_path, task, pairing="edits")
+    own.measure()
+    with pytest.raises(UserError, match="without a slope"):
+        own.round(0)
