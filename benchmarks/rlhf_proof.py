@@ -3,7 +3,7 @@
     python benchmarks/rlhf_proof.py --jobs 2                                # main table: 3 tastes x 3 seeds x {PPO, DPO}
     python benchmarks/rlhf_proof.py --jobs 2 --tastes drive --seeds 0 --methods ppo
     python benchmarks/rlhf_proof.py --jobs 2 --experiments curve --votes 50,200,500,1000,2000,3000 --methods ppo,dpo,best_of_n,sft
-    python benchmarks/rlhf_proof.py --jobs 2 --experiments over_optimisation controls
+    python benchmarks/rlhf_proof.py --jobs 2 --experiments over_optimisation,controls
     python benchmarks/rlhf_proof.py --tuning --tastes warm --seeds 0 --methods ppo      # choose settings here, and nowhere else
     python benchmarks/rlhf_proof.py --small --out runs/proof-small          # the whole graph in minutes; its figures mean nothing
 
@@ -38,10 +38,13 @@ CONTROLS = ("shuffled", "reversed", "constant", "gold")
 
 # ---- what each training script is given: tuned with --tuning, on prompts that the figures do not use ----------------------
 REWARD: tuple[str, ...] = ()
-PPO: tuple[str, ...] = ("--steps", "60", "--lr", "1e-3")
-DPO: tuple[str, ...] = ("--beta", "0.03", "--lr", "8e-4")
+PPO: tuple[str, ...] = ("--steps", "40", "--lr", "1e-3", "--kl-coef", "0.006", "--weights", "human=1,similarity=0.35", "--kl-budget", "150")
+DPO: tuple[str, ...] = (
+    *("--rounds", "8", "--round-prompts", "80", "--round-clips", "2", "--batch-size", "16", "--lr", "1e-3", "--beta", "0.1"),
+    *("--weights", "human=1,similarity=0.35", "--kl-budget", "150"),
+)
 SFT: tuple[str, ...] = ()
-TRAINED_ON = {"ppo": "reward", "dpo": "both", "sft": "votes"}
+TRAINED_ON = {"ppo": "reward", "dpo": "reward", "sft": "votes"}
 CREW = ("--crew", "crowd", "--careless", "0.15", "--adversaries", "1")
 # A weak reward (few votes, one head, no caution), followed far; and the same votes with caution, a price and a brake.
 WEAK_REWARD = ("--members", "1", "--lam", "0")

@@ -16,10 +16,10 @@ clips together (`--ties drop` leaves such pairs out). "Both bad" orders nothing 
 one by one, learns from it. --marks mask lets a pair act only at the times that raters marked as bad in its rejected clip.
 
 From rated pairs alone it is not on-policy: what it learns is what was rated, and a thousand pairs generalise hardly at all. With
---reward it goes in rounds: the policy as it is plays --round-clips clips of --round-prompts prompts, and each is edited for the better
-and for the worse by the slope of the reward (`rlhf.edits`; or the best and the worst of each prompt are the pairs, `rlhf.own_pairs`). Rated pairs may be mixed in. The reference stays
-the base; between rounds reward and KL are measured on held-out prompts, and --kl-budget ends the run. It is the reward that limits
-it then: judge the result by listeners, not by the score.
+--reward it goes in rounds: the policy as it is plays --round-clips clips of --round-prompts prompts, and each is edited for the
+better and for the worse by the slope of the reward (`rlhf.edits`; or the best and the worst of each prompt are the pairs). Rated
+pairs may be mixed in. The reference stays the base; between rounds reward and KL are measured on held-out prompts, and --kl-budget
+ends the run. It is the reward that limits it then: judge the result by listeners, not by the score.
 
 Papers: Rafailov et al. 2023, arXiv:2305.18290 (DPO). Mitchell 2023, "A note on DPO with noisy preferences" (soft labels). Pang et
 al. 2024, arXiv:2404.19733 (the likelihood term that keeps the chosen clips likely). Liu et al. 2023, arXiv:2309.06657 (pairs from the
