@@ -1,7 +1,7 @@
 """The whole loop on this machine: `encore demo`.
 
     demo base -> pairs of clips -> the real rating app on SQLite -> votes of 12 simulated raters over HTTP -> frozen snapshot
-    -> reward model, DPO adapter, PPO adapter, and a control trained on shuffled votes
+    -> reward model, DPO adapter, PPO adapter, and a control: the same DPO by a reward model of shuffled votes
     -> clips of all of them on held-out prompts -> the hidden taste judges, in its own process -> report.html, report.json, tracks
 
 Each stage leaves a stamp when it is whole: a second call does only what is missing, and an interrupted one goes on. The seconds
@@ -35,6 +35,9 @@ CAMPAIGN = "demo"
 SYSTEMS = ("dpo", "ppo", "shuffled")
 TRACK_PROMPT = "sad piano, slow"
 LICENCE = "Apache-2.0"
+WEIGHTS = "human=1,similarity=0.35"
+"""What the adapters are trained on: the listeners' reward, and enough of the prompt not to lose it on the way."""
+DPO_ROUNDS = ("--rounds", "8", "--round-prompts", "80", "--round-clips", "2", "--batch-size", "16", "--lr", "1e-3", "--beta", "0.1")
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class DemoConfig:
     target_votes: int = 2
     heldout_prompts: int = 144
     heldout_clips: int = 2
-    dpo: tuple[str, ...] = ("--epochs", "1", "--lr", "8e-4", "--beta", "0.03")
-    ppo: tuple[str, ...] = ("--steps", "60", "--lr", "1e-3")
+    dpo: tuple[str, ...] = (*DPO_ROUNDS, "--weights", WEIGHTS, "--kl-budget", "150")
+    ppo: tuple[str, ...] = ("--steps", "40", "--lr", "1e-3", "--kl-coef", "0.006", "--weights", WEIGHTS, "--kl-budget", "150")
     seed: int = 0
 
     @staticmethod
@@ -59,7 +62,8 @@ class DemoConfig:
         """The same stages in about a minute, on a policy of the test's choosing."""
         return DemoConfig(
             policy, out, train_prompts=24, clips_per_prompt=2, duration_s=1.0, heldout_prompts=12,
-            dpo=("--steps", "6", "--lr", "1e-2"), ppo=("--steps", "2", "--batch-size", "8", "--lr", "1e-2"),
+            dpo=("--rounds", "2", "--round-prompts", "8", "--round-clips", "1", "--held-out-clips", "4", "--lr", "1e-2"),
+            ppo=("--steps", "2", "--batch-size", "8", "--lr", "1e-2"),
         )  # fmt: skip
 
 
@@ -88,8 +92,8 @@ class Demo:
             Stage("samples", "sampling pairs of clips from the base", 200, self.samples),
             Stage("votes", "12 simulated raters vote through the rating app", 60, self.votes),
             Stage("snapshot", "freezing the votes", 1, self.snapshot),
-            Stage("reward", "training the reward model", 30, self.reward),
-            Stage("dpo", "training the DPO adapter, and its control on shuffled votes", 120, self.dpo),
+            Stage("reward", "training the reward model, and its control on shuffled votes", 60, self.reward),
+            Stage("dpo", "training the DPO adapter, and its control", 240, self.dpo),
             Stage("ppo", "training the PPO adapter", 200, self.ppo),
             Stage("heldout", "playing held-out prompts with all of them", 180, self.heldout),
             Stage("judge", "the hidden taste compares", 20, self.judge),
@@ -204,23 +208,28 @@ class Demo:
         return self.out / "snapshots" / CAMPAIGN
 
     def reward(self) -> None:
-        self._script("train_reward", "--snapshot", self.snapshot_dir, "--policy", self.cfg.policy, "--out", self.out / "reward")
+        """The reward model, and beside it one of the same votes with half of each prompt's pairs turned round."""
+        common = [ROOT / "rlhf" / "train_reward.py", "--snapshot", self.snapshot_dir, "--policy", self.cfg.policy]
+        control = ["--shuffle-labels", "--seed", self.cfg.seed + 1]
+        self._python([*common, "--out", self.out / "reward"], [*common, "--out", self.out / "reward_shuffled", *control])
 
     def dpo(self) -> None:
-        """The adapter and its control differ in the labels alone; they share the machine's cores and run side by side."""
+        """The adapter and its control differ in the votes' labels alone; they share the machine's cores and run side by side."""
         runs = []
-        for name in ("dpo", "shuffled"):
-            control = ["--shuffle-votes", self.cfg.seed + 1] if name == "shuffled" else []
-            common = ["--snapshot", self.snapshot_dir, "--policy", self.cfg.policy, "--out", self.out / name, "--licence", LICENCE]
-            resume = self._resume(self.out / name)
-            runs.append([ROOT / "rlhf" / "train_dpo.py", *common, *self.cfg.dpo, *control, *resume])
+        for name, reward in (("dpo", "reward"), ("shuffled", "reward_shuffled")):
+            given = ["--policy", self.cfg.policy, "--reward", self.out / reward, "--prompts", self.out / "prompts_train.jsonl"]
+            how = ["--n-frames", self._frames, "--out", self.out / name, "--licence", LICENCE, *self._resume(self.out / name)]
+            runs.append([ROOT / "rlhf" / "train_dpo.py", *given, *how, *self.cfg.dpo])
         self._python(*runs)
 
+    @property
+    def _frames(self) -> int:
+        return round(self.cfg.duration_s * 25)
+
     def ppo(self) -> None:
-        frames = round(self.cfg.duration_s * 25)
         self._script(
             "train_ppo", "--policy", self.cfg.policy, "--reward", self.out / "reward", "--prompts", self.out / "prompts_train.jsonl",
-            "--n-frames", frames, "--out", self.out / "ppo", "--licence", LICENCE, *self.cfg.ppo, *self._resume(self.out / "ppo"),
+            "--n-frames", self._frames, "--out", self.out / "ppo", "--licence", LICENCE, *self.cfg.ppo, *self._resume(self.out / "ppo"),
         )  # fmt: skip
 
     @staticmethod

@@ -173,8 +173,8 @@ def _page(out: Path, figures: dict[str, Any]) -> str:
         "<h2>Does it sound better to the taste that voted?</h2>",
         f"<div class='box'><img alt='Win rates with intervals' src='{_win_rates(systems)}'></div>",
         _system_table(systems),
-        "<p>The control was trained in the same way on the same votes with half of each prompt's pairs turned round: its "
-        "interval should hold one half. The "
+        "<p>The control was trained in the same way, by a reward model of the same votes with half of each prompt's pairs turned round: it "
+        "follows no taste, and should not beat the base. The "
         "reward model's own opinion is never counted as proof.</p>",
         "<h2>Listen: mastered tracks</h2>",
         _tracks(figures["tracks"]),
@@ -196,8 +196,9 @@ def _system_table(systems: dict[str, Any]) -> str:
     rows = []
     for name, row in systems.items():
         low, high = row["ci"]
-        holds = (low <= 0.5 <= high) if name == "shuffled" else low > 0.5
-        verdict = ("holds one half" if holds else "misses one half") if name == "shuffled" else ("beats the base" if holds else "not shown")
+        wins = low > 0.5
+        holds = wins != (name == "shuffled")
+        verdict = "beats the base" if wins else ("holds one half" if high >= 0.5 else "loses to the base")
         rows.append(
             f"<tr><td>{NAMES.get(name, html.escape(name))}</td><td>{row['gold_win_rate']:.3f}</td><td>[{low:.3f}, {high:.3f}]</td>"
             f"<td>{row['n']}</td><td>{row['kl']:.1f}</td><td>{row['diversity_ratio']:.2f}</td>"
