@@ -11,26 +11,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.rlhf.ppo_toys import alone
 
 KILLER = '''
-import json, os, random, shutil, signal, sys, time
+import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 
-script, root = sys.argv[1], Path(sys.argv[2])
+root = Path(sys.argv[1])
 from base_models import atomic
 from base_models.checkpoint import latest_training_state, load_tensors, load_training_state, tensors_sha256
-if script == "ppo":
-    from rlhf.train_ppo import TOY, Config, main
-    settings = {**TOY, "steps": 24, "batch_size": 4, "n_frames": 4, "minibatches": 1, "epochs": 1}
-    settings |= {"look_every": 5, "heldout_clips": 2, "listen": 0}
-else:
-    from rlhf.train_dpo import PRESETS, Config, main
-    settings = {**PRESETS["smoke"], "steps": 12, "kl_clips": 0}
+from rlhf.train_ppo import TOY, Config, main
+settings = {**TOY, "steps": 24, "batch_size": 4, "n_frames": 4, "minibatches": 1, "epochs": 1}
+settings |= {"look_every": 5, "heldout_clips": 2, "listen": 0}
 flush = atomic._flush
 
 def child(out, suicide):
@@ -69,7 +63,7 @@ def ended(pid, wait):
 def whole(out):
     """Every folder that counts as a checkpoint can be read, and so can an adapter."""
     for folder in (out / "checkpoints").glob("step_*"):
-        load_training_state(folder, restore_rng=False) if script == "ppo" else [load_tensors(f) for f in folder.glob("*.safetensors")]
+        load_training_state(folder, restore_rng=False)
     if (out / "adapter").exists():
         load_tensors(out / "adapter" / "adapter_model.safetensors")
 
@@ -99,10 +93,9 @@ print(json.dumps({"kills": kills, "during_saves": during, "want": want, "finals"
 '''
 
 
-@pytest.mark.parametrize("script", ["ppo"])
-def test_killed_twenty_times_it_ends_with_the_weights_of_the_undisturbed_run(script: str, tmp_path: Path) -> None:
+def test_killed_twenty_times_ppo_ends_with_the_weights_of_the_undisturbed_run(tmp_path: Path) -> None:
     environment = {**alone(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    command = [sys.executable, "-c", KILLER, script, str(tmp_path)]
+    command = [sys.executable, "-c", KILLER, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
