@@ -1,7 +1,8 @@
 """`encore ...`: one door to what is not training.
 
     encore corpus import|build   encore sample   encore app   encore owners   encore ratings export|import|stats
-    encore generate   encore adapters list|show   encore evaluate   encore lineage   encore demo
+    encore generate   encore adapters list|show   encore evaluate   encore lineage   encore loop
+    encore demo
 
 Training is launched with `accelerate launch <folder>/train_*.py`. Bad input ends with one line on stderr (got, expected, remedy)
 and exit code 2; nothing half-written is left. Each command imports what it needs only when it runs.
@@ -135,6 +136,34 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--snapshot", metavar="SHA256", action="append", default=[], help="list what was trained on this snapshot; repeatable")
     p.add_argument("--db", help="database URL")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where parents and children are looked for")
+
+    p = _command(commands, "loop", loop, "rounds of sampling, votes, learning, blind verdict; `loop status` tells how far")
+    p.add_argument("action", nargs="?", choices=["run", "status"], default="run")
+    p.add_argument("--out", type=Path, default=Path("runs/loop"), help="the loop's folder; a later call needs nothing else")
+    p.add_argument("--rounds", type=int, default=3, help="rounds in all")
+    p.add_argument("--prompts", type=Path, help="prompts to sample, vote and train on")
+    p.add_argument("--heldout", type=Path, help="prompts on which champion and challenger are compared")
+    p.add_argument("--policy", type=Path, help="default: the base that ships with Encore")
+    p.add_argument("--champion", type=Path, help="adapter to begin with; default: none, the base")
+    p.add_argument("--method", choices=["ppo", "dpo", "sft"], help="how the challenger is trained; default ppo")
+    p.add_argument("--db", help="database of the votes; default: encore.db in --out")
+    p.add_argument("--campaign", help="name of the campaign; default loop")
+    p.add_argument("-n", dest="clips_per_prompt", type=int, help="clips a prompt; default 2")
+    p.add_argument("--duration", dest="duration_s", type=float, help="seconds; default 6")
+    p.add_argument("--target-votes", type=int, help="votes a pair; default 2")
+    p.add_argument("--ab-votes", type=int, help="votes a comparison of champion and challenger; default 2")
+    p.add_argument("--ab-clips", type=int, help="clips of each for a held-out prompt; default 1")
+    p.add_argument("--min-decided", type=int, help="decided votes without which nobody is promoted; default 20")
+    p.add_argument("--min-listen-ms", type=int, help="listening asked for on each side; default 3000")
+    p.add_argument("--train", help="more options for the training script, quoted")
+    p.add_argument("--reward", help="more options for train_reward.py, quoted")
+    p.add_argument("--licence", help="licence of the adapters")
+    p.add_argument("--seed", type=int)
+    p.add_argument("--serve", action="store_true", help="serve the rating page while waiting for votes")
+    p.add_argument("--port", type=int, default=7860)
+    p.add_argument("--raters", metavar="COMMAND", help="a program that votes over HTTP: {url}, {campaign}, {db}, {accounts} are filled in")
+    p.add_argument("--accounts", type=int, default=12, help="how many accounts {accounts} holds")
+    p.add_argument("--poll", type=float, default=5.0, help="seconds between two looks for votes")
 
     p = _command(commands, "demo", demo, "the whole loop, from prompts to a report")
     p.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -306,6 +335,16 @@ def lineage(args: argparse.Namespace) -> None:
         raise UserError("nothing to trace", "an adapter's folder, --rater NAME --db URL, or --snapshot SHA256", "name one")
     for line in lines:
         print(line)
+
+
+def loop(args: argparse.Namespace) -> None:
+    from rlhf.collecting import Collecting
+    from rlhf.loop import NAMES, Loop, settings, status
+
+    if args.action == "run":
+        cfg = settings({name: getattr(args, name) for name in NAMES})
+        Loop(cfg, Collecting(args.serve, args.port, args.raters, args.accounts, poll_s=args.poll)).run(args.rounds)
+    print("\n".join(status(args.out)))
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -12,11 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +23,9 @@ from base_models.pipeline import MusicPipeline
 from base_models.policy import PRETRAINED, load_policy
 from rlhf.evaluate_models import BASE, compare_gold, evaluate
 from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
+from rlhf.stages import ROOT, Stage, accounts_file, rating_app, resume_flag, run_python, run_stages, stamp
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[1]
 CAMPAIGN = "demo"
 SYSTEMS = ("dpo", "ppo", "shuffled")
 TRACK_PROMPT = "sad piano, slow"
@@ -67,16 +62,6 @@ class DemoConfig:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the demo. `weight` is its usual share of the time, for the ETA."""
-
-    name: str
-    what: str
-    weight: float
-    run: Callable[[], dict[str, Any] | None]
-
-
 class Demo:
     """The demo's folder and its stages."""
 
@@ -105,19 +90,7 @@ class Demo:
         """Do what is missing. Returns the report's path."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._check_config()
-        stages = self.stages()
-        for number, stage in enumerate(stages, start=1):
-            stamp = self.out / "stages" / f"{stage.name}.json"
-            if stamp.is_file():
-                print(f"[{number:2}/{len(stages)}] {stage.what}: done before", flush=True)
-                continue
-            left = sum(s.weight for s in stages[number - 1 :])
-            print(f"[{number:2}/{len(stages)}] {stage.what} ...  (about {_minutes(left * self._pace(stages))} left)", flush=True)
-            start = time.monotonic()
-            result = stage.run() or {}
-            seconds = time.monotonic() - start
-            write_json(stamp, {"seconds": seconds, **result})
-            print(f"        {seconds:.0f} s", flush=True)
+        run_stages(self.out, self.stages())
         return self.out / "report.html"
 
     def _check_config(self) -> None:
@@ -127,14 +100,8 @@ class Demo:
             raise UserError(f"{self.out}, which holds a demo with other settings", "the same settings", f"remove {self.out}")
         write_json(known, plan)
 
-    def _pace(self, stages: list[Stage]) -> float:
-        """Seconds per unit of weight, from the stages that are done (1 where none is)."""
-        done = [(s.weight, self.stamp(s.name)) for s in stages if (self.out / "stages" / f"{s.name}.json").is_file()]
-        weight = sum(w for w, _ in done)
-        return sum(stamp["seconds"] for _, stamp in done) / weight if weight > 20 else 1.0
-
     def stamp(self, name: str) -> dict[str, Any]:
-        return read_json(self.out / "stages" / f"{name}.json")
+        return stamp(self.out, name)
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
@@ -158,42 +125,15 @@ class Demo:
 
     def votes(self) -> dict[str, Any]:
         """Start the real app, let the raters vote, stop it. Votes that an interrupted call left are kept."""
-        from db.store import open_store
-
         cfg = self.cfg
         manifest = self.out / "samples" / "manifest.jsonl"
         wanted = ["--target-votes", cfg.target_votes, "--min-listen-ms", 0, "--all-pairs"]
-        self._python(["-m", "feedback_app.campaigns", "--db", self.db, "--name", CAMPAIGN, "--manifest", manifest, *wanted])
-        raters = self.out / "raters.json"
-        if not raters.is_file():
-            with open_store(self.db) as store:
-                handles = [f"simulated-{i:02d}" for i in range(cfg.raters)]
-                write_json(raters, [{"handle": handle, "token": self._token(store, handle)} for handle in handles])
-            raters.chmod(0o600)
-        command = [sys.executable, "-m", "feedback_app.app", "--db", self.db, "--port", "0"]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
-            try:
-                assert app.stdout is not None
-                line = app.stdout.readline()
-                if "ready at" not in line:
-                    raise UserError(f"a rating app that did not start: {line!r}", "a line with its address", "see its error above")
-                url = line.rsplit(" ", 1)[1].strip()
-                print(f"        the rating app is at {url}", flush=True)
-                named = ["--url", url, "--raters", raters, "--campaign", CAMPAIGN, "--seed", cfg.seed]
-                self._python(["-m", "rlhf.simulation.vote", *named])
-            finally:
-                app.terminate()
+        run_python(["-m", "feedback_app.campaigns", "--db", self.db, "--name", CAMPAIGN, "--manifest", manifest, *wanted])
+        raters = accounts_file(self.db, self.out / "raters.json", [f"simulated-{i:02d}" for i in range(cfg.raters)])
+        with rating_app(self.db) as url:
+            named = ["--url", url, "--raters", raters, "--campaign", CAMPAIGN, "--seed", cfg.seed]
+            run_python(["-m", "rlhf.simulation.vote", *named])
         return {"raters": cfg.raters}
-
-    @staticmethod
-    def _token(store: Any, handle: str) -> str:
-        """A fresh access token, whether the rater is new or was left by an interrupted call."""
-        from db.errors import StoreError
-
-        try:
-            return str(store.add_rater(handle))
-        except StoreError:
-            return str(store.renew_token(handle))
 
     def snapshot(self) -> dict[str, Any]:
         from db.export import export_snapshot
@@ -211,16 +151,16 @@ class Demo:
         """The reward model, and beside it one of the same votes with half of each prompt's pairs turned round."""
         common = [ROOT / "rlhf" / "train_reward.py", "--snapshot", self.snapshot_dir, "--policy", self.cfg.policy]
         control = ["--shuffle-labels", "--seed", self.cfg.seed + 1]
-        self._python([*common, "--out", self.out / "reward"], [*common, "--out", self.out / "reward_shuffled", *control])
+        run_python([*common, "--out", self.out / "reward"], [*common, "--out", self.out / "reward_shuffled", *control])
 
     def dpo(self) -> None:
         """The adapter and its control differ in the votes' labels alone; they share the machine's cores and run side by side."""
         runs = []
         for name, reward in (("dpo", "reward"), ("shuffled", "reward_shuffled")):
             given = ["--policy", self.cfg.policy, "--reward", self.out / reward, "--prompts", self.out / "prompts_train.jsonl"]
-            how = ["--n-frames", self._frames, "--out", self.out / name, "--licence", LICENCE, *self._resume(self.out / name)]
+            how = ["--n-frames", self._frames, "--out", self.out / name, "--licence", LICENCE, *resume_flag(self.out / name)]
             runs.append([ROOT / "rlhf" / "train_dpo.py", *given, *how, *self.cfg.dpo])
-        self._python(*runs)
+        run_python(*runs)
 
     @property
     def _frames(self) -> int:
@@ -229,12 +169,8 @@ class Demo:
     def ppo(self) -> None:
         self._script(
             "train_ppo", "--policy", self.cfg.policy, "--reward", self.out / "reward", "--prompts", self.out / "prompts_train.jsonl",
-            "--n-frames", self._frames, "--out", self.out / "ppo", "--licence", LICENCE, *self.cfg.ppo, *self._resume(self.out / "ppo"),
+            "--n-frames", self._frames, "--out", self.out / "ppo", "--licence", LICENCE, *self.cfg.ppo, *resume_flag(self.out / "ppo"),
         )  # fmt: skip
-
-    @staticmethod
-    def _resume(run: Path) -> list[str]:
-        return ["--resume"] if run.exists() else []
 
     def heldout(self) -> dict[str, Any]:
         cfg = self.cfg
@@ -247,7 +183,7 @@ class Demo:
     def judge(self) -> dict[str, Any]:
         manifests = [self.out / "heldout" / name / "manifest.jsonl" for name in (BASE, *SYSTEMS)]
         named = [part for path in manifests for part in ("--manifest", path)]
-        self._python(["-m", "rlhf.simulation.judge", *named, "--out", self.out / "gold.json"])
+        run_python(["-m", "rlhf.simulation.judge", *named, "--out", self.out / "gold.json"])
         return {"comparisons": compare_gold(self.out / "gold.json", SYSTEMS)}
 
     def tracks(self) -> dict[str, Any]:
@@ -312,30 +248,7 @@ class Demo:
     # ---- processes ---------------------------------------------------------------------------------------------------
 
     def _script(self, name: str, *arguments: object) -> None:
-        self._python([ROOT / "rlhf" / f"{name}.py", *arguments])
-
-    def _python(self, *programs: list[Any]) -> None:
-        """Run Python programs of ours side by side; their progress goes to the terminal, and a failure ends the demo with its words."""
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        environment = {**os.environ, "PYTHONPATH": path}
-        if len(programs) > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(programs)))
-        commands = [[sys.executable, *map(str, arguments)] for arguments in programs]
-        running = [subprocess.Popen(command, env=environment) for command in commands]
-        try:
-            codes = [process.wait() for process in running]
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
-        for command, code in zip(commands, codes):
-            if code:
-                got = f"exit code {code} of {' '.join(command[1:4])}"
-                raise UserError(got, "0", "mend what it says above and call again: it resumes")
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+        run_python([ROOT / "rlhf" / f"{name}.py", *arguments])
 
 
 def main(cfg: DemoConfig) -> int:

@@ -34,7 +34,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from adapters.library import Manifest, save_adapter
@@ -54,7 +53,7 @@ from base_models.policy import PRETRAINED, load_policy
 from base_models.sampling import generate
 from base_models.settings import run, to_mapping
 from rlhf.metrics import Estimate, sequence_kl
-from rlhf.tracking import read_metrics
+from rlhf.tracking import Kind, open_tracker, read_metrics
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,8 @@ class Config:
     """Go on from the newest checkpoint in --out (from the start, if there is none yet)."""
     kl_clips: int = 32
     """Clips that are sampled at the end to measure KL(policy || base); 0 skips it."""
+    tracker: Kind = "tensorboard"
+    """Where curves go beside metrics.jsonl: tensorboard, wandb or trackio."""
     licence: str = "unspecified"
     """Licence of the adapter, for its card."""
     seed: int = 0
@@ -167,16 +168,15 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         cfg.out.mkdir(parents=True, exist_ok=True)
         write_json(cfg.out / "config.json", to_mapping(cfg))
         (cfg.out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    board = SummaryWriter(str(cfg.out / "tensorboard"), purge_step=learner.step + 1) if speaks else None
+    tracker = open_tracker(cfg.tracker, cfg.out, "sft", to_mapping(cfg), learner.step, speaks)
     bar = tqdm(total=learner.steps, initial=learner.step, desc="sft", unit="step", dynamic_ncols=True, disable=not speaks)
     while learner.step < learner.steps:
         told = learner.learn()
         bar.update()
         bar.set_postfix(nats_a_code=f"{told['nats_a_code']:.3f}")
-        if board is not None:
+        tracker.scalars(told, learner.step)
+        if speaks:
             append_jsonl(cfg.out / "metrics.jsonl", {"step": learner.step, **told})
-            for name, value in told.items():
-                board.add_scalar(name, value, learner.step)
         if learner.step % cfg.save_every == 0 and learner.step < learner.steps:
             learner.save()
     bar.close()
@@ -190,8 +190,8 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     figures["seconds"] = round(time.monotonic() - began, 1)
 
     # 4. Tell.
-    if board is not None:
-        board.close()
+    tracker.close()
+    if speaks:
         manifest = Manifest(
             name="sft",
             base_sha256=task.base_sha256,

@@ -22,6 +22,7 @@ SCRIPTS = (
     "rlhf/train_dpo.py",
     "rlhf/train_ppo.py",
     "rlhf/train_grpo.py",
+    "rlhf/train_sft.py",
 )
 
 

@@ -1,0 +1,154 @@
+"""Work in stages that can be interrupted at any moment: what `encore demo` and `encore loop` share.
+
+Each stage leaves a stamp when it is whole; a second call does only what is missing. A stage that was cut off is called again, so it
+has to go on where it stopped, or begin anew. Programs of ours that stand beside this package (the rating app, the training scripts)
+are started, never imported.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from base_models.checkpoint import read_json, write_json
+from base_models.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step. `weight` is its usual share of the time, for the ETA."""
+
+    name: str
+    what: str
+    weight: float
+    run: Callable[[], dict[str, Any] | None]
+
+
+def stamp_path(folder: Path, name: str) -> Path:
+    return folder / "stages" / f"{name}.json"
+
+
+def stamp(folder: Path, name: str) -> dict[str, Any]:
+    """What a finished stage returned, and its `seconds`."""
+    found: dict[str, Any] = read_json(stamp_path(folder, name))
+    return found
+
+
+def run_stages(folder: Path, stages: Sequence[Stage]) -> None:
+    """Do what is missing, in order, and say how long the rest will take."""
+    for number, stage in enumerate(stages, start=1):
+        place = f"[{number:2}/{len(stages)}] {stage.what}"
+        if stamp_path(folder, stage.name).is_file():
+            print(f"{place}: done before", flush=True)
+            continue
+        left = sum(s.weight for s in stages[number - 1 :])
+        print(f"{place} ...  (about {_minutes(left * _pace(folder, stages))} left)", flush=True)
+        start = time.monotonic()
+        result = stage.run() or {}
+        seconds = time.monotonic() - start
+        write_json(stamp_path(folder, stage.name), {"seconds": seconds, **result})
+        print(f"        {seconds:.0f} s", flush=True)
+
+
+def _pace(folder: Path, stages: Sequence[Stage]) -> float:
+    """Seconds per unit of weight, from the stages that are done (1 where none is)."""
+    done = [(s.weight, stamp(folder, s.name)) for s in stages if stamp_path(folder, s.name).is_file()]
+    weight = sum(w for w, _ in done)
+    return sum(told["seconds"] for _, told in done) / weight if weight > 20 else 1.0
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Refuses a second process on the same folder; a killed one holds nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}, on which another process works", "one at a time", "wait for it, or stop it") from error
+        yield
+
+
+# ---- other programs --------------------------------------------------------------------------------------------------
+
+
+def run_python(*programs: Sequence[Any]) -> None:
+    """Run Python programs of ours side by side; their progress goes to the terminal, and a failure ends the work with its words."""
+    environment = python_environment()
+    if len(programs) > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(programs)))
+    commands = [[sys.executable, *map(str, arguments)] for arguments in programs]
+    running = [subprocess.Popen(command, env=environment) for command in commands]
+    try:
+        codes = [process.wait() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    for command, code in zip(commands, codes):
+        if code:
+            got = f"exit code {code} of {' '.join(command[1:4])}"
+            raise UserError(got, "0", "mend what it says above and call again: it resumes")
+
+
+def python_environment() -> dict[str, str]:
+    """The environment in which our packages are found from any folder."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def resume_flag(run: Path) -> list[str]:
+    """What a training script is told when its folder is there already."""
+    return ["--resume"] if run.exists() else []
+
+
+@contextmanager
+def rating_app(db: str, port: int = 0) -> Iterator[str]:
+    """The real app while the block runs; yields its address. Port 0 takes a free one."""
+    command = [sys.executable, "-m", "feedback_app.app", "--db", db, "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
+        try:
+            assert app.stdout is not None
+            line = app.stdout.readline()
+            if "ready at" not in line:
+                raise UserError(f"a rating app that did not start: {line!r}", "a line with its address", "see its error above")
+            url = line.rsplit(" ", 1)[1].strip()
+            print(f"        the rating app is at {url}", flush=True)
+            yield url
+        finally:
+            app.terminate()
+
+
+def access_token(store: Any, handle: str) -> str:
+    """A fresh access token, whether the rater is new or was left by an interrupted call."""
+    from db.errors import StoreError
+
+    try:
+        return str(store.add_rater(handle))
+    except StoreError:
+        return str(store.renew_token(handle))
+
+
+def accounts_file(db: str, path: Path, handles: Sequence[str]) -> Path:
+    """JSON of handle and token for raters who are programs, readable by nobody else; written once."""
+    from db.store import open_store
+
+    if not path.is_file():
+        with open_store(db) as store:
+            write_json(path, [{"handle": handle, "token": access_token(store, handle)} for handle in handles])
+        path.chmod(0o600)
+    return path

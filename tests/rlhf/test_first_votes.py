@@ -1,0 +1,109 @@
+"""The guide's commands, as they stand on the page, on a tiny policy: only sizes are exchanged, and the people."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adapters.library import read_adapter
+from base_models.settings import parse
+from feedback_app import campaigns
+from rlhf import cli
+from rlhf.stages import ROOT, accounts_file
+
+PAGE = ROOT / "docs" / "first-votes.md"
+SMALLER = {"--duration 4": "--duration 0.6", "--duration 6": "--duration 1", "--n-frames 100": "--n-frames 15"}
+EXTRA = {
+    "train_sft": ["--steps", "1", "--r", "2", "--kl-clips", "2"],
+    "train_dpo": ["--steps", "1", "--r", "2", "--kl-clips", "0"],
+    "train_ppo": ["--steps", "1", "--batch-size", "4", "--r", "2"],
+}
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """(language, its note, content) of each fenced block of the page."""
+    return re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def smaller(line: str) -> list[str]:
+    for text, small in SMALLER.items():
+        line = line.replace(text, small)
+    return shlex.split(line)
+
+
+def execute(line: str, policy: Path) -> None:
+    """One command of the page, in this process: its own arguments, read by its own parser."""
+    words = smaller(line)
+    policy_of = ["--policy", str(policy)]
+    if words[:2] == ["python", "-m"]:
+        assert words[2] == "feedback_app.campaigns"
+        assert campaigns.main(words[3:]) == 0
+    elif words[0] == "python":
+        module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+        name = module.__name__.split(".")[-1]
+        module.main(parse(module.Config, module.PRESETS, [*words[2:], *policy_of, *EXTRA.get(name, [])]))
+    else:
+        assert words[0] == "encore"
+        takes_policy = words[1] in ("sample", "evaluate", "generate")
+        assert cli.main([*words[1:], *(policy_of if takes_policy else [])]) == 0
+
+
+def vote_in_the_browsers_stead(line: str, folder: Path) -> None:
+    """The page's server, and two programs in place of its listeners."""
+    with sqlite3.connect(folder / "first.db") as votes:  # programs need not listen for three seconds
+        votes.execute("update campaign set min_listen_ms = 0")
+    accounts = accounts_file("sqlite:///first.db", folder / "accounts.json", ["bo", "cy"])
+    command = [sys.executable, "-m", "rlhf.cli", *smaller(line)[1:]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as app:
+        assert app.stdout is not None
+        try:
+            lines = iter(app.stdout.readline, "")
+            url = next(line.rsplit(" ", 1)[1].strip() for line in lines if "ready at" in line)
+            voting = [sys.executable, "-m", "rlhf.simulation.vote", "--url", url, "--campaign", "first", "--raters", str(accounts)]
+            subprocess.run(voting, env=environment, check=True, stdout=subprocess.DEVNULL)
+        finally:
+            os.killpg(app.pid, 15)
+
+
+@pytest.mark.timeout(600)
+def test_the_guides_commands_lead_from_votes_to_an_adapter(policy_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for language, note, content in blocks():
+        if language == "text":
+            Path(note).write_text(content, encoding="utf-8")
+            continue
+        assert language == "sh"
+        for line in content.splitlines():
+            if note == "keep-open":
+                vote_in_the_browsers_stead(line, tmp_path)
+            elif note == "":
+                execute(line, policy_dir)
+            ran += note != "loop"
+    assert ran == 12
+    for name in ("sft", "dpo", "ppo"):
+        assert read_adapter(Path("runs/first") / name / "adapter").manifest.snapshot_sha256
+    assert Path("sad-piano.wav").is_file()
+    assert "unchanged" in capsys.readouterr().out  # the lineage found the snapshot as it was frozen
+
+
+def test_the_loop_of_the_guide_is_one_that_the_command_line_knows():
+    lines = next(content for _, note, content in blocks() if note == "loop").splitlines()
+    args = cli._parser().parse_args(shlex.split(lines[0])[1:])
+    assert args.run is cli.loop
+    assert args.serve
+    assert cli._parser().parse_args(shlex.split(lines[1])[1:]).action == "status"
+
+
+def test_every_exchanged_size_stands_on_the_page():
+    text = PAGE.read_text(encoding="utf-8")
+    assert all(size in text for size in SMALLER)
