@@ -74,7 +74,7 @@ def load_task(cfg: Config) -> Task:
         reward = load_reward(cfg.reward, policy)
         held_out = held_out_prompts([p.prompt_id for p in prompts], cfg.held_out, cfg.seed)
         parts = weighted(parse_weights(cfg.weights), reward.score, checks(policy))
-        judge = Mixed(parts, {HUMAN: reward.slope} | slopes(policy), policy.codec.codebooks)
+        judge = Mixed(parts, ({HUMAN: reward.slope} if reward.has_slope else {}) | slopes(policy), policy.codec.codebooks)
         own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256)
         words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
         snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256

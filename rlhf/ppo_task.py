@@ -94,7 +94,7 @@ def load_task(
         reward_sha256=None if reward is None else reward.sha256,
         snapshot_sha256=None if reward is None else reward.snapshot_sha256,
         checks=checks(policy) | ({} if reward is None else aspects(reward)),
-        slopes=({} if reward is None else {HUMAN: reward.slope}) | slopes(policy),
+        slopes=({HUMAN: reward.slope} if reward is not None and reward.has_slope else {}) | slopes(policy),
         codebooks=policy.codec.codebooks,
         spread=reward.spread if reward is not None and len(reward.members) > 1 else None,
         embed=embedding(policy, reward),

@@ -447,6 +447,11 @@ class RewardModel:
         """codes [B, K, T] and their prompts -> score [B] on the codes' device."""
         return self.score_features(self._heard(codes, prompts)).to(codes.device)
 
+    @property
+    def has_slope(self) -> bool:
+        """Whether all that the head reads follows from the codec's latents; what a language model makes of codes does not."""
+        return STATES not in self.head.blocks
+
     def slope(self, codes: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """codes [B, K, T] and their prompts -> d score / d latents [B, D, T] and score [B]: where each frame should have moved."""
         latents = self.base.codec.latents(codes).detach().requires_grad_(True)
