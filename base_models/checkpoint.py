@@ -192,6 +192,8 @@ def save_training_state(
         }
         write_json(temporary / "state.json", content)
     for old in _checkpoints(run_dir)[:-keep]:
+        old.rename(old.with_name(f".old-{old.name}"))  # at once no checkpoint any more: a kill must leave no half of one
+    for old in folder.parent.glob(".old-*"):
         shutil.rmtree(old)
     return folder
 

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ def run(
 
     Bad input and a disk in trouble end it with exit code 2 and one line on stderr.
     """
+    threading.excepthook = _quiet_on_disk_trouble
     try:
         try:
             result = main(parse(config_class, presets))
@@ -79,6 +81,14 @@ def run(
     if show is not None and int(os.environ.get("RANK", "0")) == 0:
         print(show(result))
     sys.exit(0)
+
+
+def _quiet_on_disk_trouble(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own, and hands what went wrong there to the next call from ours, which tells it in one line:
+    its own report of the same trouble would only bury that line. Everything else in a thread is reported as ever."""
+    if isinstance(failed.exc_value, OSError) and disk_trouble(failed.exc_value) is not None:
+        return
+    threading.__excepthook__(failed)
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:

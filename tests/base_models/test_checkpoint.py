@@ -124,3 +124,24 @@ for step in itertools.count():
         process.communicate()
         step, tensors, _, _ = load_training_state(latest_training_state(tmp_path))
         assert (tensors["m"]["w"] == step).all()
+
+
+def test_killed_while_an_old_state_is_removed_no_half_of_it_is_left(tmp_path, monkeypatch):
+    removed = []
+
+    def killed(folder):
+        (folder / "state.json").unlink()  # as far as it came
+        removed.append(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("base_models.checkpoint.shutil.rmtree", killed)
+    save_training_state(tmp_path, 1, {"model": {"w": torch.zeros(1)}}, keep=1)
+    with pytest.raises(KeyboardInterrupt):
+        save_training_state(tmp_path, 2, {"model": {"w": torch.ones(1)}}, keep=1)
+    assert len(removed) == 1
+    for folder in (tmp_path / "checkpoints").glob("step_*"):
+        load_training_state(folder)
+    assert latest_training_state(tmp_path).name == "step_00000002"
+    monkeypatch.undo()
+    save_training_state(tmp_path, 3, {"model": {"w": torch.ones(1)}}, keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]

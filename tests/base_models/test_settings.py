@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,3 +55,28 @@ def test_help_tells_each_attribute_docstring(capsys):
     with pytest.raises(SystemExit):
         parse(Config, PRESETS, ["--help"])
     assert "How many updates." in capsys.readouterr().out
+
+
+def test_a_writer_threads_disk_trouble_is_left_to_the_line_of_the_main_thread_and_nothing_else_is(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import errno, threading\n"
+        "from dataclasses import dataclass\n"
+        "from base_models.settings import run\n"
+        "@dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    steps: int = 1\n"
+        "    '''How many.'''\n"
+        "def fail(error):\n"
+        "    raise error\n"
+        "def main(cfg):\n"
+        "    for error in (OSError(errno.ENOSPC, 'full'), ValueError('a bug')):\n"
+        "        thread = threading.Thread(target=fail, args=(error,))\n"
+        "        thread.start()\n"
+        "        thread.join()\n"
+        "run(main, Config)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True)
+    assert "a bug" in done.stderr
+    assert "full" not in done.stderr

@@ -364,7 +364,8 @@ def test_15_two_gloo_processes_equal_one_on_the_same_global_batch(tmp_path: Path
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         for name in untimed(one):
-            assert two[name] == pytest.approx(one[name], abs=1e-5), name
+            # A share of clipped steps is a count: one step on the border of the range may fall to either side.
+            assert two[name] == pytest.approx(one[name], abs=0.01 if name.endswith("clipfrac") else 1e-5), name
 
 
 # ---- again and again -------------------------------------------------------------------------------------------------
