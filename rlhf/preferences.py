@@ -510,7 +510,8 @@ def _content(pair: Preference) -> dict[str, Any]:
 def split_by_prompt(pairs: Sequence[Preference], held_out: float = 0.2, seed: int = 0) -> tuple[list[Preference], list[Preference]]:
     """(training, held-out) pairs without a common prompt; about `held_out` of the prompts, at least one, are held
     out."""
-    folds = prompt_folds((pair.prompt_id for pair in pairs), max(2, round(1 / held_out)), seed)
+    ids = {pair.prompt_id for pair in pairs}
+    folds = prompt_folds(ids, max(2, min(round(1 / held_out), len(ids))), seed)
     return (
         [pair for pair in pairs if folds[pair.prompt_id] != 0],
         [pair for pair in pairs if folds[pair.prompt_id] == 0],

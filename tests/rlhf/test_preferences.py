@@ -221,6 +221,13 @@ def test_splits_share_no_prompt_and_lose_no_pair(snapshot_of):
     assert {p.prompt_id for p in split_by_prompt(pairs, 0.2, seed=4)[1]} != {p.prompt_id for p in held}
 
 
+def test_with_fewer_prompts_than_folds_one_prompt_is_held_out(snapshot_of):
+    pairs = training_pairs(load_snapshot(snapshot_of([(i, "a", "x", {}) for i in range(6)], n_pairs=6)))
+    train, held = split_by_prompt(pairs, 0.1)
+    assert len({p.prompt_id for p in held}) == 1
+    assert len(train) + len(held) == len(pairs)
+
+
 def test_fewer_prompts_than_folds_is_an_error():
     with pytest.raises(UserError, match="more prompts"):
         prompt_folds(["a", "b"], 3)
