@@ -22,7 +22,7 @@ from torch import Tensor
 
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM
-from rlhf.dense import gains, limited, redraw
+from rlhf.dense import gains, redraw
 from rlhf.rewards import Mixed
 from rlhf.rollout import code_logits
 
@@ -41,22 +41,21 @@ def antithetic_edits(
     lm: MusicLM,
     reward: Mixed,
     codes: Tensor,
+    slope: Tensor,
     cond: Conditions,
     prompts: Sequence[str],
     seeds: Sequence[int],
     unit: float,
     price: float,
     temperature: float = 1.0,
-    typical: float | None = None,
 ) -> Edits:
     """Edit each of B clips both ways.
 
-    Args: codes [B, K, T], drawn by `lm` as it stands; cond, prompts: B of each; seeds: one a clip, so that batch mates change nothing.
-        unit: the standard deviation of the score. price: a nat of departure from the policy is worth so many units of gain; the
-        smaller, the more codes change. typical: length of a usual slope (rlhf.dense.limited); by default this batch's median.
+    Args: codes [B, K, T], drawn by `lm` as it stands; slope [B, D, T] of the reward at them, limited (rlhf.dense); cond, prompts: B of
+        each; seeds: one a clip, so that batch mates change nothing. unit: the standard deviation of the score. price: a nat of
+        departure from the policy is worth so many units of gain; the smaller, the more codes change.
     """
-    slope, _ = reward.slope(codes, list(prompts))
-    gain = gains(limited(slope, typical=typical).to(codes.device) / unit, reward.codebooks.to(slope))
+    gain = gains(slope.to(codes.device) / unit, reward.codebooks.to(slope))
     logits, _ = code_logits(lm, codes, cond, temperature=temperature)
     log_probs = logits.log_softmax(-1)
     sides = []

@@ -31,6 +31,7 @@ from adapters.lora import adapter_disabled
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM
 from base_models.sampling import generate
+from rlhf.dense import limited
 from rlhf.edits import Edits, antithetic_edits
 from rlhf.flat_dpo import LiveRows, PreferenceCollator, reference_logps, smoothed
 from rlhf.flat_policy import FlatCausalLM
@@ -208,9 +209,10 @@ class OwnPairs:
         assert isinstance(self.score, Mixed)
         table, parts = self.flat.trunk.table.to(device), [slice(i, i + plan.score_batch) for i in range(0, len(indices), plan.score_batch)]
         names = [self.prompts[row] for row in judged.rows]
-        lengths = [self.score.slope(judged.codes[p].to(device), names[p])[0].flatten(1).norm(dim=1) for p in parts]
-        everywhere = torch.cat(lengths).tolist()
+        slope = torch.cat([self.score.slope(judged.codes[p].to(device), names[p])[0] for p in parts])
+        everywhere = slope.flatten(1).norm(dim=1).tolist()
         typical = float(torch.tensor(gather_object(everywhere) if self.args.world_size > 1 else everywhere).nanmedian())
+        slope = limited(slope, typical=typical)
         assert self.base_scores is not None
         unit = float(self.base_scores[torch.isfinite(self.base_scores)].std().clamp_min(1e-6))
         made = [
@@ -218,13 +220,13 @@ class OwnPairs:
                 self.lm,
                 self.score,
                 judged.codes[p].to(device),
+                slope[p],
                 table.index(judged.rows[p]),
                 names[p],
                 [sample_seed(plan.seed ^ 0xED17, index) for index in indices[p]],
                 unit,
                 plan.edit_price,
                 plan.temperature,
-                typical,
             )
             for p in parts
         ]
