@@ -49,8 +49,8 @@ class Task:
     prompts: list[str]
     table: Conditions
     """One row a prompt."""
-    score: Score
-    """The part `human` of the reward."""
+    score: Score | None
+    """The part `human` of the reward; None in a run of checks alone."""
     base_sha256: str
     reward_sha256: str | None = None
     snapshot_sha256: str | None = None
@@ -71,16 +71,33 @@ class Task:
 
 
 def load_task(
-    policy_dir: Path, reward_dir: Path | None, prompts_file: Path | None, heldout_file: Path | None = None, command: str | None = None
+    policy_dir: Path,
+    reward_dir: Path | None,
+    prompts_file: Path | None,
+    heldout_file: Path | None = None,
+    command: str | None = None,
+    listeners: bool = True,
 ) -> Task:
-    """The policy, the prompts and the reward model, or a program in its place, that the settings name."""
-    if (reward_dir is None) == (command is None):
-        raise UserError(f"--reward {reward_dir}, --score-command {command}", "one of them", "train a reward; or --preset smoke")
+    """The policy, the prompts and the reward model, or a program in its place, that the settings name.
+
+    listeners: whether `human` has a weight; without, neither of the two need be given, and the checks are the whole reward.
+    """
+    given = (reward_dir is not None) + (command is not None)
+    if given > 1 or given < listeners:
+        raise UserError(
+            f"--reward {reward_dir}, --score-command {command}",
+            "one of them",
+            "train a reward; or --weights without human, such as mood=1,instrument=1; or --preset smoke",
+        )
     if prompts_file is None:
         raise UserError("no --prompts", "a file of prompts to play", "give one; or --preset smoke")
     policy = load_policy(policy_dir)
     prompts = load_prompts(policy, prompts_file)
     reward = None if reward_dir is None else load_reward(reward_dir, policy)
+
+    score: Score | None = None if reward is None else reward.score
+    if command is not None:
+        score = OutsideJudge(shlex.split(command), policy)
 
     def sound(codes: Tensor) -> tuple[NDArray[np.float32], int]:
         return policy.decode(codes[None])[0].float().cpu().numpy(), policy.codec.sample_rate
@@ -89,7 +106,7 @@ def load_task(
         lm=policy.lm,
         prompts=prompts.texts,
         table=prompts.table,
-        score=OutsideJudge(shlex.split(command or ""), policy) if reward is None else reward.score,
+        score=score,
         base_sha256=policy.sha256,
         reward_sha256=None if reward is None else reward.sha256,
         snapshot_sha256=None if reward is None else reward.snapshot_sha256,

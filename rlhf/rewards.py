@@ -195,10 +195,12 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
-def weighted(weights: Mapping[str, float], human: Score, checks: Mapping[str, Score]) -> Reward:
+def weighted(weights: Mapping[str, float], human: Score | None, checks: Mapping[str, Score]) -> Reward:
     """The listeners' part and the checks (verifiable parts, `asked`) under these weights: those that are named are judged every round,
-    those that are not have weight 0. UserError for an unknown name."""
-    known = {HUMAN: Part(human)} | {name: Part(score, asked=True) for name, score in checks.items()}
+    those that are not have weight 0. UserError for an unknown name. human: None where no listener is asked; `human=0` may be said then."""
+    if human is None and not weights.get(HUMAN):
+        weights = {name: weight for name, weight in weights.items() if name != HUMAN}
+    known = ({} if human is None else {HUMAN: Part(human)}) | {name: Part(score, asked=True) for name, score in checks.items()}
     unknown = sorted(set(weights) - set(known))
     if unknown:
         raise UserError(f"weights for {unknown}", f"some of {list(known)}", "correct --weights")

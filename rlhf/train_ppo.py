@@ -59,7 +59,7 @@ class Config:
     policy: Path = PRETRAINED
     """The base to start from; it is also the reference."""
     reward: Path | None = None
-    """Folder of a trained reward model (train_reward.py)."""
+    """Folder of a trained reward model (train_reward.py). Not needed where --weights gives `human` none: then checks are all."""
     score_command: str | None = None
     """A program that judges in place of --reward: JSON lines of wav files in, scores out (rlhf/outside_judge.py)."""
     prompts: Path | None = None
@@ -195,7 +195,9 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 
     # 1. Four roles, two networks: policy and reference are one LM with and without its adapter, the critic is a head on it.
     if task is None:
-        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts, cfg.heldout_prompts, cfg.score_command)
+        listeners = bool(parse_weights(cfg.weights).get(HUMAN))
+        sources = (cfg.policy, cfg.reward, cfg.prompts, cfg.heldout_prompts, cfg.score_command, listeners)
+        task = toy_task(cfg.seed) if cfg.toy else load_task(*sources)
     check_task(cfg, task)
     run = Run(cfg, task, accelerator)
     if cfg.resume:

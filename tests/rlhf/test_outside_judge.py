@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from base_models.errors import UserError
+from base_models.policy import PRETRAINED
 from rlhf.outside_judge import OutsideJudge
 from rlhf.ppo_task import load_task
 
@@ -68,3 +69,13 @@ def test_a_program_that_is_not_there_is_an_error():
 def test_ppo_wants_one_judge(tmp_path, reward, command):
     with pytest.raises(UserError, match="one of them"):
         load_task(tmp_path, reward, tmp_path / "prompts.txt", command=command)
+
+
+def test_ppo_by_checks_alone_wants_no_judge_and_never_two(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("sad piano\n")
+    task = load_task(PRETRAINED, None, prompts, listeners=False)
+    assert task.score is None
+    assert {"mood", "instrument", "similarity"} <= set(task.checks)
+    with pytest.raises(UserError, match="one of them"):
+        load_task(PRETRAINED, tmp_path, prompts, command="judge", listeners=False)

@@ -100,6 +100,13 @@ def test_an_unknown_part_is_refused_with_the_names_there_are() -> None:
         weighted({"human": 1.0, "loudness": 1.0}, says(1, 2, 3, 4), {"tempo": says(1, 2, 3, 4)})
 
 
+def test_without_a_listener_the_checks_are_the_whole_reward() -> None:
+    reward = weighted({"human": 0.0, "tempo": 1.0}, None, {"tempo": says(1, 2, 3, 4)})
+    assert reward.names == reward.trained == reward.every_round == ("tempo",)
+    with pytest.raises(UserError, match="human"):
+        weighted({"human": 1.0, "tempo": 1.0}, None, {"tempo": says(1, 2, 3, 4)})
+
+
 def test_a_judge_that_loses_clips_is_caught() -> None:
     with pytest.raises(ValueError, match="for 4 clips"):
         Reward({"a": Part(says(1, 2))}).marks(CODES, PROMPTS)

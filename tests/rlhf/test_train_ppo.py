@@ -57,6 +57,13 @@ def test_a_part_of_weight_zero_is_plotted_and_changes_no_weight(tmp_path: Path) 
     assert not any("reward_code_5" in row for row in metrics(tmp_path / "alone"))
 
 
+def test_a_check_is_learnt_where_no_listener_is_asked(tmp_path: Path) -> None:
+    main(config(tmp_path, steps=20, weights="human=0,code_5=1"), dataclasses.replace(toy_task(0), score=None))
+    rows = metrics(tmp_path)
+    assert rows[-1]["reward_code_5"] > rows[0]["reward_code_5"] + 0.15
+    assert not any("reward_human" in row for row in rows)
+
+
 # -- the same result however it is cut
 
 
