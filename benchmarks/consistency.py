@@ -38,7 +38,8 @@ from base_models.policy import PRETRAINED, Policy, load_policy
 from base_models.sampling import generate
 from base_models.settings import run
 from rlhf import train_ppo
-from rlhf.consistency import asked_keys, asked_tempo, checks, instrument_versions, mood_versions
+from rlhf.asked import asked_keys, asked_tempo, instrument_versions, mood_versions
+from rlhf.consistency import checks
 from rlhf.metrics import mean_ci
 from rlhf.ppo_task import Task
 from rlhf.sample_pairs import clip_seed
