@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base_models.codec import Codec
-from rlhf.preferences import Spans
-from rlhf.reward_model import REACH, Head, Pairs, fit
+from rlhf.reward_heads import REACH, Head, Pairs, fit
+from rlhf.snapshot import Spans
 
 WINDOW_S = 0.4
 """Width of the window around a frame."""

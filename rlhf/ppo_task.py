@@ -21,7 +21,8 @@ from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import Policy, load_policy
 from rlhf.consistency import checks, slopes
 from rlhf.outside_judge import OutsideJudge
-from rlhf.reward_model import LATENTS, RewardModel, features, load_reward
+from rlhf.reward_features import LATENTS, features
+from rlhf.reward_model import RewardModel, load_reward
 from rlhf.rewards import HUMAN, Score, Slope
 
 Sound = Callable[[Tensor], tuple[NDArray[np.float32], int]]

@@ -1,7 +1,8 @@
-"""More heads on the same features: one for each aspect that raters judge apart, and one for "both bad".
+"""More heads beside the order of clips: one for each aspect that raters judge apart, one for "both bad", one for marked frames.
 
     aspects of preferences -> soft labels -> a head an aspect, judged on prompts it has not met
     both-bad votes -> their clips lose against clips that won elsewhere -> a head; a level on its scale from the votes -> log-odds
+    marked stretches -> a head over frames (rlhf.frame_reward)
 
 "Both bad" orders nothing, but it is the only absolute thing a rater says. Its clips are compared with winners of other pairs,
 beside the ordinary comparisons; the level below which the better of two clips is called bad is then fitted to all votes.
@@ -18,13 +19,17 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from rlhf import metrics
-from rlhf.preferences import BOTH_BAD, Preference, Vote
+from base_models.codec import Codec
+from rlhf import frame_reward, metrics
+from rlhf.preferences import BOTH_BAD, Preference, Snapshot, Vote, clip_marks
 from rlhf.reward_folds import Clips, Folds, ordering, unseen_scores
-from rlhf.reward_model import ACCEPTABLE, Extra, Head, Pairs, best_temperature, fit_ensemble
+from rlhf.reward_heads import Head, Pairs, best_temperature, fit_ensemble
+from rlhf.reward_model import ACCEPTABLE, Extra
 
 MIN_PAIRS = 30
 """An aspect has a head from so many pairs on that it decides, and "both bad" from so many votes on."""
+MIN_MARKED = 20
+"""Frames have a head from so many marked clips on."""
 ABSOLUTE = 0.3
 """What a comparison between a clip called bad and a winner elsewhere weighs beside an ordinary one."""
 
@@ -37,25 +42,36 @@ class Fitted:
     figures: dict[str, Any]
 
 
-def fit_extras(
-    folds: Folds,
-    clips: Clips,
-    preferences: Sequence[Preference],
-    votes: Sequence[Vote],
-    weights: Mapping[str, float] | None,
-    chosen: Sequence[Head],
-    head: Head,
-    n_members: int,
-    seed: int,
-) -> dict[str, Fitted]:
-    """Every aspect that a preference tells, and ACCEPTABLE where anybody said "both bad".
+@dataclass(frozen=True)
+class Bench:
+    """On what every extra head is judged, and how it is fitted."""
 
-    Args: chosen: the heads by fold that judge. head: the kind that is kept. weights: rater -> weight.
-    """
+    folds: Folds
+    clips: Clips
+    chosen: Sequence[Head]
+    """The heads by fold that judge."""
+    head: Head
+    """The kind that is kept."""
+    members: int
+    seed: int
+
+    def unseen(self, pairs: Pairs) -> Tensor:
+        """[n_folds, N]: row f by a head that has not met fold f."""
+        return unseen_scores(self.folds, pairs, self.chosen, 1, self.seed)
+
+    def kept(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """The ensemble on all pairs: members [E, P], offsets [E]."""
+        return fit_ensemble(self.head, self.folds.inputs[self.head], pairs, self.members, self.seed, self.folds.share)
+
+
+def fit_extras(
+    bench: Bench, preferences: Sequence[Preference], votes: Sequence[Vote], weights: Mapping[str, float] | None
+) -> dict[str, Fitted]:
+    """Every aspect that a preference tells, and ACCEPTABLE where anybody said "both bad". weights: rater -> weight."""
     names = sorted({name for pair in preferences for name in pair.aspects})
-    found = {name: fit_aspect(folds, clips, preferences, name, chosen, head, n_members, seed) for name in names}
+    found = {name: fit_aspect(bench, preferences, name) for name in names}
     if any(vote.choice == BOTH_BAD and not vote.gold for vote in votes):
-        found[ACCEPTABLE] = fit_acceptable(folds, clips, preferences, votes, weights, chosen, head, n_members, seed)
+        found[ACCEPTABLE] = fit_acceptable(bench, preferences, votes, weights)
     return found
 
 
@@ -73,18 +89,15 @@ def aspect_pairs(clips: Clips, preferences: Sequence[Preference], name: str) -> 
     )
 
 
-def fit_aspect(
-    folds: Folds, clips: Clips, preferences: Sequence[Preference], name: str, chosen: Sequence[Head], head: Head, n_members: int, seed: int
-) -> Fitted:
+def fit_aspect(bench: Bench, preferences: Sequence[Preference], name: str) -> Fitted:
     """A head for one aspect, and its accuracy on decided pairs of unseen prompts."""
-    pairs = aspect_pairs(clips, preferences, name)
+    pairs = aspect_pairs(bench.clips, preferences, name)
     n = int((pairs.p != 0.5).sum())
-    if n < MIN_PAIRS or len(torch.unique(folds.of(pairs))) < folds.n:
+    if n < MIN_PAIRS or len(torch.unique(bench.folds.of(pairs))) < bench.folds.n:
         return Fitted(None, {"n": n, "accuracy": None, "ci": None, "asked": MIN_PAIRS})
-    margin = folds.margins(unseen_scores(folds, pairs, chosen, 1, seed), pairs)
-    told = metrics.accuracy(margin.numpy(), pairs.prompt.tolist(), pairs.p.numpy(), seed)
-    members, offsets = fit_ensemble(head, folds.inputs[head], pairs, n_members, seed, folds.share)
-    extra = Extra(members, offsets, best_temperature(margin, pairs))
+    margin = bench.folds.margins(bench.unseen(pairs), pairs)
+    told = metrics.accuracy(margin.numpy(), pairs.prompt.tolist(), pairs.p.numpy(), bench.seed)
+    extra = Extra(*bench.kept(pairs), best_temperature(margin, pairs))
     return Fitted(extra, {"n": n, "accuracy": told.value, "ci": list(told.ci), "asked": MIN_PAIRS})
 
 
@@ -111,28 +124,19 @@ def acceptable_pairs(clips: Clips, folds: Folds, pairs: Pairs, bad: Sequence[Vot
     )
 
 
-def fit_acceptable(
-    folds: Folds,
-    clips: Clips,
-    preferences: Sequence[Preference],
-    votes: Sequence[Vote],
-    weights: Mapping[str, float] | None,
-    chosen: Sequence[Head],
-    head: Head,
-    n_members: int,
-    seed: int,
-) -> Fitted:
+def fit_acceptable(bench: Bench, preferences: Sequence[Preference], votes: Sequence[Vote], weights: Mapping[str, float] | None) -> Fitted:
     """A head whose score is the log-odds that the better of two such clips is not called bad, and how it ranks unseen votes."""
+    folds, clips = bench.folds, bench.clips
     trusted = [vote for vote in votes if not vote.gold and (weights is None or weights.get(vote.rater, 0.0) > 0)]
     bad = [vote for vote in trusted if vote.choice == BOTH_BAD]
     if len(bad) < MIN_PAIRS:
         return Fitted(None, {"n": len(bad), "auc": None, "asked": MIN_PAIRS})
     fine = clips.single(ordering(trusted))
-    pairs = acceptable_pairs(clips, folds, clips.pairs(preferences), bad, fine.index(fine.p != 0.5), seed)
-    scores = unseen_scores(folds, pairs, chosen, 1, seed)
+    pairs = acceptable_pairs(clips, folds, clips.pairs(preferences), bad, fine.index(fine.p != 0.5), bench.seed)
+    scores = bench.unseen(pairs)
     better = _better(scores, clips.single(bad), folds), _better(scores, fine, folds)
     level, slope = level_of(*better)
-    members, offsets = fit_ensemble(head, folds.inputs[head], pairs, n_members, seed, folds.share)
+    members, offsets = bench.kept(pairs)
     figures = {"n": len(bad), "auc": auc(*better), "level": level, "asked": MIN_PAIRS}
     return Fitted(Extra(members, offsets + level, 1 / slope), figures)
 
@@ -159,3 +163,19 @@ def level_of(bad: np.ndarray, fine: np.ndarray) -> tuple[float, float]:
 
     found = minimize(loss, np.array([float(np.median(bad)), 0.0]), method="Nelder-Mead", options={"maxiter": 2000})
     return float(found.x[0]), float(np.exp(found.x[1]))
+
+
+def fit_frame_head(
+    bench: Bench, codec: Codec, snapshot: Snapshot, weights: Mapping[str, float] | None
+) -> tuple[frame_reward.FrameHead | None, dict[str, Any]]:
+    """The head of frames where enough clips are marked, and how well it finds marks in clips of unseen prompts."""
+    clips, seed = bench.clips, bench.seed
+    prompt_of = {sha256: snapshot.clips[sha256].prompt_id for sha256 in clips.row}
+    found = frame_reward.marked_clips(codec, clips.known, clip_marks(snapshot, weights), prompt_of)
+    n = len(found.tables)
+    if n < MIN_MARKED:
+        return None, {"n": n, "auc": None, "ci": None, "asked": MIN_MARKED}
+    fold = {name: int(bench.folds.fold[number]) for name, number in clips.prompt_number.items()}
+    told = metrics.mean_ci(frame_reward.held_out_auc(found, fold, seed), found.prompt_ids, seed=seed)
+    head = frame_reward.fit_frames(found.tables, found.marked, seed)
+    return head, {"n": n, "auc": told.value, "ci": list(told.ci), "asked": MIN_MARKED}

@@ -20,20 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf.preferences import BOTH_BAD, TIE, Codes, Preference, Snapshot, Vote, X, checked_codes, prompt_folds, prompt_groups
-from rlhf.reward_model import (
-    Base,
+from rlhf.reward_features import Base, Table, features, loudness_and_length
+from rlhf.reward_heads import (
     Head,
     Pairs,
     Share,
-    Table,
     alone,
     best_temperature,
     expand,
-    features,
     fit,
     fit_ensemble,
     log_loss,
-    loudness_and_length,
     make_lens,
     pessimistic,
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from base_models.errors import UserError
-from rlhf.reward_model import Head, Pairs, fit
+from rlhf.reward_heads import Head, Pairs, fit
 
 MIN_SHARE, SHARE_FROM = 0.8, 500
 """Of what the raters' ceiling leaves above chance, asked from so many pairs on."""

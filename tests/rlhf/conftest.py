@@ -17,7 +17,7 @@ from base_models.policy import PRETRAINED, load_policy
 from db.export import export_snapshot
 from db.store import open_store
 from feedback_app.campaigns import register_campaign
-from rlhf import reward_model
+from rlhf import reward_features, reward_heads, reward_model
 from rlhf.evaluate_models import read_codes
 from rlhf.sample_pairs import Prompt, Settings, sample
 from rlhf.train_ppo import main as train_ppo
@@ -82,14 +82,14 @@ def reward_dir(policy_dir, clips, tmp_path_factory) -> Path:
     """A reward model of the tiny policy, fitted on a taste for the first latent."""
     policy, rows = load_policy(policy_dir), read_jsonl(clips)
     codes = read_codes(clips, rows)
-    table = reward_model.features(policy, codes, [row["prompt"] for row in rows], (reward_model.LATENTS,))
-    gold, first = table[reward_model.LATENTS][:, 0], torch.arange(0, len(codes), 2)
+    table = reward_features.features(policy, codes, [row["prompt"] for row in rows], (reward_features.LATENTS,))
+    gold, first = table[reward_features.LATENTS][:, 0], torch.arange(0, len(codes), 2)
     chosen = torch.where(gold[first] > gold[first + 1], first, first + 1)
     ones = torch.ones(len(first))
-    pairs = reward_model.Pairs(chosen, 2 * first + 1 - chosen, ones, ones, first // 2)
-    head = reward_model.Head("linear", (reward_model.LATENTS,), 1.0)
-    lens = reward_model.make_lens(head, table, torch.arange(len(codes)) // 2)
-    members, offsets = reward_model.fit_ensemble(head, reward_model.expand(lens, head, table), pairs, 2, 0)
+    pairs = reward_heads.Pairs(chosen, 2 * first + 1 - chosen, ones, ones, first // 2)
+    head = reward_heads.Head("linear", (reward_features.LATENTS,), 1.0)
+    lens = reward_heads.make_lens(head, table, torch.arange(len(codes)) // 2)
+    members, offsets = reward_heads.fit_ensemble(head, reward_heads.expand(lens, head, table), pairs, 2, 0)
     folder = tmp_path_factory.mktemp("reward")
     reward_model.RewardModel(policy, head, lens, members, offsets, 0.0, 1.0).save(folder)
     return folder

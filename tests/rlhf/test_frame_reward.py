@@ -5,6 +5,8 @@ import torch
 from base_models.codec import CodecConfig, MagnitudeCodec
 from base_models.errors import UserError
 from rlhf import frame_reward as fr
+from rlhf import reward_features as rf
+from rlhf import reward_heads as rh
 from rlhf import reward_model as rm
 
 T = 60
@@ -89,10 +91,10 @@ def test_the_model_tells_frames_before_and_after_saving_and_says_what_it_lacks(c
 
     base = SimpleNamespace(codec=codec, contrastive=None, sha256="a" * 64)
     codes = torch.randint(0, 16, (12, 2, T), generator=torch.Generator().manual_seed(1))
-    table = rm.features(base, codes, ["p"] * 12, (rm.LATENTS,))
-    head = rm.Head("linear", (rm.LATENTS,), 1.0)
-    lens = rm.make_lens(head, table, torch.arange(12) // 6)
-    members = torch.randn(3, table[rm.LATENTS].shape[1], generator=torch.Generator().manual_seed(2))
+    table = rf.features(base, codes, ["p"] * 12, (rf.LATENTS,))
+    head = rh.Head("linear", (rf.LATENTS,), 1.0)
+    lens = rh.make_lens(head, table, torch.arange(12) // 6)
+    members = torch.randn(3, table[rf.LATENTS].shape[1], generator=torch.Generator().manual_seed(2))
     model = rm.RewardModel(base, head, lens, members, torch.zeros(3), lam=0.5, temperature=2.0)
     with pytest.raises(UserError, match="stretches marked"):
         model.per_frame(codes, ["p"] * 12)
@@ -103,10 +105,10 @@ def test_the_model_tells_frames_before_and_after_saving_and_says_what_it_lacks(c
     torch.testing.assert_close(loaded.per_frame(codes, ["p"] * 12), model.per_frame(codes, ["p"] * 12))
     assert loaded.per_frame(codes, ["p"] * 12).shape == (12, T)
     ((name, acceptable),) = loaded.extra_scores(codes, ["p"] * 12).items()
-    expected = (rm.expand(lens, head, table) @ members[0] - 0.5) / 2
+    expected = (rh.expand(lens, head, table) @ members[0] - 0.5) / 2
     assert name == "acceptable"
     torch.testing.assert_close(acceptable, expected, atol=1e-5, rtol=1e-5)
-    spread = (members @ rm.expand(lens, head, table).T).std(0) / 2
+    spread = (members @ rh.expand(lens, head, table).T).std(0) / 2
     torch.testing.assert_close(loaded.spread(codes, ["p"] * 12), spread, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="12 clips and 1 prompts"):
         model.per_frame(codes, ["p"])

@@ -4,26 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf import train_reward
-from rlhf.preferences import X, load_snapshot, training_pairs
-from rlhf.reward_extras import acceptable_pairs, aspect_pairs, auc, fit_acceptable, fit_aspect, level_of
-from rlhf.reward_folds import Clips, Folds, choose_heads, cross_calibrated, loss_by_fold, ordering, unseen_raters, unseen_scores
-from rlhf.reward_model import Head
-
-PLAIN, BLIND = Head("linear", ("all",), 3.0), Head("linear", ("nothing",), 3.0)
+from rlhf.preferences import X, training_pairs
+from rlhf.reward_folds import choose_heads, cross_calibrated, loss_by_fold, ordering, unseen_raters, unseen_scores
+from tests.rlhf.reward_toys import BLIND, PLAIN, toy_votes
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The toy's votes, and heads over what the toy's raters hear (PLAIN) or over noise (BLIND)."""
-    folder = tmp_path_factory.mktemp("toy")
-    train_reward.write_toy_snapshot(folder, "b" * 64, seed=0)
-    snapshot = load_snapshot(folder)
-    clips = Clips(snapshot, 2, 32)
-    heard = torch.stack([codes[0].float().mean(1) / 4 for codes in clips.codes])
-    noise = torch.randn(heard.shape, generator=torch.Generator().manual_seed(0))
-    folds = Folds({BLIND: noise, PLAIN: heard}, clips.fold_of_prompt(5, 0), 5)
-    return snapshot, clips, folds
+    return toy_votes(tmp_path_factory.mktemp("toy"))
 
 
 def test_every_clip_of_a_vote_has_a_row_and_pairs_name_it(world):
@@ -88,56 +76,3 @@ def test_strangers_votes_are_foretold_without_their_votes(world):
     assert sorted(map(len, seen)) == [4] * 5
     assert set.intersection(*seen) == set()
     assert unseen_raters(folds, clips, [vote for vote in votes if vote.rater == "r0"], pairs_of, [PLAIN] * 5, seed=0) is None
-
-
-def test_an_aspect_turns_pairs_to_the_side_that_is_better_at_it(world):
-    snapshot, clips, _ = world
-    preferences = training_pairs(snapshot, known=clips.known)
-    pairs = aspect_pairs(clips, preferences, "musicality")
-    told = [pair for pair in preferences if "musicality" in pair.aspects]
-    for row, pair in enumerate(told):
-        better = pair.chosen_sha256 if pair.aspects["musicality"] >= 0 else pair.rejected_sha256
-        assert int(pairs.chosen[row]) == clips.row[better]
-        assert float(pairs.p[row]) == pytest.approx(0.5 + abs(pair.aspects["musicality"]) / 4)
-    assert any(pair.aspects["musicality"] < 0 for pair in told)
-
-
-def test_an_aspect_has_a_head_of_its_own(world):
-    """The toy's aspect follows the first book; its votes follow both."""
-    snapshot, clips, folds = world
-    found = fit_aspect(folds, clips, training_pairs(snapshot, known=clips.known), "musicality", [PLAIN] * 5, PLAIN, 3, 0)
-    assert found.figures["ci"][0] > 0.8
-    first, second = found.extra.members.mean(0).tolist()
-    assert first < 0
-    assert abs(first) > 3 * abs(second)
-
-
-def test_few_judgements_make_no_head(world):
-    snapshot, clips, folds = world
-    few = training_pairs(snapshot, known=clips.known)[:20]
-    assert fit_aspect(folds, clips, few, "musicality", [PLAIN] * 5, PLAIN, 3, 0).extra is None
-    made = fit_acceptable(folds, clips, few, snapshot.votes[:20], None, [PLAIN] * 5, PLAIN, 3, 0)
-    assert made.extra is None
-    assert made.figures["auc"] is None
-
-
-def test_clips_called_bad_meet_winners_of_their_own_fold_only(world):
-    snapshot, clips, folds = world
-    votes = list(snapshot.votes)
-    bad = [vote for vote in votes if vote.choice == "both_bad"]
-    order = clips.pairs(training_pairs(snapshot, known=clips.known))
-    pairs = acceptable_pairs(clips, folds, order, bad, clips.single(ordering(votes)), seed=0)
-    more = pairs.index(torch.arange(len(order), len(pairs)))
-    assert len(more) == 2 * len(bad) > 0
-    assert folds.fold[clips.prompt[more.chosen]].tolist() == folds.fold[clips.prompt[more.rejected]].tolist() == folds.of(more).tolist()
-    assert set(more.rejected.tolist()) == {clips.row[clip] for vote in bad for clip in (vote.clip_x, vote.clip_y)}
-
-
-def test_the_level_of_both_bad_is_recovered():
-    rng = np.random.default_rng(0)
-    s = rng.normal(size=20_000)
-    bad = rng.random(20_000) < 1 / (1 + np.exp(-3 * (-1.0 - s)))
-    level, slope = level_of(s[bad], s[~bad])
-    assert level == pytest.approx(-1, abs=0.05)
-    assert slope == pytest.approx(3, rel=0.07)
-    assert auc(np.array([0.0, 1.0]), np.array([1.0, 2.0])) == 0.875

@@ -3,7 +3,7 @@ import torch
 
 from rlhf import reward_gates
 from rlhf.reward_gates import GateError, demand, gates, overfit, share_of_ceiling
-from rlhf.reward_model import Head, Pairs
+from rlhf.reward_heads import Head, Pairs
 
 GOOD = {
     "accuracy": 0.76, "ci": [0.74, 0.78], "ceiling": 0.8, "n_pairs": 600, "ece": 0.02, "overfit": 1.0,

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import subprocess
@@ -12,12 +11,12 @@ import torch
 
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
-from rlhf import raters, train_reward
-from rlhf import reward_model as rm
-from rlhf.preferences import content_sha256, load_snapshot, training_pairs
-from rlhf.reward_folds import Clips, Folds, choose_heads
+from rlhf import reward_features as rf
+from rlhf import train_reward
+from rlhf.preferences import content_sha256
 from rlhf.reward_gates import GateError
-from rlhf.reward_model import Head, load_reward
+from rlhf.reward_model import load_reward
+from rlhf.reward_toy import toy_base, write_toy_snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "rlhf" / "train_reward.py"
@@ -125,7 +124,7 @@ def test_a_run_without_a_snapshot_says_how_to_get_one():
 
 def rewritten(folder, **changes):
     """The toy's snapshot with its votes changed: column -> function of the vote."""
-    train_reward.write_toy_snapshot(folder, train_reward.toy_base(0).sha256, seed=0)
+    write_toy_snapshot(folder, toy_base(0).sha256, seed=0)
     rows = [json.loads(line) for line in (folder / "votes.jsonl").read_text().splitlines()]
     for row in rows:
         row |= {column: change(row) for column, change in changes.items()}
@@ -147,7 +146,7 @@ def rewritten(folder, **changes):
 )
 def test_votes_that_cannot_teach_are_refused_and_nothing_is_written(tmp_path, monkeypatch, changes, said):
     folder = rewritten(tmp_path / "snapshot", **changes)
-    monkeypatch.setattr(train_reward, "load_policy", lambda path: train_reward.toy_base(0))
+    monkeypatch.setattr(train_reward, "load_policy", lambda path: toy_base(0))
     with pytest.raises(UserError, match=said):
         train_reward.main(train_reward.Config(snapshot=folder, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -155,11 +154,11 @@ def test_votes_that_cannot_teach_are_refused_and_nothing_is_written(tmp_path, mo
 
 def test_clips_of_another_codec_and_of_another_base_are_refused(tmp_path, monkeypatch):
     folder = rewritten(tmp_path / "snapshot")
-    base = train_reward.toy_base(0)
+    base = toy_base(0)
     monkeypatch.setattr(train_reward, "load_policy", lambda path: replace(base, sha256="c" * 64))
     with pytest.raises(UserError, match=f"clips of base {base.sha256[:12]}"):
         train_reward.main(train_reward.Config(snapshot=folder, out=tmp_path / "out"))
-    other = replace(train_reward.toy_base(0, n_q=3), sha256=base.sha256)
+    other = replace(toy_base(0, n_q=3), sha256=base.sha256)
     monkeypatch.setattr(train_reward, "load_policy", lambda path: other)
     with pytest.raises(UserError, match="2 codebooks"):
         train_reward.main(train_reward.Config(snapshot=folder, out=tmp_path / "out"))
@@ -168,7 +167,7 @@ def test_clips_of_another_codec_and_of_another_base_are_refused(tmp_path, monkey
 def test_the_language_models_states_are_used_only_where_they_foretell_votes_better(tmp_path, monkeypatch):
     """A model whose states are codes that the raters judge by, beside features of a codec that hears noise."""
     folder = rewritten(tmp_path / "snapshot")
-    plain = train_reward.toy_base(0)
+    plain = toy_base(0)
     with pytest.raises(UserError, match="no language model"):
         train_reward.trunk_heads("auto", plain)
     base = SimpleNamespace(codec=plain.codec, contrastive=None, sha256=plain.sha256, lm=None)
@@ -180,57 +179,25 @@ def test_the_language_models_states_are_used_only_where_they_foretell_votes_bett
             return torch.cat([codes.float().mean((1, 2))[:, None] if told else noise[:, :1], 0.1 * noise[:, 1:]], 1)
 
         monkeypatch.setattr(train_reward, "load_policy", lambda path: base)
-        monkeypatch.setattr(rm, "lm_statistics", states)
+        monkeypatch.setattr(rf, "lm_statistics", states)
         cfg = train_reward.Config(snapshot=folder, out=tmp_path / str(told), trunk="auto", members=1, folds=3, weights_by="nothing")
         reached[told] = train_reward.main(cfg)
-    assert rm.STATES in reached[True]["head"]["blocks"]
-    assert rm.STATES not in reached[False]["head"]["blocks"]
+    assert rf.STATES in reached[True]["head"]["blocks"]
+    assert rf.STATES not in reached[False]["head"]["blocks"]
     model = load_reward(tmp_path / "True", base)
-    monkeypatch.setattr(rm, "lm_statistics", lambda base, codes, prompts: torch.zeros(len(codes), 4))
+    monkeypatch.setattr(rf, "lm_statistics", lambda base, codes, prompts: torch.zeros(len(codes), 4))
     assert model.score(torch.zeros(2, 2, 12, dtype=torch.long), ["toy"] * 2).shape == (2,)
 
 
 def test_one_persons_taste_can_be_learnt_on_request(tmp_path, monkeypatch):
     folder = rewritten(tmp_path / "snapshot", rater=lambda row: "me")
-    monkeypatch.setattr(train_reward, "load_policy", lambda path: train_reward.toy_base(0))
+    monkeypatch.setattr(train_reward, "load_policy", lambda path: toy_base(0))
     cheap = {"members": 1, "folds": 3}
     figures = train_reward.main(train_reward.Config(snapshot=folder, out=tmp_path / "out", one_rater=True, **cheap))
     assert figures["ci"][0] > 0.5
     assert figures["ceiling"] is None
     assert figures["accuracy_unseen_raters"] is None
     assert "unknown" in train_reward.report(figures)
-
-
-def test_slopes_find_the_careless_and_the_adversary_where_nobody_shares_a_pair(tmp_path):
-    """One vote a pair: agreement knows nothing of anybody."""
-    train_reward.write_toy_snapshot(tmp_path, "b" * 64, seed=1, n_pairs=400)
-    snapshot = load_snapshot(tmp_path)
-    turned = {"x": "y", "y": "x"}
-    votes = [replace(vote, choice=turned.get(vote.choice, vote.choice)) if vote.rater == "r3" else vote for vote in snapshot.votes]
-    alone = {vote.pair_id: vote for vote in sorted(votes, key=lambda vote: hashlib.sha256(vote.vote_id.encode()).hexdigest())}
-    snapshot = replace(snapshot, votes=tuple(alone.values()))
-    assert set(raters.weights(raters.reliability(snapshot.votes)).values()) == {1.0}
-    clips = Clips(snapshot, 2, 32)
-    head = Head("linear", ("all",), 1.0)
-    heard = torch.stack([codes[0].float().flatten() / 10 for codes in clips.codes])
-    folds = Folds({head: heard}, clips.fold_of_prompt(5, 0), 5)
-
-    def preferences(weights):
-        return training_pairs(snapshot, weights, known=clips.known)
-
-    pairs = clips.pairs(preferences(None))
-    cfg = train_reward.Config(members=1)
-    found = train_reward.weigh(cfg, folds, clips, snapshot, None, pairs, choose_heads(folds, pairs), preferences)
-    assert found.name == "slopes"
-    assert found.losses["slopes"] < found.losses["agreement"] - 0.05
-    assert found.weights["r3"] == 0
-    assert found.told("r3")["against_the_music"]
-    assert found.weights["r4"] < 0.5 * min(found.weights[rater] for rater in ("r0", "r1", "r2"))
-    turned_round = train_reward.weigh(
-        replace(cfg, adversaries="invert"), folds, clips, snapshot, None, pairs, choose_heads(folds, pairs), preferences
-    )
-    assert turned_round.weights["r3"] < 0
-    assert turned_round.losses["slopes"] < found.losses["agreement"] - 0.05
 
 
 def launch(arguments, cwd, *launcher):

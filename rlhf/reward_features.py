@@ -1,0 +1,155 @@
+"""What of a clip a reward's heads see: frozen features of the codes, in blocks.
+
+    codes [B, K, T] + prompts [B] -> latents [B, D, T] -> blocks [B, F]: latents, magnitudes, descriptors, shared, fit
+
+Statistics of the magnitudes that the codec is about to play and descriptors of them (where the codec is ours), statistics of its
+latents, and the shared audio-text space (base_models.contrastive). Nothing here has parameters that votes train, or decodes a waveform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from base_models.codec import Codec, MagnitudeCodec
+from base_models.errors import UserError
+from rlhf.descriptors import describe
+from rlhf.token_reward import lm_statistics
+
+LATENTS, MAGNITUDES, DESCRIPTORS, SHARED, FIT = "latents", "magnitudes", "descriptors", "shared", "fit"
+STATES = "states"
+"""What the base's own language model makes of a clip (rlhf.token_reward); read only where `--trunk` asks for it."""
+Table = Mapping[str, Tensor]
+"""Blocks of features by name, [N, F] each."""
+
+
+class Base(Protocol):
+    """What of a policy the reward reads (base_models.policy.Policy has it)."""
+
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def contrastive(self) -> Any: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+def over_time(series: Tensor) -> Tensor:
+    """[B, D, T] -> [B, 3 D]: mean, spread and mean absolute step over time."""
+    step = series[..., 1:] - series[..., :-1] if series.shape[-1] > 1 else torch.zeros_like(series)
+    return torch.cat([series.mean(-1), series.std(-1, correction=0), step.abs().mean(-1)], dim=1)
+
+
+def magnitude_statistics(magnitude: Tensor, n_bands: int = 24) -> Tensor:
+    """Magnitudes [B, N, n_bins] -> [B, F]: log energies in bands, their movement, how often something is struck, and
+    noisiness.
+
+    All statistics forget *when* things happen: whether attacks keep a beat cannot be seen here.
+    """
+    power = magnitude.square()
+    bins = power.shape[-1]
+    edges = torch.logspace(torch.log10(torch.tensor(2.0)), torch.log10(torch.tensor(float(bins))), n_bands + 1).round().long()
+    edges = torch.unique(edges)
+    bands = torch.stack([torch.log10(power[..., a:b].mean(-1) + 1e-6) for a, b in pairwise(edges.tolist())], dim=1)
+    rise = (bands[..., 1:] - bands[..., :-1]).clamp_min(0)
+    flux = rise.mean(1)
+    level = torch.log10(power.sum(-1) + 1e-5)
+    flatness = torch.log10(power[..., 2:] + 1e-7).mean(-1) - torch.log10(power[..., 2:].mean(-1) + 1e-7)
+
+    def quantiles(series: Tensor, *at: float) -> Tensor:
+        return torch.quantile(series, torch.tensor(at, device=series.device), dim=1).T
+
+    middle = flux[:, 1:-1]
+    struck = (middle > flux[:, 2:]) & (middle >= flux[:, :-2]) & (middle > (flux.mean(1) + flux.std(1))[:, None])
+    return torch.cat(
+        [
+            over_time(bands),
+            rise.mean(-1),
+            quantiles(flux, 0.5, 0.9, 0.98),
+            flux.std(1, keepdim=True),
+            struck.float().mean(1, keepdim=True),
+            quantiles(level, 0.1, 0.5, 0.95),
+            level.std(1, keepdim=True),
+            quantiles(flatness, 0.1, 0.5, 0.9),
+        ],
+        dim=1,
+    )
+
+
+def blocks_of(base: Base) -> tuple[str, ...]:
+    """The blocks of features that this base can give."""
+    ours, shared = isinstance(base.codec, MagnitudeCodec), base.contrastive is not None
+    known = {LATENTS: True, MAGNITUDES: ours, DESCRIPTORS: ours, SHARED: shared, FIT: shared}
+    return tuple(name for name, there in known.items() if there)
+
+
+@torch.no_grad()
+def features(base: Base, codes: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """codes [B, K, T], prompts [B] -> the frozen features that a head sees, by block [B, F]; F depends on the base only.
+
+    Args: blocks: which to compute; default: all that codec and shared space can give, which leaves STATES out.
+    """
+    wanted = blocks_of(base) if blocks is None else tuple(blocks)
+    heard = [block for block in wanted if block != STATES]
+    made = features_of_latents(base, base.codec.latents(codes), prompts, heard)
+    if STATES in wanted:
+        speaker: Any = base
+        made[STATES] = lm_statistics(speaker, codes, prompts)
+    return {block: made[block] for block in wanted}
+
+
+def features_of_latents(base: Base, latents: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The same, with a gradient to the codes' latents [B, D, T]."""
+    if len(prompts) != len(latents):
+        raise ValueError(f"{len(latents)} clips and {len(prompts)} prompts")
+    wanted = blocks_of(base) if blocks is None else tuple(blocks)
+    if STATES in wanted:
+        raise UserError("a reward that reads the language model", "one over what the codec plays", "train it with --trunk frozen")
+    made: dict[str, Tensor] = {}
+    if LATENTS in wanted:
+        made[LATENTS] = over_time(latents).float()
+    if {MAGNITUDES, DESCRIPTORS} & set(wanted):
+        assert isinstance(base.codec, MagnitudeCodec)
+        magnitude = _magnitudes(base.codec, latents)
+        if MAGNITUDES in wanted:
+            made[MAGNITUDES] = magnitude_statistics(magnitude).float()
+        if DESCRIPTORS in wanted:
+            made[DESCRIPTORS] = describe(magnitude, base.codec.sample_rate, base.codec.config.stft_hop).float()
+    if {SHARED, FIT} & set(wanted):
+        heard = base.contrastive.embed_latents(latents)
+        with torch.no_grad():
+            said = base.contrastive.embed_text(list(prompts)).to(heard)
+        fit = (heard * said).sum(1, keepdim=True)
+        if SHARED in wanted:
+            made[SHARED] = torch.cat([base.contrastive.features_of_latents(latents), fit], dim=1).float()
+        if FIT in wanted:
+            made[FIT] = fit.float()
+    return {block: made[block] for block in wanted}
+
+
+@torch.no_grad()
+def loudness_and_length(base: Base, codes: Tensor) -> Tensor:
+    """codes [B, K, T] -> [B, 3]: median and peak level, length. What a reward model must beat to have heard
+    anything."""
+    if isinstance(base.codec, MagnitudeCodec):
+        level = torch.log10(_magnitudes(base.codec, base.codec.latents(codes)).square().sum(-1) + 1e-5)
+    else:
+        level = base.codec.latents(codes).norm(dim=1)
+    length = torch.full_like(level[:, 0], codes.shape[-1])
+    return torch.stack([level.median(1).values, level.amax(1), length], dim=1)
+
+
+def _magnitudes(codec: MagnitudeCodec, latents: Tensor) -> Tensor:
+    """latents [B, D, T] -> the magnitudes [B, N, n_bins] that `decode` would give a phase to; clip by clip, as decode
+    does."""
+    return torch.cat([codec.expand(codec.from_latents(row.transpose(1, 2))) for row in latents.split(1)])
+
+
+def features_sha256(base: Base) -> str:
+    """What the features come from: the codec and the shared audio-text space."""
+    tower = "" if base.contrastive is None else base.contrastive.sha256()
+    return f"{base.codec.sha256()}|{tower}"

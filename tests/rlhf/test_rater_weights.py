@@ -1,0 +1,42 @@
+import hashlib
+from dataclasses import replace
+
+import torch
+
+from rlhf import raters
+from rlhf.preferences import load_snapshot, training_pairs
+from rlhf.rater_weights import weigh
+from rlhf.reward_folds import Clips, Folds, choose_heads
+from rlhf.reward_heads import Head
+from rlhf.reward_toy import write_toy_snapshot
+from rlhf.train_reward import Config
+
+
+def test_slopes_find_the_careless_and_the_adversary_where_nobody_shares_a_pair(tmp_path):
+    """One vote a pair: agreement knows nothing of anybody."""
+    write_toy_snapshot(tmp_path, "b" * 64, seed=1, n_pairs=400)
+    snapshot = load_snapshot(tmp_path)
+    turned = {"x": "y", "y": "x"}
+    votes = [replace(vote, choice=turned.get(vote.choice, vote.choice)) if vote.rater == "r3" else vote for vote in snapshot.votes]
+    alone = {vote.pair_id: vote for vote in sorted(votes, key=lambda vote: hashlib.sha256(vote.vote_id.encode()).hexdigest())}
+    snapshot = replace(snapshot, votes=tuple(alone.values()))
+    assert set(raters.weights(raters.reliability(snapshot.votes)).values()) == {1.0}
+    clips = Clips(snapshot, 2, 32)
+    head = Head("linear", ("all",), 1.0)
+    heard = torch.stack([codes[0].float().flatten() / 10 for codes in clips.codes])
+    folds = Folds({head: heard}, clips.fold_of_prompt(5, 0), 5)
+
+    def preferences(weights):
+        return training_pairs(snapshot, weights, known=clips.known)
+
+    pairs = clips.pairs(preferences(None))
+    cfg = Config(members=1)
+    found = weigh(cfg, folds, clips, snapshot, None, pairs, choose_heads(folds, pairs), preferences)
+    assert found.name == "slopes"
+    assert found.losses["slopes"] < found.losses["agreement"] - 0.05
+    assert found.weights["r3"] == 0
+    assert found.told("r3")["against_the_music"]
+    assert found.weights["r4"] < 0.5 * min(found.weights[rater] for rater in ("r0", "r1", "r2"))
+    turned_round = weigh(replace(cfg, adversaries="invert"), folds, clips, snapshot, None, pairs, choose_heads(folds, pairs), preferences)
+    assert turned_round.weights["r3"] < 0
+    assert turned_round.losses["slopes"] < found.losses["agreement"] - 0.05

@@ -1,0 +1,132 @@
+import hashlib
+from functools import partial
+
+import numpy as np
+import pytest
+
+from base_models.errors import UserError
+from rlhf.preferences import training_pairs
+from rlhf.snapshot import Mark, content_sha256, load_snapshot
+from tests.rlhf.vote_toys import BASE, write_snapshot
+
+
+@pytest.fixture
+def snapshot_of(tmp_path):
+    return partial(write_snapshot, tmp_path / "snapshot")
+
+
+def test_the_hash_is_the_one_that_export_documents(snapshot_of):
+    folder = snapshot_of([(0, "r", "x", {})])
+    both = (folder / "votes.jsonl").read_bytes() + (folder / "clips.jsonl").read_bytes()
+    assert content_sha256(folder) == hashlib.sha256(both).hexdigest()
+
+
+@pytest.mark.parametrize("file", ["votes.jsonl", "clips.jsonl"])
+def test_a_changed_snapshot_is_refused(snapshot_of, file):
+    folder = snapshot_of([(0, "r", "x", {})])
+    load_snapshot(folder)
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace("prompt 0", "prompt O"))
+    with pytest.raises(UserError, match="hashes to"):
+        load_snapshot(folder)
+
+
+@pytest.mark.parametrize("file", ["snapshot.json", "votes.jsonl", "clips.jsonl"])
+def test_a_missing_file_is_named(snapshot_of, file):
+    folder = snapshot_of([(0, "r", "x", {})])
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+        load_snapshot(folder)
+
+
+def test_a_snapshot_without_votes_is_refused_with_the_reasons(snapshot_of):
+    with pytest.raises(UserError, match="without a usable vote"):
+        load_snapshot(snapshot_of([]))
+    folder = snapshot_of([(0, "r", "x", {"excluded_reason": "rater_blocked"})])
+    with pytest.raises(UserError, match="1 rater_blocked"):
+        load_snapshot(folder)
+
+
+def test_excluded_votes_are_counted_and_not_used(snapshot_of):
+    folder = snapshot_of([(0, "a", "x", {}), (0, "b", "y", {"excluded_reason": "listened_too_little"})])
+    snapshot = load_snapshot(folder)
+    assert dict(snapshot.n_excluded) == {"listened_too_little": 1}
+    assert [pair.p for pair in training_pairs(snapshot)] == [1.0]
+
+
+def test_clips_of_another_base_are_refused(snapshot_of):
+    folder = snapshot_of([(0, "a", "x", {})])
+    assert load_snapshot(folder, BASE).policy_sha256 == BASE
+    with pytest.raises(UserError, match="clips of base bbbbbbbbbbbb"):
+        load_snapshot(folder, "c" * 64)
+
+
+def test_codes_of_another_codec_are_refused(snapshot_of):
+    snapshot = load_snapshot(snapshot_of([(0, "a", "x", {})]))
+    assert training_pairs(snapshot, n_q=2, card=32)
+    with pytest.raises(UserError, match="2 codebooks"):
+        training_pairs(snapshot, n_q=4, card=32)
+    with pytest.raises(UserError, match="values"):
+        training_pairs(snapshot, n_q=2, card=4)
+
+
+def test_a_vote_on_an_unknown_clip_is_refused(snapshot_of):
+    with pytest.raises(UserError, match=r"not in clips\.jsonl"):
+        load_snapshot(snapshot_of([(0, "a", "x", {"clip_x": "f" * 64})]))
+
+
+def test_pickled_codes_are_refused(snapshot_of):
+    folder = snapshot_of([(0, "a", "x", {})])
+    np.save(folder / "codes" / "0.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="pickle"):
+        training_pairs(load_snapshot(folder))
+
+
+def test_missing_codes_name_the_clip(snapshot_of):
+    folder = snapshot_of([(0, "a", "x", {})])
+    (folder / "codes" / "1.npy").unlink()
+    with pytest.raises(UserError, match="no codes at"):
+        training_pairs(load_snapshot(folder))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"aspects": {"musicality": 3}},
+        {"aspects": ["musicality"]},
+        {"marks": [{"side": "a", "t0_ms": 0, "t1_ms": 9}]},
+        {"marks": [{"side": "x", "t0_ms": 9, "t1_ms": 9}]},
+        {"marks": [{"side": "x"}]},
+    ],
+)
+def test_aspects_and_marks_that_mean_nothing_are_refused(snapshot_of, broken):
+    with pytest.raises(UserError, match="in vote 0"):
+        load_snapshot(snapshot_of([(0, "a", "x", broken)]))
+
+
+def test_snapshots_from_before_aspects_and_marks_still_load(snapshot_of):
+    (pair,) = training_pairs(load_snapshot(snapshot_of([(0, "a", "x", {})])))
+    assert (pair.aspects, pair.chosen_marks, pair.rejected_marks) == ({}, (), ())
+
+
+def test_what_the_app_exports_is_read_with_its_aspects_and_marks_the_right_way_round():
+    """db.export turns sides back; a vote shown swapped must reach the trainer as one that was not."""
+    from types import SimpleNamespace
+
+    from db.export import _vote as exported
+    from rlhf.snapshot import _vote as read
+
+    row = dict.fromkeys(("id", "pair_id", "key", "text", "split", "handle", "status", "listen_a_ms", "listen_b_ms", "coverage_a"))
+    row |= dict.fromkeys(("coverage_b", "confidence", "comment", "gold", "kind", "policy", "propensity", "source", "ui_version"))
+    now = SimpleNamespace(isoformat=lambda timespec: "now")
+    row |= {"rater_id": 1, "x": "clip-x", "y": "clip-y", "rep": 0, "created_at": now, "issued_at": now, "events": []}
+    said = {}
+    for swapped in (False, True):
+        better, worse = ("b", "a") if swapped else ("a", "b")  # x is better, and y is marked, wherever they stood
+        aspect = SimpleNamespace(aspect="musicality", score=-2 if better == "a" else 2)
+        mark = SimpleNamespace(side=worse, t0_ms=1, t1_ms=2, tag="bad")
+        made = exported(SimpleNamespace(**row, swapped=swapped, choice=better), None, "salt", [aspect], [mark])
+        said[swapped] = read(made)
+    for swapped, vote in said.items():
+        assert (vote.choice, vote.aspects, vote.marks) == ("x", {"musicality": 2}, (Mark("clip-y", 1, 2, "bad"),))
+        assert vote.shown_first == ("y" if swapped else "x")

@@ -1,0 +1,62 @@
+"""Snapshots of a few votes, written as `encore ratings export` writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.snapshot import content_sha256
+
+BASE = "b" * 64
+
+
+def write_snapshot(
+    folder: Path, votes: Sequence[tuple[int, str, str, dict[str, Any]]], n_pairs: int = 4, base: str = BASE, card: int = 32
+) -> Path:
+    """A folder from (pair, rater, choice, extra) rows; pair p compares clips 2p and 2p + 1 of prompt p // 2."""
+    (folder / "codes").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    clips = []
+    for number in range(2 * n_pairs):
+        codes = rng.integers(0, card, (2, 5)).astype(np.int16)
+        np.save(folder / "codes" / f"{number}.npy", codes)
+        clips.append(
+            {
+                "sha256": clip(number),
+                "codes_uri": f"codes/{number}.npy",
+                "prompt_id": f"p{number // 4}",
+                "prompt": f"prompt {number // 4}",
+                "policy_sha256": base,
+                "tempo_bpm": 120.0,
+            }
+        )
+    rows = [
+        {
+            "vote_id": i,
+            "pair_id": pair,
+            "prompt_id": f"p{pair // 2}",
+            "prompt": f"prompt {pair // 2}",
+            "split": "train",
+            "rater": rater,
+            "choice": choice,
+            "clip_x": clip(2 * pair),
+            "clip_y": clip(2 * pair + 1),
+            "excluded_reason": None,
+            **extra,
+        }
+        for i, (pair, rater, choice, extra) in enumerate(votes)
+    ]
+    for name, lines in (("votes.jsonl", rows), ("clips.jsonl", clips)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "snapshot.json").write_text(json.dumps({"name": "test", "sha256": content_sha256(folder)}))
+    return folder
+
+
+def clip(number: int) -> str:
+    """A clip's hash."""
+    return hashlib.sha256(str(number).encode()).hexdigest()
