@@ -42,21 +42,21 @@ class AdaptiveKLController:
 
 
 class RewardNormalizer:
-    """Running mean and variance of the scores over all steps and ranks: (score - mean) / std, clipped to +-clip.
+    """Running mean and variance of the scores over all steps and ranks: (score - mean) / max(std, least), clipped to +-clip.
 
     The mean is shared by every sequence: taking it away changes no preference; it only spares the critic a bias.
     Moments are merged exactly (Chan, Golub and LeVeque 1983), so that one batch of 2n equals two of n.
     """
 
-    def __init__(self, clip: float = 5.0, eps: float = 1e-4) -> None:
-        self.clip, self.eps = clip, eps
+    def __init__(self, clip: float = 5.0, eps: float = 1e-4, least: float = 0.0) -> None:
+        self.clip, self.eps, self.least = clip, eps, least
         self.count, self.mean, self.m2 = 0.0, 0.0, 0.0
 
     @property
     def std(self) -> float:
-        """1 until two scores were seen, and where all scores are equal (they differ from the mean by 0 then)."""
+        """Not less than `least`. 1 until two scores were seen, and where all scores are equal (they differ from the mean by 0 then)."""
         variance = self.m2 / self.count if self.count > 1 else 0.0
-        return math.sqrt(variance) if variance > self.eps**2 else 1.0
+        return max(math.sqrt(variance) if variance > self.eps**2 else 1.0, self.least)
 
     def update(self, scores: Tensor, reduce: Reduce = alone) -> None:
         """Takes the finite scores of [B]; `reduce` sums over ranks where each holds its own share."""

@@ -14,7 +14,7 @@ from rlhf.consistency import checks, slopes
 from rlhf.flat_kto import BadClip, bad_clips
 from rlhf.preferences import Preference, load_snapshot, prompt_folds, training_pairs
 from rlhf.reward_model import load_reward
-from rlhf.rewards import HUMAN, Mixed, Part, Reward, Score, parse_weights, weighted
+from rlhf.rewards import HUMAN, LEAST_LOGITS, Mixed, Part, Reward, Score, parse_weights, weighted
 from rlhf.sample_pairs import read_prompts
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def load_task(cfg: Config) -> Task:
         prompts = read_prompts(cfg.prompts)
         reward = load_reward(cfg.reward, policy)
         held_out = held_out_prompts([p.prompt_id for p in prompts], cfg.held_out, cfg.seed)
-        parts = weighted(parse_weights(cfg.weights), reward.score, checks(policy))
+        parts = weighted(parse_weights(cfg.weights), reward.score, checks(policy), LEAST_LOGITS)
         judge = Mixed(parts, ({HUMAN: reward.slope} if reward.has_slope else {}) | slopes(policy), policy.codec.codebooks)
         own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256)
         words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]

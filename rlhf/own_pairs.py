@@ -214,7 +214,8 @@ class OwnPairs:
         typical = float(torch.tensor(gather_object(everywhere) if self.args.world_size > 1 else everywhere).nanmedian())
         slope = limited(slope, typical=typical)
         assert self.base_scores is not None
-        unit = float(self.base_scores[torch.isfinite(self.base_scores)].std().clamp_min(1e-6))
+        spread = float(self.base_scores[torch.isfinite(self.base_scores)].std())
+        unit = max(spread, self.score.reward.least, 1e-6)
         made = [
             antithetic_edits(
                 self.lm,

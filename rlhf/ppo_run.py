@@ -40,7 +40,7 @@ class Run:
 
     def __init__(self, cfg: Config, task: Task, accelerator: Accelerator) -> None:
         self.cfg, self.task, self.accelerator = cfg, task, accelerator
-        self.reward = weighted(parse_weights(cfg.weights), task.score, task.checks)
+        self.reward = weighted(parse_weights(cfg.weights), task.score, task.checks, task.least)
         self.credit = credit_of(cfg.credit, task, self.reward.trained)
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster(accelerator.device))
         self.table = task.table.to(accelerator.device)
@@ -58,7 +58,7 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, cfg.lr_end, total_iters=max(cfg.steps - 1, 1))
         self.controller = AdaptiveKLController(cfg.kl_coef, cfg.target_kl, cfg.kl_horizon)
         self.baseline = PromptBaseline(len(task.prompts))
-        self.normalizer = RewardNormalizer()
+        self.normalizer = RewardNormalizer(least=self.reward.least)
         self.brake = Brake(cfg.max_disagreement, cfg.min_diversity, cfg.patience)
         self.best: dict[str, Tensor] = {}
         """The adapter of the best look."""

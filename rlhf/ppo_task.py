@@ -23,7 +23,7 @@ from rlhf.consistency import checks, slopes
 from rlhf.outside_judge import OutsideJudge
 from rlhf.reward_features import LATENTS, features
 from rlhf.reward_model import RewardModel, load_reward
-from rlhf.rewards import HUMAN, Score, Slope
+from rlhf.rewards import HUMAN, LEAST_LOGITS, Score, Slope
 
 Sound = Callable[[Tensor], tuple[NDArray[np.float32], int]]
 """codes [K, T] -> wav [C, L] and its sample rate."""
@@ -53,6 +53,8 @@ class Task:
     score: Score | None
     """The part `human` of the reward; None in a run of checks alone."""
     base_sha256: str
+    least: float = 0.0
+    """The least spread of that score among the base's clips which counts as one (rlhf.rewards.LEAST_LOGITS)."""
     reward_sha256: str | None = None
     snapshot_sha256: str | None = None
     checks: Mapping[str, Score] = field(default_factory=dict)
@@ -109,6 +111,7 @@ def load_task(
         table=prompts.table,
         score=score,
         base_sha256=policy.sha256,
+        least=0.0 if reward is None else LEAST_LOGITS,
         reward_sha256=None if reward is None else reward.sha256,
         snapshot_sha256=None if reward is None else reward.snapshot_sha256,
         checks=checks(policy) | ({} if reward is None else aspects(reward)),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from base_models.checkpoint import read_json
 from base_models.errors import UserError
 from rlhf.reward_heads import Head, Pairs, fit
 
@@ -70,6 +72,17 @@ def share_of_ceiling(figures: Mapping[str, Any]) -> float | None:
     """(accuracy - 1/2) / (ceiling - 1/2); None where the raters agree no more than by chance, or nobody can tell."""
     ceiling = figures["ceiling"]
     return None if ceiling is None or ceiling <= 0.5 else float((figures["accuracy"] - 0.5) / (ceiling - 0.5))
+
+
+def doubt(reward: Path) -> str | None:
+    """A line for whoever trains on a reward model that foretells held-out votes no better than chance; else None."""
+    low, high = read_json(reward / "figures.json")["ci"]
+    if low > 0.5:
+        return None
+    return (
+        f"{reward} foretells held-out votes no better than chance ([{low:.3f}, {high:.3f}] holds .5): little or nothing can be "
+        "learnt from it; collect more votes"
+    )
 
 
 def demand(asked: Sequence[Gate]) -> None:

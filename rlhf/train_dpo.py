@@ -61,6 +61,7 @@ from rlhf.flat_kto import FlatKTOTrainer, JudgementCollator, judgement_rows, jud
 from rlhf.flat_policy import PAD, FlatCausalLM
 from rlhf.own_pairs import BudgetSpentError, OwnPairs, Plan, Rounds
 from rlhf.preferences import Preference, decided, shuffled, split_by_prompt
+from rlhf.reward_gates import doubt
 from rlhf.rewards import HUMAN, Mixed
 
 
@@ -209,6 +210,9 @@ def main(cfg: Config) -> dict[str, Any]:
         )
     if args.should_save:
         write_json(cfg.out / "config.json", to_mapping(cfg))
+    doubted = doubt(cfg.reward) if cfg.reward else None
+    if doubted and args.should_save:
+        print(doubted)
 
     # 2. The flat view; the reference speaks before there is an adapter.
     task.lm.to(args.device)
@@ -243,6 +247,8 @@ def main(cfg: Config) -> dict[str, Any]:
     if cfg.kl_clips and rounds is None and args.should_save:
         n_frames = int(train[0].chosen_codes.shape[1])
         figures["kl_nats_per_clip"] = sampled_kl(task, cfg.kl_clips, n_frames, cfg.temperature, cfg.seed, args.device)
+    if task.own:
+        figures["reward_in_doubt"] = doubted is not None
     figures["train_seconds"] = round(time.monotonic() - learning, 2)
     figures["seconds"] = round(time.monotonic() - began, 2)
 

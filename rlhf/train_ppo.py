@@ -46,6 +46,7 @@ from base_models.settings import run, to_mapping
 from rlhf.ppo_run import Run
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
+from rlhf.reward_gates import doubt
 from rlhf.rewards import HUMAN, parse_weights
 from rlhf.tracking import Kind
 
@@ -199,6 +200,9 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         sources = (cfg.policy, cfg.reward, cfg.prompts, cfg.heldout_prompts, cfg.score_command, listeners)
         task = toy_task(cfg.seed) if cfg.toy else load_task(*sources)
     check_task(cfg, task)
+    doubted = doubt(cfg.reward) if cfg.reward else None
+    if doubted:
+        accelerator.print(doubted)
     run = Run(cfg, task, accelerator)
     if cfg.resume:
         run.restore()
@@ -246,6 +250,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         result["rewound_to"] = run.rewind()
         assert run.brake.best is not None
         result["kl"] = round(run.brake.best.kl, 4)
+    result["reward_in_doubt"] = doubted is not None
     result["seconds"] = round(time.monotonic() - began, 1)
     if accelerator.is_main_process:
         manifest = Manifest(

@@ -160,6 +160,15 @@ def test_reward_normalizer_leaves_nan_out_and_survives_a_constant() -> None:
     assert torch.isnan(got[1])
 
 
+def test_reward_normalizer_does_not_blow_small_differences_up() -> None:
+    scores = torch.tensor([0.01, -0.01, 0.01, -0.01])
+    plain, careful = RewardNormalizer(), RewardNormalizer(least=0.25)
+    for normalizer in (plain, careful):
+        normalizer.update(scores)
+    assert float(plain(scores).abs().max()) == pytest.approx(1)
+    assert float(careful(scores).abs().max()) == pytest.approx(0.04)
+
+
 def test_prompt_baseline_learns_each_prompts_ease_and_not_the_policys_progress() -> None:
     generator = torch.Generator().manual_seed(0)
     baseline, ease = PromptBaseline(4), torch.tensor([2.0, -1.0, 0.0, -1.0])

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from base_models.checkpoint import write_json
 from rlhf import reward_gates
-from rlhf.reward_gates import GateError, demand, gates, overfit, share_of_ceiling
+from rlhf.reward_gates import GateError, demand, doubt, gates, overfit, share_of_ceiling
 from rlhf.reward_heads import Head, Pairs
 
 GOOD = {
@@ -61,3 +62,10 @@ def test_a_head_that_sees_nothing_does_not_overfit():
     head = Head("linear", ("all",), 1.0)
     assert overfit(head, torch.randn(80, 30, generator=generator), pairs, seed=0) == 1
     assert overfit(head, torch.ones(80, 30), pairs, seed=0) == 0.5
+
+
+def test_a_reward_no_better_than_chance_is_doubted_and_another_is_not(tmp_path):
+    write_json(tmp_path / "figures.json", {"ci": [0.47, 0.52]})
+    assert "[0.470, 0.520]" in (doubt(tmp_path) or "")
+    write_json(tmp_path / "figures.json", {"ci": [0.51, 0.55]})
+    assert doubt(tmp_path) is None

@@ -123,3 +123,25 @@ def test_parts_that_no_weight_names_are_judged_only_when_everything_is_asked_for
     reward.measure(on_looks)
     reward.measure(on_looks + 100)
     assert reward.scales == {"human": (1.5, pytest.approx(1.25**0.5)), "tempo": (0.5, 0.5)}
+
+
+def test_a_spread_that_votes_did_not_support_is_not_blown_up_to_one() -> None:
+    """A calibrated reward of shuffled votes differs by thousandths of a logit; beside another part it must not get a full say."""
+    nearly_nothing, real = says(0.001, -0.001, 0.002, -0.002), says(1, 2, 3, 4)
+    weights = {"human": 1.0, "tempo": 0.5}
+    reward, marks = measured(weighted(weights, nearly_nothing, {"tempo": real}, least=0.25))
+    human = reward.judge(marks).parts["human"]
+    assert float(human.abs().max()) < 0.01
+    full, _ = measured(weighted(weights, nearly_nothing, {"tempo": real}))
+    assert float(full.judge(marks).parts["human"].abs().max()) > 1
+    slope = torch.ones(4, 2, 3)
+    assert float(reward.slope({"human": slope, "tempo": 0 * slope}).abs().max()) == pytest.approx(1 / 0.25)
+    enough, marks = measured(weighted(weights, real, {"tempo": real}, least=0.25))
+    assert float(enough.judge(marks).parts["human"].std(correction=0)) == pytest.approx(1)
+
+
+def test_the_least_spread_of_a_total_is_a_lone_parts_own_or_half_of_what_the_parts_would_make() -> None:
+    nothing = says(0, 0, 0, 0)
+    assert weighted({"human": -2.0}, nothing, {}, least=0.25).least == 0.5
+    assert weighted({"human": 0.6, "tempo": 0.8}, nothing, {"tempo": nothing}, least=0.25).least == pytest.approx(0.5)
+    assert weighted({"tempo": 1.0}, None, {"tempo": nothing}).least == 0
