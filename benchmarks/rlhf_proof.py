@@ -24,6 +24,7 @@ if not __package__:
 
 import argparse
 import dataclasses
+from itertools import product
 
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED
@@ -33,6 +34,7 @@ from rlhf.proof.page import sections, write_page
 from rlhf.proof.plan import METHODS, SMALL, Arguments, Builder, Plan, Sizes
 
 TASTES = ("warm", "drive", "space")
+SEEDS = (0, 1, 2)
 EXPERIMENTS = ("main", "curve", "over_optimisation", "controls")
 CONTROLS = ("shuffled", "reversed", "constant", "gold")
 
@@ -72,17 +74,22 @@ def build(args: argparse.Namespace) -> Plan:
         sizes = dataclasses.replace(sizes, votes=args.votes_main)
     builder = Builder(sizes, arguments, args.policy, args.tuning, args.tokens)
     plan = Plan()
-    first_taste, first_seed = args.tastes[0], args.seeds[0]
+    tastes, seeds = args.tastes or [TASTES[0]], args.seeds or [0]  # of all but the main table
     for experiment in args.experiments:
         if experiment == "main":
-            builder.main_table(plan, args.tastes, args.seeds, args.methods)
+            builder.main_table(plan, args.tastes or TASTES, args.seeds or SEEDS, args.methods)
         elif experiment == "curve":
             votes = (20, 40, 60) if args.small else args.votes
-            builder.curve(plan, first_taste, first_seed, args.methods, votes)
+            for taste, seed in product(tastes, seeds):
+                builder.curve(plan, taste, seed, args.methods, votes)
         elif experiment == "over_optimisation":
-            builder.over_optimisation(plan, first_taste, first_seed)
+            if len(tastes) * len(seeds) > 1:
+                got = f"over_optimisation with tastes {','.join(tastes)} and seeds {','.join(map(str, seeds))}"
+                raise UserError(got, "one taste and one seed", "run it by itself, with --tastes and --seeds of one each")
+            builder.over_optimisation(plan, tastes[0], seeds[0])
         else:
-            builder.controls(plan, args.controls, first_taste, first_seed, [m for m in args.methods if m in ("ppo", "dpo")])
+            for taste, seed in product(tastes, seeds):
+                builder.controls(plan, args.controls, taste, seed, [m for m in args.methods if m in ("ppo", "dpo")])
     return plan
 
 
@@ -105,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     parser.add_argument("--policy", type=Path, default=PRETRAINED)
     parser.add_argument("--experiments", type=words(EXPERIMENTS), default=["main"], help=",".join(EXPERIMENTS))
-    parser.add_argument("--tastes", type=words(TASTES), default=list(TASTES))
-    parser.add_argument("--seeds", type=integers, default=[0, 1, 2])
+    parser.add_argument("--tastes", type=words(TASTES), help="main table: all; other experiments: warm")
+    parser.add_argument("--seeds", type=integers, help="main table: 0,1,2; other experiments: 0")
     parser.add_argument("--methods", type=words(METHODS), default=["ppo", "dpo"])
     parser.add_argument("--votes", type=integers, default=list(VOTES), help="points of the curve")
     parser.add_argument("--votes-main", type=int, help="votes of the main table and of the controls (default 2000)")

@@ -104,8 +104,11 @@ def redraw(codes: Tensor, log_probs: Tensor, gain: Tensor, price: float, generat
     tilted = (log_probs + gain / price).log_softmax(-1)
     picked = codes[..., None]
     keep = (tilted.gather(-1, picked) - log_probs.gather(-1, picked))[..., 0].exp()
-    kept = torch.rand(codes.shape, generator=generator).to(keep) < keep
-    more = (tilted.exp() - log_probs.exp()).clamp_min(0).flatten(0, 2)
-    nothing = more.sum(-1, keepdim=True) <= 1e-9  # the two are equal there, and the code is kept
-    drawn = torch.multinomial((more + nothing * log_probs.exp().flatten(0, 2)).cpu(), 1, generator=generator)
-    return torch.where(kept, codes, drawn.view_as(codes).to(codes.device))
+    left = torch.rand(codes.shape, generator=generator).to(keep) >= keep
+    old, new = log_probs[left].exp(), tilted[left].exp()  # [n, V]: few, and only they are drawn
+    more = (new - old).clamp_min(0)
+    nothing = more.sum(-1, keepdim=True) <= 1e-9  # the two are equal there but for rounding
+    made = codes.clone()
+    if len(more):
+        made[left] = torch.multinomial((more + nothing * old).cpu(), 1, generator=generator)[:, 0].to(codes)
+    return made

@@ -58,14 +58,15 @@ def play_and_judge(
     prompts: Sequence[str],
     rows: Sequence[int],
     seeds: Sequence[int],
-    score: Score,
+    score: Score | None,
     n_frames: int,
     temperature: float,
     batch_size: int,
 ) -> Judged:
     """Play one clip for each row of the table, `batch_size` at once, and judge it.
 
-    Args: table, prompts: the same prompts as conditions and as words. rows, seeds [B]: one clip each.
+    Args: table, prompts: the same prompts as conditions and as words. rows, seeds [B]: one clip each. score: None leaves the scores
+        NaN, where they come with the slopes.
     """
     codes, logps, scores = [], [], []
     cond = table.to(next(lm.parameters()).device)
@@ -74,7 +75,8 @@ def play_and_judge(
         made = generate(lm, cond.index(part), n_frames, seeds=seeds[start : start + batch_size], temperature=temperature)
         codes.append(made.codes.cpu())
         logps.append(made.logps.sum(1).cpu())
-        scores.append(score(made.codes, [prompts[row] for row in part]).detach().float().cpu())
+        judged = score(made.codes, [prompts[row] for row in part]).detach() if score else torch.full((len(part),), math.nan)
+        scores.append(judged.float().cpu())
     return Judged(torch.cat(codes), list(rows), torch.cat(logps), torch.cat(scores))
 
 
@@ -156,10 +158,12 @@ class OwnPairs:
         indices = range(number * size, (number + 1) * size)
         rows = [self.learnt[i] for i in prompt_of(indices, len(self.learnt), plan.n_clips, plan.seed)]
         mine = [i for i in range(size) if (i // plan.n_clips) % world == rank]
-        judged = self._play([rows[i] for i in mine], [sample_seed(plan.seed, indices[i]) for i in mine])
+        by_slope = plan.pairing == "edits"
+        judged = self._play([rows[i] for i in mine], [sample_seed(plan.seed, indices[i]) for i in mine], not by_slope)
+        edits, own_scores = self._edits(judged, [indices[i] for i in mine]) if by_slope else (None, judged.score)
         made: list[tuple[int, dict[str, Any]]] = []
         gaps, unused = [], 0
-        for index, row, better, worse, gap in self._pairs(judged, [indices[i] for i in mine]):
+        for index, row, better, worse, gap in self._pairs(judged, [indices[i] for i in mine], edits):
             used = gap is not None
             unused += not used
             gaps += [gap] if gap is not None else []
@@ -168,7 +172,7 @@ class OwnPairs:
             _, rejected = self.flat.sequence(row, worse)
             soft = {"p_chosen": smoothed(p, plan.label_smoothing), "weight": float(used)}
             made.append((index, {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **soft}))
-        told = [(judged.score.tolist(), gaps, unused)]
+        told = [(own_scores.tolist(), gaps, unused)]
         if world > 1:
             made, told = gather_object(made), gather_object(told)
         fresh = [row for _, row in sorted(made, key=lambda pair: pair[0])]
@@ -184,12 +188,11 @@ class OwnPairs:
             "own/pairs_unordered": float(sum(n for _, _, n in told)),
         }
 
-    def _pairs(self, judged: Judged, indices: Sequence[int]) -> list[tuple[int, int, Tensor, Tensor, float | None]]:
+    def _pairs(self, judged: Judged, indices: Sequence[int], edits: Edits | None) -> list[tuple[int, int, Tensor, Tensor, float | None]]:
         """(place in the run, row of the table, better, worse: codes [K, T], gap in score), `pairs_per_prompt` a prompt; the gap is None
         where a pair is not to be used."""
         plan, n = self.plan, self.plan.n_clips
-        if plan.pairing == "edits":
-            edits = self._edits(judged, indices)
+        if edits is not None:
             found = zip(indices, judged.rows, edits.better, edits.worse, edits.gap.tolist())
             return [(i, row, a, b, gap if math.isfinite(gap) and gap > 0 else None) for i, row, a, b, gap in found]
         pairs: list[tuple[int, int, Tensor, Tensor, float | None]] = []
@@ -203,13 +206,15 @@ class OwnPairs:
                 pairs.append((indices[start], judged.rows[start], codes[a], codes[b], gap))
         return pairs
 
-    def _edits(self, judged: Judged, indices: Sequence[int]) -> Edits:
-        """Every clip edited both ways by the policy as it is; slopes are limited by the median of all processes' clips."""
+    def _edits(self, judged: Judged, indices: Sequence[int]) -> tuple[Edits, Tensor]:
+        """Every clip edited both ways by the policy as it is, and the clips' scores [B]; slopes are limited by the median of all
+        processes' clips."""
         plan, device = self.plan, self.args.device
         assert isinstance(self.score, Mixed)
         table, parts = self.flat.trunk.table.to(device), [slice(i, i + plan.score_batch) for i in range(0, len(indices), plan.score_batch)]
         names = [self.prompts[row] for row in judged.rows]
-        slope = torch.cat([self.score.slope(judged.codes[p].to(device), names[p])[0] for p in parts])
+        found = [self.score.slope(judged.codes[p].to(device), names[p]) for p in parts]
+        slope, score = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
         everywhere = slope.flatten(1).norm(dim=1).tolist()
         typical = float(torch.tensor(gather_object(everywhere) if self.args.world_size > 1 else everywhere).nanmedian())
         slope = limited(slope, typical=typical)
@@ -231,7 +236,8 @@ class OwnPairs:
             )
             for p in parts
         ]
-        return Edits(*(torch.cat([getattr(edits, name).cpu() for edits in made]) for name in ("better", "worse", "gap")))
+        edits = Edits(*(torch.cat([getattr(part, name).cpu() for part in made]) for name in ("better", "worse", "gap")))
+        return edits, score.float().cpu()
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -266,10 +272,10 @@ class OwnPairs:
             "held_out/kl": (played.logps - torch.cat(reference)).mean().item(),
         }
 
-    def _play(self, rows: Sequence[int], seeds: Sequence[int]) -> Judged:
-        plan, table = self.plan, self.flat.trunk.table
+    def _play(self, rows: Sequence[int], seeds: Sequence[int], judged: bool = True) -> Judged:
+        plan, table, score = self.plan, self.flat.trunk.table, self.score if judged else None
         names = [self.prompts.get(row, "") for row in range(len(table))]
-        return play_and_judge(self.lm, table, names, rows, seeds, self.score, plan.n_frames, plan.temperature, plan.sample_batch)
+        return play_and_judge(self.lm, table, names, rows, seeds, score, plan.n_frames, plan.temperature, plan.sample_batch)
 
 
 class BudgetSpentError(Exception):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from base_models.atomic import atomic_file
 from base_models.checkpoint import write_json
+from rlhf.proof.figures import FIT
 
 Row = dict[str, Any]
 COLOURS = {"ppo": "#d9480f", "dpo": "#2563eb", "best_of_n": "#15803d", "sft": "#7e22ce", "free": "#b91c1c", "braked": "#0f766e"}
@@ -26,8 +27,8 @@ NAMES = {
     "free": "no KL price, no brake",
     "braked": "KL price and brake",
 }
-TARGET, LOWEST = 0.80, 0.75
-"""What was to be reached: the win rate, and the lower end of its interval."""
+TARGET, LOWEST, DIVERSE = 0.80, 0.75, 0.9
+"""What was to be reached: the win rate, the lower end of its interval, and diversity as a share of the base's."""
 
 
 def number(value: Any, form: str = ".3f") -> str:
@@ -53,17 +54,25 @@ def change(row: Row, name: str) -> str:
     return f"{row[f'{name}_change']:+.3f} +-{row[f'{name}_half_ci']:.3f}"
 
 
+def missed(row: Row) -> str:
+    """What a row of the main table falls short in, or "": win rate, interval, diversity, or a kind of prompt fit that is worse than the
+    base's by more than its interval."""
+    short = [] if row["win_rate"] >= TARGET else ["win rate"]
+    short += [] if row["ci"][0] > LOWEST else ["interval"]
+    short += ["diversity"] if (row["diversity_ratio"] or 0) < DIVERSE else []
+    return ", ".join(short + [name for name in FIT if row.get(f"{name}_change", 0) + row.get(f"{name}_half_ci", 0) < 0])
+
+
 def main_table(rows: Sequence[Row]) -> str:
     head = ("taste", "method", "seeds", "votes", "win rate", "95 % by prompt", "seeds from-to", "decided", "KL", "diversity", "similarity",
-            "tempo", "genre", "copies rated", "reached")  # fmt: skip
+            "tempo", "genre", "copies rated", "copies training", "missed")  # fmt: skip
     body = []
     for row in rows:
-        reached = row["win_rate"] >= TARGET and row["ci"][0] > LOWEST
         body.append((
             row["taste"], NAMES[row["method"]], str(row["seeds"]), str(row["votes"]), number(row["win_rate"]),
             interval(row["ci"]), f"{row['lowest']:.3f}-{row['highest']:.3f}", str(row["decided"]), number(row["kl"], ".1f"),
-            number(row["diversity_ratio"], ".2f"), *(change(row, name) for name in ("similarity", "tempo", "genre")),
-            number(row["nearest_rated_copied"]), "yes" if reached else "no",
+            number(row["diversity_ratio"], ".2f"), *(change(row, name) for name in FIT),
+            number(row["nearest_rated_copied"]), number(row["nearest_training_copied"]), missed(row) or "nothing",
         ))  # fmt: skip
     return table(head, body)
 

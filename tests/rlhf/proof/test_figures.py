@@ -71,7 +71,15 @@ def rows():
         "diversity_ratio": 0.95,
         "gold_gain": 0.6,
     }
-    base |= {"gold_gain_ci": [0.5, 0.7], "proxy_gain": 1.0, "lowest": 0.78, "highest": 0.82, "seeds": 3, "nearest_rated_copied": 0.01}
+    base |= {
+        "gold_gain_ci": [0.5, 0.7],
+        "proxy_gain": 1.0,
+        "lowest": 0.78,
+        "highest": 0.82,
+        "seeds": 3,
+        "nearest_rated_copied": 0.01,
+        "nearest_training_copied": None,
+    }
     return [
         {**base, "method": method, "votes": votes, "similarity_change": 0.01, "similarity_half_ci": 0.02}
         for method in ("ppo", "dpo")
@@ -112,7 +120,7 @@ def test_the_page_shows_what_is_there_and_leaves_out_what_is_not(tmp_path):
     assert "##" not in page.write_page(tmp_path / "empty", nothing).read_text()
 
 
-def test_reached_asks_for_the_rate_and_for_the_lower_end():
-    good, low, wide = rows()[0], {**rows()[0], "win_rate": 0.79}, {**rows()[0], "ci": [0.74, 0.86]}
-    told = [line.split("|")[-2].strip() for line in page.main_table([good, low, wide]).splitlines()[2:]]
-    assert told == ["yes", "no", "no"]
+def test_the_table_says_which_of_rate_interval_diversity_and_fit_was_missed():
+    changes = [{}, {"win_rate": 0.79}, {"ci": [0.74, 0.86]}, {"diversity_ratio": 0.89}, {"tempo_change": -0.05, "tempo_half_ci": 0.04}]
+    told = [line.split("|")[-2].strip() for line in page.main_table([{**rows()[0], **more} for more in changes]).splitlines()[2:]]
+    assert told == ["nothing", "win rate", "interval", "diversity", "tempo"]
