@@ -40,7 +40,7 @@ def training_arguments(cfg: Config, n_rows: int) -> DPOConfig:
         learning_rate=cfg.lr,
         lr_scheduler_type="cosine",
         warmup_steps=cfg.warmup_steps,
-        weight_decay=0.0,
+        weight_decay=cfg.weight_decay,
         max_grad_norm=1.0,
         per_device_train_batch_size=cfg.batch_size,
         per_device_eval_batch_size=cfg.batch_size,

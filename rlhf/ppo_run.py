@@ -28,7 +28,7 @@ from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo
 from rlhf.metrics import diversity
 from rlhf.ppo_dense import DenseTable, dense_table, sampled_log_ratio
 from rlhf.ppo_task import Task
-from rlhf.rewards import parse_weights, weighted
+from rlhf.rewards import held_parts, parse_weights, weighted
 from rlhf.rollout import Critic, Rollout, code_logits, judge, play, prompt_of, sample_seed, score_steps
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Run:
     def __init__(self, cfg: Config, task: Task, accelerator: Accelerator) -> None:
         self.cfg, self.task, self.accelerator = cfg, task, accelerator
         self.reward = weighted(parse_weights(cfg.weights), task.score, task.checks, task.least)
+        self.held = held_parts(cfg.hold, parse_weights(cfg.weights))
         self.credit = credit_of(cfg.credit, task, self.reward.trained)
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster(accelerator.device))
         self.table = task.table.to(accelerator.device)
@@ -133,6 +134,7 @@ class Run:
             "reward": judged.rewards.sum(1).mean().item(),
             "entropy": -masked_mean(rollout.logps, rollout.mask).item(),
         }
+        self.reward.hold(self.held, rollout.marks)
         if self.cfg.brake != "off" and kl > self.cfg.kl_budget:
             self.braked = f"kl {kl:.1f} nats a clip exceeds the budget of {self.cfg.kl_budget:g}"
         if self.task.heldout is None:
@@ -299,7 +301,7 @@ class Run:
         if self.step == 0:
             self.reward.measure(marks)
         look = Look(
-            scores=self.reward.judge(marks).total.cpu(),
+            scores=self.reward.judge(marks, stated=True).total.cpu(),
             prompt_ids=rows,
             kl=kl.mean().item(),
             spread=spread[torch.isfinite(spread)].mean().item(),

@@ -6,6 +6,10 @@ What listeners like and what a prompt asks for are judged in different units; di
 says how much one spread of the one is worth in spreads of the other. Mean and sd are measured once, on the first round, which
 the base plays (a fresh adapter is the identity), and then stand still: a running scale would move the goal under the policy.
 A part of weight 0 is judged and shown and never trained on.
+
+What a prompt asks for is seldom to be won at the listeners' expense, and not to be lost either. A part that is *held* has a weight that
+moves: it grows while the policy's clips are worse at it than the base's, and shrinks while they are better, as the Lagrange multiplier
+of the constraint "not worse than the base" (constrained RLHF: Moskovitz et al. 2023, arXiv:2310.04373).
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ import torch
 from torch import Tensor
 
 from base_models.errors import UserError
+
+HOLD_RATE, HOLD_LEAST, HOLD_MOST = 0.1, 0.02, 2.0
+"""A held weight moves by so much a round for each spread that is missing, and stays between these."""
 
 Score = Callable[[Tensor, list[str]], Tensor]
 """A judge: codes [B, K, T] and their prompts -> score [B]; the higher the better, non-finite where it cannot tell."""
@@ -64,6 +71,8 @@ class Reward:
         """The parts that are judged in every round; the others only where `marks` is asked for everything."""
         self.scales: dict[str, tuple[float, float]] = {}
         """Name -> mean and sd of the base's marks; empty until `measure`."""
+        self.now = {name: part.weight for name, part in self.parts.items()}
+        """The weights as they stand; those of held parts move."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,8 +120,17 @@ class Reward:
             varied = sd > 1e-6 * max(1.0, abs(mean))
             self.scales[name] = (mean, max(sd if varied else 1.0, self.parts[name].least))
 
-    def judge(self, marks: Tensor) -> Judgement:
-        """marks [B, P] -> total = sum of w * z [B], and each part's z.
+    def hold(self, names: Sequence[str], marks: Tensor) -> None:
+        """Move the weights of held parts by what clips of the policy [B, P] miss of the base's level: w - rate * mean z, within bounds."""
+        z = self.judge(marks).parts
+        for name in names:
+            there = z[name][torch.isfinite(z[name])]
+            if len(there):
+                self.now[name] = min(max(self.now[name] - HOLD_RATE * float(there.double().mean()), HOLD_LEAST), HOLD_MOST)
+
+    def judge(self, marks: Tensor, stated: bool = False) -> Judgement:
+        """marks [B, P] -> total = sum of w * z [B], and each part's z. stated: by the weights of the start, so that marks of different
+        rounds can be compared.
 
         A part that alone has a weight is taken as it is, w * mark: there is nothing to weigh it against, and PPO's own
         normaliser brings it to unit scale.
@@ -127,7 +145,9 @@ class Reward:
         total = torch.zeros_like(marks[:, 0])
         for name in self.trained:
             part, z = self.parts[name], parts[name]
-            total = total + part.weight * (torch.where(torch.isnan(z), torch.zeros_like(z), z) if part.asked else z)
+            total = total + (part.weight if stated else self.now[name]) * (
+                torch.where(torch.isnan(z), torch.zeros_like(z), z) if part.asked else z
+            )
         return Judgement(total, parts)
 
     def slope(self, slopes: Mapping[str, Tensor]) -> Tensor:
@@ -135,7 +155,7 @@ class Reward:
         total = None
         for name in self.trained:
             sd = 1.0 if len(self.trained) == 1 else self.scales.get(name, (0.0, 1.0))[1]
-            part = torch.nan_to_num(slopes[name], 0.0, 0.0, 0.0) * (self.parts[name].weight / sd)
+            part = torch.nan_to_num(slopes[name], 0.0, 0.0, 0.0) * (self.now[name] / sd)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -152,11 +172,14 @@ class Reward:
             told[f"reward_{name}_z"] = float(z[there].mean()) if there.any() else float("nan")
             if self.parts[name].asked:
                 told[f"reward_{name}_not_asked"] = float(1 - there.float().mean())
+            if self.now[name] != self.parts[name].weight:
+                told[f"reward_{name}_weight"] = self.now[name]
         return told
 
     def state_dict(self) -> dict[str, Any]:
         weights = {name: self.parts[name].weight for name in self.trained}
-        return {"weights": weights, "scales": {name: list(scale) for name, scale in self.scales.items()}}
+        scales = {name: list(scale) for name, scale in self.scales.items()}
+        return {"weights": weights, "scales": scales, "now": {name: self.now[name] for name in self.trained}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises UserError where the parts or their weights are not those of the run that is to go on."""
@@ -166,6 +189,7 @@ class Reward:
                 f"a run of the reward {state['weights']}, now {mine}", "the same parts and weights", "resume with its --weights"
             )
         self.scales = {name: (float(mean), float(sd)) for name, (mean, sd) in state["scales"].items()}
+        self.now.update(state["now"])
 
 
 class Mixed:
@@ -209,6 +233,19 @@ def parse_weights(text: str) -> dict[str, float]:
     if not any(weights.values()):
         raise UserError(f"weights {text!r}, all zero", "a part that is trained on", "give at least one of them a weight")
     return weights
+
+
+def held_parts(text: str, weights: Mapping[str, float]) -> tuple[str, ...]:
+    """'similarity,tempo' -> ("similarity", "tempo"). UserError for one without a weight to begin with, or where nothing else is trained."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    idle = [name for name in names if weights.get(name, 0) <= 0]
+    if idle:
+        raise UserError(
+            f"--hold {text} without a weight of {', '.join(idle)}", "a weight to begin with", f"add {idle[0]}=0.35 to --weights"
+        )
+    if names and not [name for name, weight in weights.items() if weight and name not in names]:
+        raise UserError(f"--hold {text}, all that is trained on", "a part that is to rise", "hold fewer parts")
+    return names
 
 
 def weighted(weights: Mapping[str, float], human: Score | None, checks: Mapping[str, Score], least: float = 0.0) -> Reward:

@@ -47,7 +47,7 @@ from rlhf.ppo_run import Run
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, parse_weights
+from rlhf.rewards import HUMAN, held_parts, parse_weights
 from rlhf.tracking import Kind
 
 
@@ -68,6 +68,9 @@ class Config:
     weights: str = f"{HUMAN}=1"
     """What a spread of each part of the reward is worth: human=1,similarity=0.3,tempo=0. Parts of weight 0 are judged and plotted, not
     trained on; parts that are not named are plotted at the looks at --heldout-prompts."""
+    hold: str = ""
+    """Parts that are to stay at the base's level and not to rise at the listeners' expense, such as similarity,tempo,genre: each one's
+    weight moves from what --weights gives, up while the clips are worse at it than the base's, down while they are better."""
     toy: bool = False
     """A tiny random policy rewarded for one code, instead of --policy, --reward and --prompts (what --preset smoke does)."""
     n_frames: int = 100
@@ -275,7 +278,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 
 def check(cfg: Config, world: int) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
-    parse_weights(cfg.weights)
+    held_parts(cfg.hold, parse_weights(cfg.weights))
     if cfg.processes and world != cfg.processes:
         raise UserError(
             f"{world} process(es)",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from base_models.errors import UserError
-from rlhf.rewards import Part, Reward, Score, parse_weights, weighted
+from rlhf.rewards import HOLD_LEAST, HOLD_RATE, Part, Reward, Score, held_parts, parse_weights, weighted
 
 NAN = float("nan")
 CODES = torch.zeros(4, 1, 2, dtype=torch.int64)
@@ -145,3 +145,41 @@ def test_the_least_spread_of_a_total_is_a_lone_parts_own_or_half_of_what_the_par
     assert weighted({"human": -2.0}, nothing, {}, least=0.25).least == 0.5
     assert weighted({"human": 0.6, "tempo": 0.8}, nothing, {"tempo": nothing}, least=0.25).least == pytest.approx(0.5)
     assert weighted({"tempo": 1.0}, None, {"tempo": nothing}).least == 0
+
+
+def test_a_held_part_weighs_more_while_it_is_worse_than_the_bases_and_less_while_it_is_better() -> None:
+    reward, marks = measured(Reward({"human": Part(says(0, 1, 2, 3)), "fit": Part(says(3, 1, 0, 1), 0.5, asked=True)}))
+    reward.hold(["fit"], marks)
+    assert reward.now["fit"] == pytest.approx(0.5)  # the base itself is at its own level
+    spread = reward.scales["fit"][1]
+    reward.hold(["fit"], marks - spread)
+    assert reward.now == {"human": 1.0, "fit": pytest.approx(0.5 + HOLD_RATE)}
+    assert reward.figures(marks)["reward_fit_weight"] == reward.now["fit"]
+    heavy = reward.slope({"human": torch.zeros(4, 1, 1), "fit": torch.ones(4, 1, 1)})
+    torch.testing.assert_close(heavy, torch.full((4, 1, 1), (0.5 + HOLD_RATE) / spread))
+    for _ in range(100):
+        reward.hold(["fit"], marks + spread)
+    assert reward.now["fit"] == HOLD_LEAST  # it is still judged and its slope still known
+    for _ in range(100):
+        reward.hold(["fit"], torch.where(torch.tensor([False, True]), NAN, marks))
+    assert reward.now["fit"] == HOLD_LEAST  # prompts that ask nothing move nothing
+
+
+def test_looks_are_judged_by_the_weights_of_the_start_and_held_ones_are_taken_up_again() -> None:
+    parts = {"human": Part(says(0, 1, 2, 3)), "fit": Part(says(3, 1, 0, 1), 0.5, asked=True)}
+    reward, marks = measured(Reward(parts))
+    before = reward.judge(marks).total
+    reward.hold(["fit"], marks - 5)
+    assert torch.equal(reward.judge(marks, stated=True).total, before)
+    assert not torch.equal(reward.judge(marks).total, before)
+    again = Reward(parts)
+    again.load_state_dict(reward.state_dict())
+    assert torch.equal(again.judge(marks).total, reward.judge(marks).total)
+
+
+@pytest.mark.parametrize("text", ["tempo", "similarity,tempo", "human,similarity"])
+def test_holding_what_has_no_weight_or_all_there_is_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--hold"):
+        held_parts(text, {"human": 1.0, "similarity": 0.3, "tempo": 0.0})
+    assert held_parts(" similarity ", {"human": 1.0, "similarity": 0.3}) == ("similarity",)
+    assert held_parts("", {"human": 1.0}) == ()

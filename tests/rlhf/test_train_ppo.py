@@ -288,3 +288,24 @@ def test_missing_or_empty_prompts_and_missing_settings_are_named(tmp_path: Path)
             read_prompts(path)
     with pytest.raises(UserError, match="--reward"):
         main(dataclasses.replace(config(tmp_path / "run"), toy=False))
+
+
+def test_a_held_part_stays_near_the_bases_level_where_a_small_weight_would_let_it_go(tmp_path: Path) -> None:
+    """Whoever plays code 3 most of the time repeats himself."""
+    settings = {"weights": "human=1,movement=0.02", "steps": 30, "look_every": 30}
+    main(config(tmp_path / "free", **settings))
+    main(config(tmp_path / "held", **settings, hold="movement"))
+    free, held = (metrics(tmp_path / name)[-1] for name in ("free", "held"))
+    assert "reward_movement_weight" not in free
+    assert held["reward_movement_weight"] > 0.1
+    assert free["heldout_reward_movement_z"] < -2
+    assert held["heldout_reward_movement_z"] > free["heldout_reward_movement_z"] / 2
+    assert held["heldout_reward_human_z"] > 1
+
+
+def test_a_resumed_run_takes_held_weights_up_again(tmp_path: Path) -> None:
+    settings = {"weights": "human=1,movement=0.02", "hold": "movement", "steps": 4, "save_every": 2}
+    main(config(tmp_path / "whole", **settings))
+    main(config(tmp_path / "parts", **settings, max_minutes=1e-9))
+    main(config(tmp_path / "parts", **settings, resume=True))
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0
