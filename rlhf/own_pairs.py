@@ -34,7 +34,7 @@ from base_models.sampling import generate
 from rlhf.dense import limited
 from rlhf.edits import Edits, antithetic_edits
 from rlhf.flat_dpo import LiveRows, PreferenceCollator, reference_logps, smoothed
-from rlhf.flat_policy import FlatCausalLM
+from rlhf.flat_policy import FlatCausalLM, flat_order
 from rlhf.rewards import Mixed, Score
 from rlhf.rollout import prompt_of, sample_seed
 
@@ -89,6 +89,13 @@ def pair_up(score: Tensor, pairing: Pairing) -> list[tuple[int, int]]:
     order = [place for place in torch.argsort(score, descending=True, stable=True).tolist() if math.isfinite(score[place])]
     pairs = [(order[0], order[-1])] if pairing == "best_worst" and order else [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
     return [(chosen, rejected) for chosen, rejected in pairs if score[chosen] > score[rejected]]
+
+
+def edited_codes(better: Tensor, worse: Tensor) -> list[int]:
+    """codes [K, T] of a clip's two edits -> 1 where they differ, else 0, in flat order [K * T]; all 1 where they are the same."""
+    book, frame = flat_order(*better.shape)
+    differ = (better != worse)[book, frame]
+    return (differ if differ.any() else torch.ones_like(differ)).int().tolist()
 
 
 def label(difference: float, labels: Labels) -> float:
@@ -171,7 +178,11 @@ class OwnPairs:
             prompt, chosen = self.flat.sequence(row, better)
             _, rejected = self.flat.sequence(row, worse)
             soft = {"p_chosen": smoothed(p, plan.label_smoothing), "weight": float(used)}
-            made.append((index, {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **soft}))
+            row_of_pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **soft}
+            if by_slope:  # the sides differ where they were edited, and only there one is better
+                differ = edited_codes(better, worse)
+                row_of_pair |= {"chosen_mask": differ, "rejected_mask": differ}
+            made.append((index, row_of_pair))
         told = [(own_scores.tolist(), gaps, unused)]
         if world > 1:
             made, told = gather_object(made), gather_object(told)

@@ -134,7 +134,6 @@ class Run:
             "reward": judged.rewards.sum(1).mean().item(),
             "entropy": -masked_mean(rollout.logps, rollout.mask).item(),
         }
-        self.reward.hold(self.held, rollout.marks)
         if self.cfg.brake != "off" and kl > self.cfg.kl_budget:
             self.braked = f"kl {kl:.1f} nats a clip exceeds the budget of {self.cfg.kl_budget:g}"
         if self.task.heldout is None:
@@ -300,6 +299,7 @@ class Run:
         kl, marks, spread, points = (self.accelerator.gather(torch.cat(parts))[: len(rows)] for parts in seen.values())
         if self.step == 0:
             self.reward.measure(marks)
+        self.reward.hold(self.held, marks)
         look = Look(
             scores=self.reward.judge(marks, stated=True).total.cpu(),
             prompt_ids=rows,

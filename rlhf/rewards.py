@@ -24,8 +24,8 @@ from torch import Tensor
 
 from base_models.errors import UserError
 
-HOLD_RATE, HOLD_LEAST, HOLD_MOST = 0.1, 0.02, 2.0
-"""A held weight moves by so much a round for each spread that is missing, and stays between these."""
+HOLD_RATE, HOLD_LEAST, HOLD_MOST = 1.0, 0.02, 2.0
+"""A held weight moves by so much a look for each spread that is missing, and stays between these."""
 
 Score = Callable[[Tensor, list[str]], Tensor]
 """A judge: codes [B, K, T] and their prompts -> score [B]; the higher the better, non-finite where it cannot tell."""
@@ -121,7 +121,11 @@ class Reward:
             self.scales[name] = (mean, max(sd if varied else 1.0, self.parts[name].least))
 
     def hold(self, names: Sequence[str], marks: Tensor) -> None:
-        """Move the weights of held parts by what clips of the policy [B, P] miss of the base's level: w - rate * mean z, within bounds."""
+        """Move the weights of held parts by what clips of the policy [B, P] miss of the base's level: w - rate * mean z, within bounds.
+
+        They must be of the prompts and seeds by which the scales were measured: prompts differ in how well they can be fitted, and a mean
+        over others is off by a fifth of a spread (measured), more than there is to hold.
+        """
         z = self.judge(marks).parts
         for name in names:
             there = z[name][torch.isfinite(z[name])]

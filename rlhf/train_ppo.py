@@ -70,7 +70,8 @@ class Config:
     trained on; parts that are not named are plotted at the looks at --heldout-prompts."""
     hold: str = ""
     """Parts that are to stay at the base's level and not to rise at the listeners' expense, such as similarity,tempo,genre: each one's
-    weight moves from what --weights gives, up while the clips are worse at it than the base's, down while they are better."""
+    weight moves from what --weights gives, at each look at --heldout-prompts: up while the clips are worse at it than the base's, else
+    down."""
     toy: bool = False
     """A tiny random policy rewarded for one code, instead of --policy, --reward and --prompts (what --preset smoke does)."""
     n_frames: int = 100
@@ -308,6 +309,8 @@ def check(cfg: Config, world: int) -> None:
 
 def check_task(cfg: Config, task: Task) -> None:
     """Refuse a brake that has nothing to go by."""
+    if cfg.hold and task.heldout is None:
+        raise UserError(f"--hold {cfg.hold} without --heldout-prompts", "prompts on which to compare with the base", "give them")
     if cfg.brake == "rewind" and task.heldout is None:
         raise UserError("--brake rewind without --heldout-prompts", "prompts by which to know the best", "give them, or use --brake stop")
     if task.heldout is not None and len(task.heldout) < 2:

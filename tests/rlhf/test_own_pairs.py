@@ -19,8 +19,8 @@ from base_models.errors import UserError
 from rlhf import train_dpo
 from rlhf.dpo_arguments import training_arguments
 from rlhf.dpo_task import Task, held_out_prompts, toy_task
-from rlhf.flat_policy import FlatCausalLM, unflatten_ids
-from rlhf.own_pairs import OwnPairs, label, pair_up
+from rlhf.flat_policy import FlatCausalLM, flat_order, unflatten_ids
+from rlhf.own_pairs import OwnPairs, edited_codes, label, pair_up
 from rlhf.train_dpo import PRESETS, Config, round_plan
 
 K, V, T = 4, 32, 12
@@ -224,8 +224,20 @@ def test_edits_of_one_clip_are_ordered_as_meant_and_share_most_of_their_codes(tm
     for row in rows[:8]:
         better, worse = (unflatten_ids(torch.tensor([row[name]]), K, V) for name in ("chosen_ids", "rejected_ids"))
         assert (better == worse).float().mean() > 0.4
+        assert row["chosen_mask"] == row["rejected_mask"]
+        assert sum(row["chosen_mask"]) == int((better != worse).sum()) > 0
         if row["weight"]:
             assert (better < V // 2).sum() > (worse < V // 2).sum()
+
+
+def test_only_codes_that_differ_count_in_a_pair_of_edits():
+    better = torch.arange(6).view(2, 3)
+    worse = better.clone()
+    worse[1, 0] = 9  # book 1 of frame 0: said at step 1 beside book 0 of frame 1
+    book, frame = flat_order(2, 3)
+    expected = [int((k, t) == (1, 0)) for k, t in zip(book.tolist(), frame.tolist())]
+    assert edited_codes(better, worse) == expected
+    assert sum(edited_codes(better, better)) == 6  # an unused pair: nothing differs, and no sum may be empty
 
 
 def test_edits_of_a_clip_do_not_depend_on_the_clips_beside_it(tmp_path):

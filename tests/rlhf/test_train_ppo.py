@@ -292,7 +292,7 @@ def test_missing_or_empty_prompts_and_missing_settings_are_named(tmp_path: Path)
 
 def test_a_held_part_stays_near_the_bases_level_where_a_small_weight_would_let_it_go(tmp_path: Path) -> None:
     """Whoever plays code 3 most of the time repeats himself."""
-    settings = {"weights": "human=1,movement=0.02", "steps": 30, "look_every": 30}
+    settings = {"weights": "human=1,movement=0.02", "steps": 30, "look_every": 5}
     main(config(tmp_path / "free", **settings))
     main(config(tmp_path / "held", **settings, hold="movement"))
     free, held = (metrics(tmp_path / name)[-1] for name in ("free", "held"))
@@ -304,7 +304,7 @@ def test_a_held_part_stays_near_the_bases_level_where_a_small_weight_would_let_i
 
 
 def test_a_resumed_run_takes_held_weights_up_again(tmp_path: Path) -> None:
-    settings = {"weights": "human=1,movement=0.02", "hold": "movement", "steps": 4, "save_every": 2}
+    settings = {"weights": "human=1,movement=0.02", "hold": "movement", "steps": 4, "save_every": 2, "look_every": 1}
     main(config(tmp_path / "whole", **settings))
     main(config(tmp_path / "parts", **settings, max_minutes=1e-9))
     main(config(tmp_path / "parts", **settings, resume=True))
