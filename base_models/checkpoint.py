@@ -204,10 +204,23 @@ def _checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     return sorted(found)
 
 
-def latest_training_state(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
+def latest_training_state(run_dir: str | os.PathLike[str], parents: Mapping[str, Any] | None = None) -> Path | None:
+    """The newest whole checkpoint of a run, or None. `parents`: what its `extra` must say; raises UserError where it says otherwise."""
     found = _checkpoints(run_dir)
-    return found[-1] if found else None
+    if not found:
+        return None
+    known = read_json(found[-1] / "state.json")["extra"] if parents else {}
+    for name, value in (parents or {}).items():
+        if known.get(name) != value:
+            got = f"{found[-1]} of {name} {known.get(name)}, now {value}"
+            raise UserError(got, "the same one", "resume with it, or start a new --out")
+    return found[-1]
+
+
+def refuse_another_run(run_dir: str | os.PathLike[str], resume: bool) -> None:
+    """UserError where a run would begin in a folder with another one's checkpoints."""
+    if not resume and _checkpoints(run_dir):
+        raise UserError(f"{run_dir} with checkpoints of another run", "a new folder", "add --resume, or choose another --out")
 
 
 def load_training_state(

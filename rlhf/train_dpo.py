@@ -50,6 +50,7 @@ from adapters.library import Manifest, save_adapter
 from adapters.lora import adapter_disabled
 from base_models.checkpoint import latest_training_state, write_json
 from base_models.errors import UserError
+from base_models.launch import check_processes
 from base_models.policy import PRETRAINED
 from base_models.sampling import generate
 from base_models.settings import run, to_mapping
@@ -205,12 +206,7 @@ def main(cfg: Config) -> dict[str, Any]:
         raise UserError("--pairing edits with a reward without a slope", "a reward model", "use --pairing best_worst")
     plan = round_plan(cfg, len(train))
     args = training_arguments(cfg, plan.n_rows if task.own else len(train))
-    if cfg.processes and args.world_size != cfg.processes:
-        raise UserError(
-            f"{args.world_size} process(es)",
-            f"{cfg.processes}, as --processes asks",
-            "launch with torchrun --nproc-per-node N, or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu` on a CPU",
-        )
+    check_processes(args.world_size, cfg.processes)
     if args.should_save:
         write_json(cfg.out / "config.json", to_mapping(cfg))
     doubted = doubt(cfg.reward) if cfg.reward else None

@@ -35,20 +35,16 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.rloo_config import RLOOConfig
 
 from adapters.library import Manifest, save_adapter
-from base_models.checkpoint import latest_training_state, write_json
-from base_models.conditions import Conditions
+from base_models.checkpoint import latest_training_state, refuse_another_run, write_json
 from base_models.errors import UserError
-from base_models.lm import MusicLM
-from base_models.policy import PRETRAINED, load_policy
+from base_models.launch import bf16_is_faster, check_processes
+from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
-from rlhf.dpo_arguments import bf16_is_faster
 from rlhf.dpo_report import Recorder
 from rlhf.flat_grpo import FlatGRPOTrainer, FlatRLOOTrainer, Judge
 from rlhf.flat_policy import FlatCausalLM
-from rlhf.reward_model import load_reward
-from rlhf.rewards import Score
+from rlhf.ppo_task import Task, load_task
 from rlhf.rollout import prompt_of
-from rlhf.sample_pairs import read_prompts
 
 
 @dataclass(frozen=True)
@@ -119,26 +115,13 @@ TOY: dict[str, Any] = {"toy": True, "n_frames": 12, "steps": 30, "batch_size": 3
 PRESETS: dict[str, dict[str, Any]] = {"smoke": {**TOY, "out": Path("runs/grpo-smoke"), "precision": "fp32"}}
 
 
-@dataclass(frozen=True)
-class Task:
-    """What plays and who judges: the LM, its prompts (one row of `table` each), the score, and the hashes of the parents."""
-
-    lm: MusicLM
-    prompts: list[str]
-    table: Conditions
-    score: Score
-    base_sha256: str
-    reward_sha256: str | None = None
-    snapshot_sha256: str | None = None
-
-
 def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     """Run it; returns the figures of the adapter's manifest. `task` replaces what --policy, --reward and --prompts name."""
     began = time.monotonic()
     # 1. Who plays, who judges.
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     if task is None:
-        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg)
+        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts)
     args = training_arguments(cfg, task.lm.n_q)
     if args.should_save:
         write_json(cfg.out / "config.json", to_mapping(cfg))
@@ -186,16 +169,10 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 
 def check(cfg: Config, world: int) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
-    if cfg.processes and world != cfg.processes:
-        raise UserError(
-            f"{world} process(es)",
-            f"{cfg.processes}, as --processes asks",
-            "launch with torchrun --nproc-per-node N, or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu` on a CPU",
-        )
+    check_processes(world, cfg.processes)
     if not cfg.toy and (cfg.reward is None or cfg.prompts is None):
         raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", "both", "train one with train_reward.py; or --preset smoke")
-    if not cfg.resume and latest_training_state(cfg.out) is not None:
-        raise UserError(f"{cfg.out} with checkpoints of another run", "a new folder", "add --resume, or choose another --out")
+    refuse_another_run(cfg.out, cfg.resume)
 
 
 def training_arguments(cfg: Config, n_q: int) -> GRPOConfig | RLOOConfig:
@@ -245,18 +222,6 @@ def training_arguments(cfg: Config, n_q: int) -> GRPOConfig | RLOOConfig:
         "data_seed": cfg.seed,
     }
     return GRPOConfig(**shared, loss_type="grpo") if cfg.method == "grpo" else RLOOConfig(**shared)
-
-
-def load_task(cfg: Config) -> Task:
-    """The policy, the prompts and the reward model that the settings name."""
-    assert cfg.reward is not None
-    assert cfg.prompts is not None
-    policy = load_policy(cfg.policy)
-    prompts = read_prompts(cfg.prompts)
-    reward = load_reward(cfg.reward, policy)
-    words = [prompt.prompt for prompt in prompts]
-    table = policy.conditions(words, [prompt.tempo_bpm for prompt in prompts])
-    return Task(policy.lm, words, table, reward.score, policy.sha256, reward.sha256, reward.snapshot_sha256)
 
 
 def toy_task(seed: int) -> Task:

@@ -43,6 +43,7 @@ from base_models.checkpoint import (
     latest_training_state,
     load_training_state,
     read_jsonl,
+    refuse_another_run,
     save_training_state,
     write_json,
 )
@@ -282,13 +283,10 @@ class Learner:
 
     def restore(self) -> None:
         """Back to the newest checkpoint, if there is one. UserError where base or winners are not those that it knew."""
-        newest = latest_training_state(self.cfg.out)
+        newest = latest_training_state(self.cfg.out, self._parents())
         if newest is None:
             return
-        step, tensors, states, extra = load_training_state(newest)
-        for name, value in self._parents().items():
-            if extra[name] != value:
-                raise UserError(f"{newest} of {name} {extra[name]}, now {value}", "the same one", "resume with it, or start a new --out")
+        step, tensors, states, _ = load_training_state(newest)
         set_adapter_tensors(self.lm, tensors["adapter"])
         self.optimizer.load_state_dict(states["optimizer"])
         self.scheduler.load_state_dict(states["scheduler"])
@@ -305,8 +303,7 @@ def check(cfg: Config) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     if min(cfg.batch_size, cfg.microbatch, cfg.epochs, cfg.best_of, cfg.clips_per_prompt) < 1 or not 0 <= cfg.held_out < 1:
         raise UserError("a size below 1, or --held-out out of [0, 1)", "1 or more everywhere", "correct the settings")
-    if not cfg.resume and latest_training_state(cfg.out) is not None:
-        raise UserError(f"{cfg.out} with checkpoints of another run", "a new folder", "add --resume, or choose another --out")
+    refuse_another_run(cfg.out, cfg.resume)
 
 
 def load_task(cfg: Config, accelerator: Accelerator) -> Task:
