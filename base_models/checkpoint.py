@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +168,13 @@ def save_training_state(
     states: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     keep: int = 2,
+    also: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write `run_dir/checkpoints/step_XXXXXXXX`, whole or not at all, and keep the newest `keep` of them.
 
     Args: tensors: name -> state dict of tensors (a model's weights). states: name -> any nested state dict (an optimiser's,
-    a scheduler's, a controller's). extra: plain JSON. The random streams of this process are always included.
+    a scheduler's, a controller's). extra: plain JSON. The random streams of this process are always included. also: writes further files
+    into the folder before it counts.
     """
     folder = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
     rng_tensors, rng_plain = rng_state()
@@ -191,10 +193,13 @@ def save_training_state(
             "groups": list(tensors),
         }
         write_json(temporary / "state.json", content)
+        if also is not None:
+            also(temporary)
     for old in _checkpoints(run_dir)[:-keep]:
         old.rename(old.with_name(f".old-{old.name}"))  # at once no checkpoint any more: a kill must leave no half of one
-    for old in folder.parent.glob(".old-*"):
-        shutil.rmtree(old)
+    for pattern in (".old-*", ".tmp-*"):  # of this run, or of a killed one: nobody else writes here
+        for old in folder.parent.glob(pattern):
+            shutil.rmtree(old)
     return folder
 
 

@@ -26,8 +26,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +42,7 @@ from base_models.errors import UserError
 from base_models.launch import check_processes
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
+from rlhf.journal import timed
 from rlhf.ppo_run import Run
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
@@ -310,13 +309,6 @@ def check_task(cfg: Config, task: Task) -> None:
         raise UserError("--brake rewind without --heldout-prompts", "prompts by which to know the best", "give them, or use --brake stop")
     if task.heldout is not None and len(task.heldout) < 2:
         raise UserError("1 held-out prompt", "2 or more, better 16", "add prompts to --heldout-prompts: one tells no error")
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - began
 
 
 if __name__ == "__main__":
