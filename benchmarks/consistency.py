@@ -1,14 +1,18 @@
-"""Does a reward for what the prompt says make "sad piano" sadder and more piano? And do the checks know real clips?
+"""Does a reward for what the prompt says make "sad piano" sadder and more piano, to judges that the reward does not know?
 
-    python benchmarks/consistency.py --corpus .cache/corpus --out runs/consistency            # about ten minutes on two quiet cores
-    python benchmarks/consistency.py --corpus .cache/corpus --out runs/consistency --steps 0  # the checks alone
+    python benchmarks/consistency.py --out runs/consistency                                # a quarter of an hour on two quiet cores
+    python benchmarks/consistency.py --out runs/tuning --judge-on tuning --lr 1e-3         # choose settings here, and nowhere else
+    python benchmarks/consistency.py --out runs/consistency --reward runs/reward --taste warm     # beside, and together with, listeners
+    python benchmarks/consistency.py --out runs/consistency --steps 0                      # the judges and the checks alone
 
-    real held-out clips -> each check under the right prompt and under another clip's: AUC
-    real training clips -> two probes on waveforms: which mood, piano or not
-    PPO on mood + instrument (no listener, prompts without "sad piano") -> base and adapter play "sad piano", other seeds
-    -> how sure the *probes* are of sad and of piano, clip by clip, with the interval of the difference
+    real melodies, moods, leads and genres drawn apart -> two judges on waveforms; what they hear of melodies they do not know
+    the same held-out clips -> each check of rlhf/consistency.py under the right prompt and under another clip's: AUC
+    20 pairs of a mood and an instrument -> train_ppo.py --weights mood=1,instrument=1,similarity=0.2, no listener
+    10 other pairs, "sad piano" among them -> base and adapter play them with the same seeds -> how sure the judges are of the mood and
+    of the instrument, clip by clip, the interval by pair; diversity and KL beside
 
-The probes hear waveforms (base_models.measures) and share nothing with the space that rewards: what fools it does not fool them.
+The checks live in the audio-text space, and a policy that is trained on it alone may fool it. The judges share no network with it, only the
+corpus's melodies, soundfont and codec: what fools the one has no reason to fool the others.
 """
 
 from __future__ import annotations
@@ -21,181 +25,287 @@ if not __package__:
 
 import json
 import random
+import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from adapters.library import load_adapter, unload_adapters
 from base_models.audio import read_audio
-from base_models.checkpoint import read_jsonl, write_json
-from base_models.corpus.styles import MOODS
+from base_models.checkpoint import read_json, read_jsonl, write_json
+from base_models.corpus.styles import GENRE_NAMES, MOODS
 from base_models.errors import UserError
-from base_models.measures import GenreProbe, probe_features
 from base_models.policy import PRETRAINED, Policy, load_policy
-from base_models.sampling import generate
 from base_models.settings import run
+from benchmarks.consistency_judges import LEADS, OTHER, Judges, Known, above, known_clips, load_clips, save_clips, sound_features
 from rlhf import train_ppo
-from rlhf.asked import asked_keys, asked_tempo, instrument_versions, mood_versions
+from rlhf.asked import asked_keys, asked_tempo
 from rlhf.consistency import checks
+from rlhf.evaluate_models import BASE, evaluate, read_codes
 from rlhf.metrics import mean_ci
-from rlhf.ppo_task import Task
-from rlhf.sample_pairs import clip_seed
+from rlhf.reward_model import load_reward
+from rlhf.rewards import Score
+from rlhf.sample_pairs import Prompt, Settings
 
 ASKED = "sad piano"
-INSTRUMENTS = ("piano", "violin", "flute", "acoustic guitar", "trumpet", "church organ", "vibraphone", "choir")
+CHECKS = "mood=1,instrument=1,similarity=0.2"
+Part = Literal["heldout", "tuning", "train"]
+PARTS: tuple[Part, ...] = ("heldout", "tuning", "train", "train")
 
 
 @dataclass(frozen=True)
 class Config:
-    corpus: Path = Path(".cache/corpus")
-    """The demo corpus, as `encore corpus build` makes it."""
+    """Settings of the benchmark."""
+
+    out: Path = Path("runs/consistency")
+    """Where runs, clips, figures.json and table.md go."""
+    known: Path = Path(".cache/consistency")
+    """Where the clips of which everything is known are kept from run to run."""
     policy: Path = PRETRAINED
     """The base."""
-    out: Path = Path("runs/consistency")
-    """Where the run and figures.json go."""
-    probe_clips: int = 1200
-    """Real training clips that the probes learn from."""
-    steps: int = 40
-    """Rounds of PPO; 0 measures the checks alone."""
-    batch_size: int = 32
+    reward: Path | None = None
+    """A reward model; then two more adapters are trained, on it alone (human=1) and on it with the checks."""
+    taste: str | None = None
+    """The simulated taste behind that reward model, asked for its own opinion of the clips."""
+    fit_clips: int = 640
+    """Known clips that the judges learn from."""
+    test_clips: int = 120
+    """Known clips of other melodies, by which it is told what the judges hear; half as many again as the corpus has them."""
+    judge_on: Literal["heldout", "tuning"] = "heldout"
+    """Which pairs of mood and instrument are played. Settings are chosen on the tuning pairs."""
+    weights: str = CHECKS
+    """What is trained on."""
+    steps: int = 24
+    """Rounds of PPO; 0 measures judges and checks alone."""
+    batch_size: int = 16
     """Clips a round."""
+    lr: float = 1.5e-3
+    """Learning rate."""
+    kl_coef: float = 0.006
+    """Price of a nat, in standard deviations of the score."""
     n_frames: int = 100
     """Codec frames of a clip."""
-    clips: int = 96
-    """Clips of "sad piano" that base and adapter each play."""
-    seed: int = 0
-    """Of everything that is drawn."""
+    clips: int = 4
+    """Clips of each prompt that is judged."""
+    asked_clips: int = 24
+    """Clips of "sad piano" alone."""
+    seeds: tuple[int, ...] = (0,)
+    """Training runs of each kind."""
 
 
 def main(cfg: Config) -> dict[str, Any]:
-    rows = read_jsonl(cfg.corpus / "metadata.jsonl")
     policy = load_policy(cfg.policy)
-    held_out = [row for row in rows if row["split"] != "train"]
-    figures: dict[str, Any] = {"auc": agreement(policy, cfg, held_out)}
-    print(json.dumps(figures["auc"], indent=2), flush=True)
+    # 1. Judges, and what they hear.
+    fit, apart, usual = (known(cfg, policy, *source) for source in sources(cfg))
+    judges = Judges.fit(fit)
+    figures: dict[str, Any] = {
+        "hearing": {"any lead in any genre": judges.hearing(apart), "as the corpus plays": judges.hearing(usual)},
+        "checks": agreement(policy, apart),
+    }
+    print(json.dumps(figures, indent=2), flush=True)
+    # 2. Learn.
+    adapters: dict[str, Path] = {}
     if cfg.steps:
-        trained = [row for row in rows if row["split"] == "train"][: cfg.probe_clips]
-        if len(trained) < 100:
-            raise UserError(f"{len(trained)} training clips", "100 or more for the probes", "build a larger corpus")
-        probes = fit_probes(cfg, trained, held_out)
-        figures["probes"] = {name: accuracy for name, (_, accuracy) in probes.items()}
-        adapter = learn(cfg, policy)
-        figures["sad_piano"] = compare(cfg, policy, adapter, {name: probe for name, (probe, _) in probes.items()})
+        kinds = {"checks": cfg.weights}
+        if cfg.reward is not None:
+            kinds |= {"listeners": "human=1", "both": f"human=1,{cfg.weights}"}
+        for seed in cfg.seeds:
+            adapters |= {f"{kind}-{seed}": learn(cfg, f"{kind}-{seed}", weights, seed) for kind, weights in kinds.items()}
+    # 3. Compare.
+    if adapters:
+        figures["prompts"] = compare(cfg, policy, judges, adapters, prompts(cfg.judge_on), cfg.clips, f"clips-{cfg.judge_on}")
+        if cfg.judge_on == "heldout":
+            figures[ASKED] = compare(cfg, policy, judges, adapters, [ASKED], cfg.asked_clips, "clips-asked")
+        (cfg.out / "table.md").write_text(table(figures), encoding="utf-8")
     write_json(cfg.out / "figures.json", figures)
     return figures
 
 
-# ---- the checks on real clips ----------------------------------------------------------------------------------------
+# ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def heard(cfg: Config, rows: list[dict[str, Any]]) -> list[np.ndarray]:
-    return [read_audio(cfg.corpus / row["file_name"])[0] for row in rows]
+def prompts(part: Part) -> list[str]:
+    """Every word for a mood with every instrument, parted by pairs of mood and instrument, so that no word
+    for "sad" is trained on with a piano. Each instrument has one mood held out, one for tuning and two to train on."""
+    chosen = []
+    for row, lead in enumerate(LEADS):
+        for column, mood in enumerate(MOODS.values()):
+            if PARTS[(column - row - 2) % len(PARTS)] == part:
+                chosen += [f"{word} {lead}" for word in mood.words]
+    return chosen
 
 
-def agreement(policy: Policy, cfg: Config, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def asked(prompt: str) -> tuple[str, str]:
+    """(mood, lead) that a prompt of `prompts` asks for."""
+    word, lead = prompt.split(" ", 1)
+    return next(mood.name for mood in MOODS.values() if word in mood.words), lead
+
+
+# ---- judges and checks on known clips --------------------------------------------------------------------------------
+
+
+def sources(cfg: Config) -> list[tuple[int, tuple[str, ...], int, bool]]:
+    """(clips, which melodies, seed, whether any lead plays in any genre): to fit, to test, and as the corpus has them."""
+    apart, usual = (cfg.test_clips, ("val", "test"), 2, True), (cfg.test_clips // 2, ("val", "test"), 3, False)
+    return [(cfg.fit_clips, ("train",), 1, True), apart, usual]
+
+
+def known(cfg: Config, policy: Policy, n: int, bucket: tuple[str, ...], seed: int, swap: bool) -> list[Known]:
+    """Known clips, from --known where they were made before."""
+    name = f"{policy.codec.sha256()[:12]}-{n}x{cfg.n_frames}-{'-'.join(bucket)}-{seed}-{'apart' if swap else 'usual'}.npz"
+    if not (cfg.known / name).is_file():
+        save_clips(cfg.known / name, known_clips(policy.codec, n, bucket, cfg.n_frames, seed, swap))
+    return load_clips(cfg.known / name)
+
+
+def agreement(policy: Policy, clips: list[Known], seed: int = 0) -> dict[str, dict[str, float]]:
     """Per check: the probability that a clip scores higher under its own prompt than another under one that asks for something else."""
-    asks: dict[str, Any] = {
-        "similarity": lambda prompt: prompt,
-        "mood": lambda prompt: mood_versions(prompt) and mood_versions(prompt)[1],  # type: ignore[index]
-        "instrument": lambda prompt: instrument_versions(prompt) and instrument_versions(prompt)[0][1:],  # type: ignore[index]
-        "tempo": asked_tempo,
-        "key": asked_keys,
+    clips = [clip for clip in clips if clip.lead != OTHER]
+    named = [f"{clip.mood} {clip.lead}" for clip in clips]
+    stated = [f"{clip.lead}, {clip.tempo_bpm:.0f} BPM, in {clip.key}" for clip in clips]
+    asks: dict[str, tuple[list[str], list[Any]]] = {  # prompts, and what each asks for
+        "similarity": (named, named),
+        "mood": (named, [clip.mood for clip in clips]),
+        "instrument": (named, [clip.lead for clip in clips]),
+        "genre": ([f"{GENRE_NAMES[clip.genre][0]} with {clip.lead}" for clip in clips], [clip.genre for clip in clips]),
+        "tempo": (stated, [asked_tempo(text) for text in stated]),
+        "key": (stated, [asked_keys(text) for text in stated]),
     }
-    with torch.no_grad():
-        codes = [policy.codec.encode(torch.from_numpy(wav.mean(0))[None, None])[:, :, : cfg.n_frames] for wav in heard(cfg, rows)]
-    rng, found = random.Random(cfg.seed), {}
-    for name, judge in checks(policy).items():
-        own = [(row, text) for row, text in enumerate(r["captions"][0] for r in rows) if asks[name](text) is not None]
-        scores: dict[str, list[float]] = {"right": [], "wrong": []}
-        for row, text in own:
-            other = rng.choice([t for _, t in own if asks[name](t) != asks[name](text)])
-            for kind, prompt in (("right", text), ("wrong", other)):
-                scores[kind].append(float(judge(codes[row], [prompt])))
-        right, wrong = np.array(scores["right"]), np.array(scores["wrong"])
-        higher = (right[:, None] > wrong).mean() + 0.5 * (right[:, None] == wrong).mean()
-        found[name] = {"auc": float(higher), "n": len(own)}
+    codes, rng, found = torch.stack([clip.codes for clip in clips]), random.Random(seed), {}
+    judges = checks(policy)
+    for name, (own, what) in asks.items():
+        others = [rng.choice([text for text, other in zip(own, what) if other != mine]) for mine in what]
+        right, wrong = (judged(judges[name], codes, texts) for texts in (own, others))
+        if not (np.isfinite(right).all() and np.isfinite(wrong).all()):
+            raise ValueError(f"the check {name!r} finds nothing asked for in its prompts")
+        found[name] = {"auc": above(right, wrong), "n": len(clips)}
     return found
 
 
-# ---- the judges from outside -----------------------------------------------------------------------------------------
-
-
-def fit_probes(cfg: Config, trained: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> dict[str, tuple[GenreProbe, float]]:
-    """name -> (probe, its accuracy on held-out clips)."""
-    labels = {"mood": lambda row: row["mood"], "piano": lambda row: "piano" if "piano" in " ".join(row["instruments"]) else "other"}
-    features = []
-    for rows in (trained, held_out):
-        features.append(np.stack([probe_features(wav[:, : cfg.n_frames * 640], 16000) for wav in heard(cfg, rows)]))
-    probes = {}
-    for name, label in labels.items():
-        probe = GenreProbe.fit_features(features[0], [label(row) for row in trained])
-        guess = probe.probabilities_of(features[1]).argmax(1)
-        probes[name] = (probe, float(np.mean([probe.classes[g] == label(row) for g, row in zip(guess, held_out)])))
-    return probes
+@torch.no_grad()
+def judged(score: Score, codes: torch.Tensor, texts: list[str]) -> np.ndarray:
+    """[N], in parts that fit into memory."""
+    parts = [score(codes[start : start + 64], texts[start : start + 64]) for start in range(0, len(codes), 64)]
+    return torch.cat(parts).numpy()
 
 
 # ---- learning and comparing ------------------------------------------------------------------------------------------
 
 
-def learn(cfg: Config, policy: Policy) -> Path:
-    """PPO on mood and instrument alone; the adapter's folder. Goes on where it was interrupted."""
-    words = [word for mood in MOODS.values() for word in mood.words]
-    prompts = [f"{word} {instrument}" for word in words for instrument in INSTRUMENTS if f"{word} {instrument}" != ASKED]
-    judges = checks(policy)
-    task = Task(
-        lm=policy.lm,
-        prompts=prompts,
-        table=policy.conditions(prompts),
-        score=judges["similarity"],
-        base_sha256=policy.sha256,
-        checks={name: judges[name] for name in ("mood", "instrument")},
-    )
-    resume = (cfg.out / "ppo").exists()
-    settings = train_ppo.Config(
-        out=cfg.out / "ppo",
-        weights="human=0,mood=1,instrument=1",
-        steps=cfg.steps,
-        batch_size=cfg.batch_size,
-        n_frames=cfg.n_frames,
-        credit="score",
-        brake="off",
-        seed=cfg.seed,
-        resume=resume,
-    )
-    train_ppo.main(settings, task)
-    return cfg.out / "ppo" / "adapter"
+def learn(cfg: Config, name: str, weights: str, seed: int) -> Path:
+    """An adapter's folder; what was trained before is not trained again, what was interrupted goes on."""
+    out, file = cfg.out / name, cfg.out / "train.txt"
+    if not (out / "adapter" / "manifest.json").is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(prompts("train")) + "\n", encoding="utf-8")
+        settings = train_ppo.Config(
+            out=out,
+            policy=cfg.policy,
+            reward=cfg.reward if "human" in weights else None,
+            prompts=file,
+            weights=weights,
+            steps=cfg.steps,
+            batch_size=cfg.batch_size,
+            n_frames=cfg.n_frames,
+            lr=cfg.lr,
+            kl_coef=cfg.kl_coef,
+            kl_budget=150.0,
+            listen=0,
+            seed=seed,
+            resume=out.exists(),
+        )
+        train_ppo.main(settings)
+    return out / "adapter"
 
 
-@torch.no_grad()
-def compare(cfg: Config, policy: Policy, adapter: Path, probes: dict[str, GenreProbe]) -> dict[str, dict[str, Any]]:
-    """Base and adapter on "sad piano", shared seeds that training never drew: each judge's mean, and the difference with its interval."""
-    judges = checks(policy)
-    judged: dict[str, dict[str, np.ndarray]] = {}
-    for name in ("base", "adapter"):
-        unload_adapters(policy.lm)
-        if name == "adapter":
-            load_adapter(policy, adapter)
-        seeds = [clip_seed(cfg.seed + 77, 0, k) for k in range(cfg.clips)]
-        codes = torch.cat([play(policy, cfg.n_frames, seeds[start : start + 32]) for start in range(0, cfg.clips, 32)])
-        features = np.stack([probe_features(policy.decode(clip[None])[0].numpy(), 16000) for clip in codes])
-        judged[name] = {f"check: {kind}": judges[kind](codes, [ASKED] * len(codes)).numpy() for kind in ("mood", "instrument")}
-        for probe, wanted in (("mood", "sad"), ("piano", "piano")):
-            share = probes[probe].probabilities_of(features)
-            judged[name][f"probe: {wanted}"] = share[:, probes[probe].classes.index(wanted)]
-    unload_adapters(policy.lm)
-    told = {}
-    for kind in judged["base"]:
-        gain = mean_ci(judged["adapter"][kind] - judged["base"][kind], list(range(cfg.clips)))
-        means = {name: float(rows[kind].mean()) for name, rows in judged.items()}
-        told[kind] = {**means, "gain": gain.value, "ci": list(gain.ci)}
+def compare(
+    cfg: Config, policy: Policy, judges: Judges, adapters: Mapping[str, Path], texts: list[str], n: int, folder: str
+) -> dict[str, dict[str, Any]]:
+    """system -> {figure: mean, and for adapters its gain over the base's clip of the same prompt and seed with the interval}.
+
+    The interval resamples pairs of mood and instrument, or clips where there is one pair only. Clips of all training seeds are pooled.
+    """
+    wanted = [Prompt(text, f"{row:03d}", "heldout", mood=asked(text)[0]) for row, text in enumerate(texts)]
+    settings = Settings(n=n, seed=77, duration_s=cfg.n_frames / policy.codec.frame_rate)
+    spread = evaluate(policy, adapters, wanted, cfg.out / folder, settings)
+    marks = {name: opinions(cfg, policy, judges, Path(entry["manifest"])) for name, entry in spread.items()}
+    pairs = [" ".join(asked(text)) for text in texts for _ in range(n)]
+    clusters = pairs if len(set(pairs)) > 1 else [str(clip) for clip in range(len(pairs))]
+    told: dict[str, dict[str, Any]] = {BASE: {name: {"mean": float(values.mean())} for name, values in marks[BASE].items()}}
+    for kind in dict.fromkeys(name.rpartition("-")[0] for name in adapters):
+        runs = [name for name in adapters if name.rpartition("-")[0] == kind]
+        told[kind] = {}
+        for name in marks[BASE]:
+            gains = np.concatenate([marks[system][name] - marks[BASE][name] for system in runs])
+            gain = mean_ci(gains, clusters * len(runs))
+            mean = float(np.mean([marks[system][name].mean() for system in runs]))
+            told[kind][name] = {"mean": mean, "gain": gain.value, "ci": list(gain.ci), "n": gain.n, "clusters": gain.n_clusters}
+        for name in ("kl", "diversity_ratio"):
+            told[kind][name] = {"mean": float(np.mean([spread[system][name] for system in runs]))}
     return told
 
 
-def play(policy: Policy, n_frames: int, seeds: list[int]) -> Tensor:
-    return generate(policy.lm, policy.conditions([ASKED] * len(seeds)), n_frames, seeds=seeds).codes
+@torch.no_grad()
+def opinions(cfg: Config, policy: Policy, judges: Judges, manifest: Path) -> dict[str, np.ndarray]:
+    """What everybody thinks of the clips of a manifest: name of the figure -> [N]."""
+    rows = read_jsonl(manifest)
+    texts, codes = [row["prompt"] for row in rows], read_codes(manifest, rows)
+    features = np.stack([sound_features(*read_audio(manifest.parent / row["file"])) for row in rows])
+    moods, leads = (list(names) for names in zip(*map(asked, texts)))
+    found = {
+        "mood": judges.probability("mood", features, moods),
+        "instrument": judges.probability("lead", features, leads),
+        "mood right": judges.right("mood", features, moods).astype(float),
+        "instrument right": judges.right("lead", features, leads).astype(float),
+    }
+    found["both right"] = found["mood right"] * found["instrument right"]
+    for name, score in checks(policy).items():
+        if name in ("similarity", "mood", "instrument"):
+            found[f"check: {name}"] = judged(score, codes, texts)
+    if cfg.reward is not None:
+        found["reward model"] = judged(load_reward(cfg.reward, policy).score, codes, texts)
+    if cfg.taste is not None:
+        found["taste"] = gold(cfg.taste, manifest)
+    return found
+
+
+def gold(taste: str, manifest: Path) -> np.ndarray:
+    """The simulated taste's opinion [N], from a process of its own."""
+    out = manifest.parent / f"gold-{taste}.json"
+    command = ["-m", "rlhf.simulation.judge", "--manifest", str(manifest), "--out", str(out), "--taste", taste]
+    done = subprocess.run([sys.executable, *command], cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"a judge that ended with {done.returncode}: {done.stderr.strip()[-300:]}", "scores", "check --taste")
+    return np.array([clip["gold"] for clip in read_json(out)["clips"]])
+
+
+# ---- telling ---------------------------------------------------------------------------------------------------------
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Markdown: a row a system, the figure and, in brackets, the interval of its gain over the base."""
+    blocks = []
+    for title in ("prompts", ASKED):
+        if title not in figures:
+            continue
+        told = figures[title]
+        names = [*told[BASE], "kl", "diversity_ratio"]
+        lines = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for system, row in told.items():
+            lines.append(f"| {system} | {' | '.join(cell(row.get(name)) for name in names)} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def cell(entry: Mapping[str, Any] | None) -> str:
+    """.412, or .530 (+.118 [.090, .146])."""
+    if entry is None:
+        return "-"
+    if "gain" not in entry:
+        return f"{entry['mean']:.3f}"
+    return f"{entry['mean']:.3f} ({entry['gain']:+.3f} [{entry['ci'][0]:+.3f}, {entry['ci'][1]:+.3f}])"
 
 
 if __name__ == "__main__":
