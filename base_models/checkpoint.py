@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +168,13 @@ def save_training_state(
     states: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     keep: int = 2,
+    also: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write `run_dir/checkpoints/step_XXXXXXXX`, whole or not at all, and keep the newest `keep` of them.
 
     Args: tensors: name -> state dict of tensors (a model's weights). states: name -> any nested state dict (an optimiser's,
-    a scheduler's, a controller's). extra: plain JSON. The random streams of this process are always included.
+    a scheduler's, a controller's). extra: plain JSON. The random streams of this process are always included. also: writes further files
+    into the folder before it counts.
     """
     folder = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
     rng_tensors, rng_plain = rng_state()
@@ -191,10 +193,13 @@ def save_training_state(
             "groups": list(tensors),
         }
         write_json(temporary / "state.json", content)
+        if also is not None:
+            also(temporary)
     for old in _checkpoints(run_dir)[:-keep]:
         old.rename(old.with_name(f".old-{old.name}"))  # at once no checkpoint any more: a kill must leave no half of one
-    for old in folder.parent.glob(".old-*"):
-        shutil.rmtree(old)
+    for pattern in (".old-*", ".tmp-*"):  # of this run, or of a killed one: nobody else writes here
+        for old in folder.parent.glob(pattern):
+            shutil.rmtree(old)
     return folder
 
 
@@ -204,10 +209,23 @@ def _checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     return sorted(found)
 
 
-def latest_training_state(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
+def latest_training_state(run_dir: str | os.PathLike[str], parents: Mapping[str, Any] | None = None) -> Path | None:
+    """The newest whole checkpoint of a run, or None. `parents`: what its `extra` must say; raises UserError where it says otherwise."""
     found = _checkpoints(run_dir)
-    return found[-1] if found else None
+    if not found:
+        return None
+    known = read_json(found[-1] / "state.json")["extra"] if parents else {}
+    for name, value in (parents or {}).items():
+        if known.get(name) != value:
+            got = f"{found[-1]} of {name} {known.get(name)}, now {value}"
+            raise UserError(got, "the same one", "resume with it, or start a new --out")
+    return found[-1]
+
+
+def refuse_another_run(run_dir: str | os.PathLike[str], resume: bool) -> None:
+    """UserError where a run would begin in a folder with another one's checkpoints."""
+    if not resume and _checkpoints(run_dir):
+        raise UserError(f"{run_dir} with checkpoints of another run", "a new folder", "add --resume, or choose another --out")
 
 
 def load_training_state(

@@ -10,6 +10,8 @@ import torch
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.kto_config import KTOConfig
 
+from base_models.launch import bf16_is_faster
+
 if TYPE_CHECKING:
     from rlhf.train_dpo import Config
 
@@ -75,10 +77,3 @@ def kto_arguments(cfg: Config, args: DPOConfig) -> KTOConfig:
     shared += ("max_steps", "logging_steps", "logging_first_step", "save_strategy", "save_steps", "report_to", "dataloader_pin_memory")
     shared += ("seed", "data_seed")
     return KTOConfig(**{name: getattr(args, name) for name in shared} | own)
-
-
-def bf16_is_faster() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,60 +1,65 @@
-"""What a DPO run tells while it runs: metrics.jsonl, TensorBoard, the bar, and the check of the first step."""
+"""What one of TRL's trainers tells while it runs: its figures in the journal, a bar, the clock, and the check of the first step."""
 
 from __future__ import annotations
 
-import math
 import time
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from base_models.checkpoint import append_jsonl
+from rlhf.journal import Examples, Journal, Settings, Sound, speeds
 
-FIRST_LOSS = {"dpo/loss_hard_labels": math.log(2), "kto/loss_unweighted": 0.5}
-"""What these are as long as policy and reference are one."""
+FIRST_LOSS = {"dpo/loss_hard_labels": 0.6931471805599453, "kto/loss_unweighted": 0.5}
+"""What these are as long as policy and reference are one: log 2, 1/2."""
+SHOWN = {
+    "loss": "loss",
+    "dpo/accuracy_decided": "accuracy",
+    "rewards/margins": "margin",
+    "reward": "reward",
+    "held_out/score": "held_out",
+    "held_out/kl": "kl",
+    "kl_nats_per_clip": "kl",
+}
+"""What the bar shows of the figures, and how it calls them."""
 
 
-class ProgressBar(ProgressCallback):
-    """transformers' bar, with the figures on it instead of a line a step."""
+class NothingLeftError(Exception):
+    """There is nothing left to train: the steps were done, or the KL budget spent, before the run was interrupted."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        shown = {"loss": "loss", "accuracy": "dpo/accuracy_decided", "margin": "rewards/margins"}
-        if self.training_bar is not None and logs:
-            self.training_bar.set_postfix({name: f"{float(logs[key]):.3f}" for name, key in shown.items() if key in logs})
+
+class TimedSettings(Settings, Protocol):
+    @property
+    def max_minutes(self) -> float: ...
 
 
 class Recorder(TrainerCallback):
-    """metrics.jsonl and TensorBoard, the check of the first step, and the clock."""
+    """The journal of a trainer, a bar, the check of the first step, and the clock of --max-minutes."""
 
-    def __init__(self, out: Path, max_minutes: float, resume: bool, main: bool) -> None:
-        self.out, self.max_minutes, self.main = out, max_minutes, main
+    def __init__(self, cfg: TimedSettings, name: str, first_step: int, main: bool, sound: Sound | None = None) -> None:
+        self.journal = Journal(cfg, name, first_step, main)
+        self.max_minutes, self.sound = cfg.max_minutes, sound
         self.began = time.monotonic()
-        self.first: dict[str, float] = {}
-        self.last: dict[str, float] = {}
-        self.board = SummaryWriter(str(out / "tensorboard")) if self.main else None
-        if self.main and not resume:
-            (out / "metrics.jsonl").unlink(missing_ok=True)
+        self.by_step = True
+        """Whether seconds are told step by step, or are left to who counts rounds."""
+        self.seconds: dict[str, float] = {}
+        """By phase, since they were told."""
+        self.step_began = 0.0
+        self.tokens = 0.0
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        row = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-        for name, at_first in FIRST_LOSS.items():
-            if name in row:
-                if not self.first and state.global_step == 1 and abs(row[name] - at_first) > 1e-3:
-                    raise RuntimeError(f"the first {name} is {row[name]}, not {at_first:.4f}: policy and reference differ")
-                self.first, self.last = self.first or row, row
-        self.write(state.global_step, row)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:  # the trainer takes a step before it asks
+            raise NothingLeftError
+        self.bar = self.journal.bar(state.max_steps)
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        """One line of figures and a point in each curve, by the first process; NaN is written as null."""
-        if self.main and self.board is not None:
-            append_jsonl(self.out / "metrics.jsonl", {"step": step, **{k: v if math.isfinite(v) else None for k, v in row.items()}})
-            for name, value in row.items():
-                self.board.add_scalar(name, value, step)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step_began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds["learn"] = self.seconds.get("learn", 0.0) + time.perf_counter() - self.step_began
+        self.bar.update(state.global_step - self.bar.n)
         late = bool(self.max_minutes) and time.monotonic() - self.began > 60 * self.max_minutes
         if self.max_minutes and args.world_size > 1:
             flag = torch.tensor(float(late), device=args.device)
@@ -63,20 +68,49 @@ class Recorder(TrainerCallback):
         if late:
             control.should_training_stop = True
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        row = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        if "train_runtime" in row:  # TRL's last word, of this process alone; the manifest has ours
+            return
+        for name, at_first in FIRST_LOSS.items():
+            if name in row and state.global_step == 1 and abs(row[name] - at_first) > 1e-3:
+                raise RuntimeError(f"the first {name} is {row[name]}, not {at_first:.4f}: policy and reference differ")
+        tokens = row.pop("num_tokens", self.tokens)  # of this process, not of the run
+        row.pop("eval_num_tokens", None)
+        if self.by_step and "loss" in row:
+            row |= speeds(self.seconds, tokens - self.tokens)
+            self.seconds.clear()
+        self.tokens = tokens
+        self.tell(state.global_step, row)
+
+    def tell(self, step: int, row: dict[str, float]) -> None:
+        """One row of figures, of which the bar shows a few."""
+        self.journal.tell(step, row)
+        self.shown |= {short: f"{row[name]:.3f}" for name, short in SHOWN.items() if name in row}
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown)
+
+    def play(self, step: int, examples: Examples) -> None:
+        """Clips to hear."""
+        self.journal.play(step, examples, self.sound)
+
     def summary(self) -> dict[str, float]:
-        """First and last of what tells a healthy run from a collapsing one."""
+        """First and last of what tells a healthy run from a collapsing one; of the whole run, where it was interrupted too."""
         names = {
             "logps_chosen": "logps/chosen",
             "logps_rejected": "logps/rejected",
             "train_accuracy": "dpo/accuracy_decided",
             "margin": "rewards/margins",
         }
-        told = {f"{name}_{when}": round(row[key], 4) for name, key in names.items() for when, row in self._ends() if key in row}
-        return {"first_loss": next(self.first[name] for name in FIRST_LOSS if name in self.first), **told} if self.first else told
-
-    def _ends(self) -> tuple[tuple[str, dict[str, float]], ...]:
-        return ("first", self.first), ("last", self.last)
+        rows = [row for row in self.journal.rows if any(name in row for name in FIRST_LOSS)]
+        if not rows:
+            return {}
+        first = {"first_loss": next(rows[0][name] for name in FIRST_LOSS if name in rows[0])}
+        ends = (("first", rows[0]), ("last", rows[-1]))
+        told = {f"{name}_{when}": row[key] for name, key in names.items() for when, row in ends if row.get(key) is not None}
+        return first | {name: round(value, 4) for name, value in told.items()}
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        if self.bar is not None:
+            self.bar.close()
+        self.journal.close()

@@ -12,6 +12,8 @@ from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import load_policy
 from rlhf.consistency import checks, slopes
 from rlhf.flat_kto import BadClip, bad_clips
+from rlhf.journal import Sound, sound_of
+from rlhf.ppo_task import toy_sound
 from rlhf.preferences import Preference, load_snapshot, prompt_folds, training_pairs
 from rlhf.reward_model import load_reward
 from rlhf.rewards import HUMAN, LEAST_LOGITS, Mixed, Part, Reward, Score, parse_weights, weighted
@@ -48,6 +50,10 @@ class Task:
     """Clips that were called bad without a comparison (read for --loss kto)."""
     frame_rate: float = 25.0
     """Codec frames a second, to find marks."""
+    words: tuple[str, ...] = ()
+    """The prompts, one a row of the table."""
+    sound: Sound | None = None
+    """How clips are heard."""
 
     def row_of(self, pair: Preference) -> int:
         return self.rows[pair.prompt_id]
@@ -79,7 +85,8 @@ def load_task(cfg: Config) -> Task:
         words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
         snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256
     table = policy.conditions(words, tempi)
-    return Task(policy.lm, table, pairs, rows, policy.sha256, snapshot_sha256, own, bad, policy.codec.frame_rate)
+    heard = (policy.codec.frame_rate, tuple(words), sound_of(policy))
+    return Task(policy.lm, table, pairs, rows, policy.sha256, snapshot_sha256, own, bad, *heard)
 
 
 def held_out_prompts(ids: list[str], share: float, seed: int) -> list[int]:
@@ -135,4 +142,6 @@ def toy_task(cfg: Config, n_pairs: int = 64, n_prompts: int = 16, n_frames: int 
         low_ones = (torch.arange(config.card) < half).float()[None, :, None].expand(config.n_q, -1, -1)
         judge = Mixed(Reward({HUMAN: Part(score)}), {HUMAN: slope}, low_ones)
         own = OwnTask([f"toy prompt {i}" for i in range(n_prompts)], 0, held_out, judge)
-    return Task(lm, table, pairs, {str(i): i for i in range(n_prompts)}, lm.sha256(), None, own)
+    words = tuple(f"toy prompt {i}" for i in range(n_prompts))
+    rows = {str(i): i for i in range(n_prompts)}
+    return Task(lm, table, pairs, rows, lm.sha256(), None, own, words=words, sound=toy_sound)

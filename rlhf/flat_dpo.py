@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.kto_config import KTOConfig
@@ -163,15 +165,27 @@ class FlatCheckpoints:
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
+    parents: Mapping[str, Any] = MappingProxyType({})
+    """What the run comes from; a checkpoint says it, and is not resumed with anything else."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """`output_dir/checkpoints/step_XXXXXXXX`, written by the first process."""
+        """`output_dir/checkpoints/step_XXXXXXXX`, written by the first process; whole with the trainer's own state or not at all."""
         if self.args.should_save:
             states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
             weights = {"adapter": adapter_tensors(self.lm)}
-            folder = save_training_state(str(self.args.output_dir), self.state.global_step, weights, states)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            save_training_state(
+                str(self.args.output_dir),
+                self.state.global_step,
+                weights,
+                states,
+                {**self.parents, **self._remembered()},
+                also=lambda folder: self.state.save_to_json(str(folder / TRAINER_STATE_NAME)),
+            )
         self.accelerator.wait_for_everyone()
+
+    def _remembered(self) -> dict[str, Any]:
+        """More that a checkpoint says."""
+        return {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         set_adapter_tensors(self.lm, load_training_state(resume_from_checkpoint, restore_rng=False)[1]["adapter"])

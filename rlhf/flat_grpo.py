@@ -31,6 +31,8 @@ from base_models.checkpoint import load_training_state
 from base_models.sampling import generate
 from rlhf.flat_dpo import FlatCheckpoints
 from rlhf.flat_policy import FlatCausalLM, flat_order, flatten_codes, make_tokenizer, prompt_id, unflatten_ids, use_native_heads
+from rlhf.journal import timed
+from rlhf.played import kl_figures
 from rlhf.rewards import Score
 from rlhf.rollout import sample_seed
 
@@ -45,10 +47,13 @@ class Judge:
 
     def __init__(self, score: Score, prompts: Sequence[str], n_q: int, card: int) -> None:
         self.score, self.prompts, self.n_q, self.card = score, list(prompts), n_q, card
+        self.seconds: dict[str, float] = {}
+        """By phase (play, judge), since somebody told them."""
 
     def __call__(self, completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
         codes = unflatten_ids(torch.tensor(completion_ids), self.n_q, self.card)
-        marks = self.score(codes, [self.prompts[i] for i in row]).tolist()
+        with timed(self.seconds, "judge"):
+            marks = self.score(codes, [self.prompts[i] for i in row]).tolist()
         return [mark if math.isfinite(mark) else None for mark in marks]
 
 
@@ -75,6 +80,9 @@ class PlaysItself(FlatCheckpoints):
         self.flat, self.lm = flat, flat.trunk.lm
         self.n_frames, self.seed, self.sample_batch = args.max_completion_length // flat.config.n_q, seed, sample_batch
         self.kl, self.played, self.checked = float("nan"), torch.zeros(0), False
+        self.seconds, self.prompts = judge.seconds, judge.prompts
+        self.heard: list[tuple[str, Tensor]] = []
+        """The newest clips, the first of each prompt: words, codes [K, T]."""
         trl: Any = super()
         trl.__init__(
             model=flat,
@@ -89,6 +97,10 @@ class PlaysItself(FlatCheckpoints):
 
     def play(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """One clip for each prompt id, by our own sampler, as completion ids."""
+        with timed(self.seconds, "play"):
+            return self._play(prompt_ids)
+
+    def _play(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         K, V = self.flat.config.n_q, self.flat.config.card
         rows = [ids[0] - prompt_id(0, K, V) for ids in prompt_ids]
         rank, n = self.args.process_index, len(rows)
@@ -109,6 +121,7 @@ class PlaysItself(FlatCheckpoints):
             codes.append(made.codes)
             logps.append(made.code_logps[:, book, frame])
         self.played = torch.cat(logps)
+        self.heard = [(self.prompts[rows[i]], codes[0][i]) for i in range(0, len(codes[0]), self.args.num_generations)]
         ids = flatten_codes(torch.cat(codes), V)
         if not self.checked:
             self.check_scorer(torch.tensor(prompt_ids, device=ids.device), ids)
@@ -130,11 +143,23 @@ class PlaysItself(FlatCheckpoints):
         """TRL's scorer; what it says with the adapter switched off is the reference, and gives the KL."""
         scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
         if not torch.is_grad_enabled() and next(iter(lora_layers(self.lm).values())).disable_adapters:
-            local = torch.stack([(self.played - scored[0]).sum(), torch.tensor(float(len(self.played)), device=scored[0].device)])
-            total, count = self.accelerator.reduce(local, "sum").tolist()
-            self.kl = total / count
-            self._metrics["train"]["kl_nats_per_clip"].append(self.kl)
+            by_place = (self.played - scored[0]).sum(0)
+            book = flat_order(self.flat.config.n_q, self.n_frames)[0].to(by_place.device)
+            books = by_place.new_zeros(self.flat.config.n_q).index_add(0, book, by_place)
+            *total, count = self.accelerator.reduce(torch.cat([books, books.new_tensor([len(self.played)])]), "sum").tolist()
+            figures = kl_figures([value / count for value in total])
+            self.kl = figures.pop("kl")
+            for name, value in {"kl_nats_per_clip": self.kl, **figures}.items():
+                self._metrics["train"][name].append(value)
         return scored
+
+    def _remembered(self) -> dict[str, Any]:
+        return {"kl": self.kl if math.isfinite(self.kl) else None}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        known = load_training_state(resume_from_checkpoint, restore_rng=False)[3].get("kl")
+        self.kl = float("nan") if known is None else known
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """TRL shuffles a round's clips by torch's own generator."""

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,9 +31,12 @@ from base_models.conditions import Conditions
 from base_models.lm import MusicLM
 from base_models.sampling import generate
 from rlhf.dense import limited
+from rlhf.dpo_report import NothingLeftError, Recorder
 from rlhf.edits import Edits, antithetic_edits
 from rlhf.flat_dpo import LiveRows, PreferenceCollator, reference_logps, smoothed
 from rlhf.flat_policy import FlatCausalLM, flat_order
+from rlhf.journal import speeds, timed
+from rlhf.played import kl_by_book, kl_figures
 from rlhf.rewards import Mixed, Score
 from rlhf.rollout import prompt_of, sample_seed
 
@@ -44,11 +46,11 @@ Labels = Literal["hard", "soft"]
 
 @dataclass(frozen=True)
 class Judged:
-    """Clips with a score: codes [B, K, T]; rows [B], of the prompt table; logps [B], nats a clip, the sampler's; score [B]."""
+    """Clips with a score: codes [B, K, T]; rows [B], of the prompt table; code_logps [B, K, T], nats, the sampler's; score [B]."""
 
     codes: Tensor
     rows: list[int]
-    logps: Tensor
+    code_logps: Tensor
     score: Tensor
 
 
@@ -62,21 +64,24 @@ def play_and_judge(
     n_frames: int,
     temperature: float,
     batch_size: int,
+    seconds: dict[str, float],
 ) -> Judged:
     """Play one clip for each row of the table, `batch_size` at once, and judge it.
 
     Args: table, prompts: the same prompts as conditions and as words. rows, seeds [B]: one clip each. score: None leaves the scores
-        NaN, where they come with the slopes.
+        NaN, where they come with the slopes. seconds: what `play` and `judge` take is added there.
     """
     codes, logps, scores = [], [], []
     cond = table.to(next(lm.parameters()).device)
     for start in range(0, len(rows), batch_size):
         part = list(rows[start : start + batch_size])
-        made = generate(lm, cond.index(part), n_frames, seeds=seeds[start : start + batch_size], temperature=temperature)
-        codes.append(made.codes.cpu())
-        logps.append(made.logps.sum(1).cpu())
-        judged = score(made.codes, [prompts[row] for row in part]).detach() if score else torch.full((len(part),), math.nan)
-        scores.append(judged.float().cpu())
+        with timed(seconds, "play"):
+            made = generate(lm, cond.index(part), n_frames, seeds=seeds[start : start + batch_size], temperature=temperature)
+            codes.append(made.codes.cpu())
+            logps.append(made.code_logps.cpu())
+        with timed(seconds, "judge"):
+            judged = score(made.codes, [prompts[row] for row in part]).detach() if score else torch.full((len(part),), math.nan)
+            scores.append(judged.float().cpu())
     return Judged(torch.cat(codes), list(rows), torch.cat(logps), torch.cat(scores))
 
 
@@ -156,6 +161,10 @@ class OwnPairs:
         self.learnt = [row for row in self.prompts if row not in set(self.held_out)]
         self.rated = list(rated)
         self.base_scores: Tensor | None = None
+        self.heard: Judged | None = None
+        """What was played when it was last measured."""
+        self.seconds: dict[str, float] = {}
+        """By phase (look, play, judge), since they were told."""
         self.collator = PreferenceCollator(pad_token_id=flat.config.pad_token_id, max_length=None)
 
     def round(self, number: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -166,11 +175,14 @@ class OwnPairs:
         rows = [self.learnt[i] for i in prompt_of(indices, len(self.learnt), plan.n_clips, plan.seed)]
         mine = [i for i in range(size) if (i // plan.n_clips) % world == rank]
         by_slope = plan.pairing == "edits"
-        judged = self._play([rows[i] for i in mine], [sample_seed(plan.seed, indices[i]) for i in mine], not by_slope)
-        edits, own_scores = self._edits(judged, [indices[i] for i in mine]) if by_slope else (None, judged.score)
+        seeds = [sample_seed(plan.seed, indices[i]) for i in mine]
+        judged = self._play([rows[i] for i in mine], seeds, self.seconds, not by_slope)
+        with timed(self.seconds, "judge"):
+            edits, own_scores = self._edits(judged, [indices[i] for i in mine]) if by_slope else (None, judged.score)
+            pairs = self._pairs(judged, [indices[i] for i in mine], edits)
         made: list[tuple[int, dict[str, Any]]] = []
         gaps, unused = [], 0
-        for index, row, better, worse, gap in self._pairs(judged, [indices[i] for i in mine], edits):
+        for index, row, better, worse, gap in pairs:
             used = gap is not None
             unused += not used
             gaps += [gap] if gap is not None else []
@@ -187,7 +199,7 @@ class OwnPairs:
         if world > 1:
             made, told = gather_object(made), gather_object(told)
         fresh = [row for _, row in sorted(made, key=lambda pair: pair[0])]
-        with adapter_disabled(self.lm):
+        with timed(self.seconds, "judge"), adapter_disabled(self.lm):
             fresh = reference_logps(self.flat, fresh, self.args, self.collator, plan.score_batch)
         turn = [self.rated[(number * plan.n_rated + i) % len(self.rated)] for i in range(plan.n_rated)]
         scores = torch.tensor([x for part, _, _ in told for x in part])
@@ -254,50 +266,52 @@ class OwnPairs:
     def measure(self) -> dict[str, float]:
         """Held-out prompts, the same seeds each time: mean score, KL(policy || base) in nats a clip, and the share of clips that the
         reward prefers to the base's clip of the same prompt and seed (ties half). Every process does it all: they agree exactly."""
-        plan = self.plan
+        with timed(self.seconds, "look"):
+            return self._measure()
+
+    def _measure(self) -> dict[str, float]:
+        plan, apart = self.plan, dict[str, float]()
         rows = [self.held_out[i % len(self.held_out)] for i in range(plan.held_out_clips)]
         seeds = [sample_seed(plan.seed ^ 0x4E1D, i) for i in range(len(rows))]
         if self.base_scores is None:
             with adapter_disabled(self.lm):
-                base = self._play(rows, seeds)
+                base = self._play(rows, seeds, apart)
             names = [self.prompts[row] for row in rows]
             if isinstance(self.score, Mixed):  # the base's clips set the scale of the reward's parts
                 self.score.measure(base.codes.to(self.args.device), names)
                 base = dataclasses.replace(base, score=self.score(base.codes.to(self.args.device), names).float().cpu())
             self.base_scores = base.score
-        played = self._play(rows, seeds)
-        reference = []
-        with adapter_disabled(self.lm):
-            for start in range(0, len(rows), plan.score_batch):
-                cond = self.flat.trunk.table.index(rows[start : start + plan.score_batch]).to(self.args.device)
-                codes = played.codes[start : start + plan.score_batch].to(self.args.device)
-                logps = self.lm.logps(codes, cond, plan.temperature)
-                assert isinstance(logps, Tensor)
-                reference.append(logps.sum(1).cpu())
+        self.heard = played = self._play(rows, seeds, apart)
+        book_kl = []
+        for start in range(0, len(rows), plan.score_batch):
+            part = slice(start, start + plan.score_batch)
+            cond = self.flat.trunk.table.index(rows[part]).to(self.args.device)
+            codes, logps = played.codes[part].to(self.args.device), played.code_logps[part].to(self.args.device)
+            book_kl.append(kl_by_book(self.lm, codes, cond, logps, plan.temperature).cpu())
         both = torch.isfinite(played.score) & torch.isfinite(self.base_scores)
         mine, theirs = played.score[both], self.base_scores[both]
         return {
             "held_out/score": mine.mean().item(),
             "held_out/score_base": theirs.mean().item(),
             "held_out/preferred_to_base": ((mine > theirs).float() + 0.5 * (mine == theirs).float()).mean().item(),
-            "held_out/kl": (played.logps - torch.cat(reference)).mean().item(),
+            **{f"held_out/{name}": value for name, value in kl_figures(torch.cat(book_kl).mean(0)).items()},
         }
 
-    def _play(self, rows: Sequence[int], seeds: Sequence[int], judged: bool = True) -> Judged:
-        plan, table, score = self.plan, self.flat.trunk.table, self.score if judged else None
+    def _play(self, rows: Sequence[int], seeds: Sequence[int], seconds: dict[str, float], judged: bool = True) -> Judged:
+        plan, table = self.plan, self.flat.trunk.table
         names = [self.prompts.get(row, "") for row in range(len(table))]
-        return play_and_judge(self.lm, table, names, rows, seeds, score, plan.n_frames, plan.temperature, plan.sample_batch)
-
-
-class BudgetSpentError(Exception):
-    """There is nothing left to train: the KL budget was spent before."""
+        how = (self.score if judged else None, plan.n_frames, plan.temperature, plan.sample_batch)
+        return play_and_judge(self.lm, table, names, rows, seeds, *how, seconds)
 
 
 class Rounds(TrainerCallback):
     """Between rounds: measure; stop where the KL budget is spent; else play, judge and hand the next rows to the trainer."""
 
-    def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, tell: Callable[[int, dict[str, float]], None]) -> None:
-        self.own, self.live, self.epochs, self.tell = own, live, epochs, tell
+    def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, recorder: Recorder) -> None:
+        self.own, self.live, self.epochs, self.recorder = own, live, epochs, recorder
+        self.seconds: dict[str, float] = {}
+        """Of the round that is being learnt."""
+        recorder.by_step = False
         self.stopped = ""
         self.last: dict[str, float] = {}
         self.number = 0
@@ -305,14 +319,14 @@ class Rounds(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._next(state, control)
         if self.stopped:
-            raise BudgetSpentError  # a resumed run that had stopped: the trainer would take a step before it asks
+            raise NothingLeftError  # a resumed run that had stopped: the trainer would take a step before it asks
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if int(state.epoch + 1e-6) % self.epochs == 0 or control.should_training_stop:
             self._next(state, control)
 
     def _next(self, state: Any, control: Any) -> None:
-        began, number = time.monotonic(), int((state.epoch or 0) + 1e-6) // self.epochs
+        number = int((state.epoch or 0) + 1e-6) // self.epochs
         figures = self.own.measure()
         kl = figures["held_out/kl"]
         if not kl <= self.own.plan.kl_budget:  # NaN too
@@ -322,10 +336,22 @@ class Rounds(TrainerCallback):
             rows, more = self.own.round(number)
             self.live.fill(rows)
             figures |= more
-        figures["own/seconds"] = time.monotonic() - began
         self.last = figures
         self.number = number
-        self.tell(state.global_step, {"round": float(number), **figures})
+        self.recorder.tell(state.global_step, {"round": float(number), **figures, **self._speeds()})
+        heard = self.own.heard
+        assert heard is not None
+        self.recorder.play(state.global_step, [(self.own.prompts[row], codes) for row, codes in zip(heard.rows, heard.codes)])
+
+    def _speeds(self) -> dict[str, float]:
+        """Seconds of what has just been played and judged, and of learning in the round before, whose speed is known now."""
+        lm, plan = self.own.lm, self.own.plan
+        codes = plan.n_prompts * plan.n_clips * lm.n_q * plan.n_frames
+        before, self.seconds = self.seconds | self.recorder.seconds, dict(self.own.seconds)
+        self.recorder.seconds.clear()
+        self.own.seconds.clear()
+        told = speeds(before, codes) if "learn" in before else {}
+        return {name: told[name] for name in ("seconds_learn", "tokens_per_second") if name in told} | speeds(self.seconds, codes)
 
     def summary(self) -> dict[str, Any]:
         """First and last held-out figures, and why it ended."""

@@ -20,6 +20,7 @@ from adapters.lora import adapter_tensors, attach_lora, set_adapter_tensors, tra
 from base_models.checkpoint import latest_training_state, load_training_state, save_training_state
 from base_models.conditions import Conditions
 from base_models.errors import UserError
+from base_models.launch import bf16_is_faster
 from base_models.lm import disable_functional_dropout
 from rlhf.brake import Brake, Look
 from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer, leave_one_out
@@ -344,13 +345,10 @@ class Run:
 
     def restore(self) -> None:
         """Back to the newest checkpoint, if there is one. Raises UserError where base, reward or prompts are not those that it knew."""
-        newest = latest_training_state(self.cfg.out)
+        newest = latest_training_state(self.cfg.out, self._parents())
         if newest is None:
             return
         step, tensors, states, extra = load_training_state(newest)
-        for name, value in self._parents().items():
-            if extra[name] != value:
-                raise UserError(f"{newest} of {name} {extra[name]}, now {value}", "the same one", "resume with it, or start a new --out")
         set_adapter_tensors(self.lm, tensors["adapter"])
         self.critic.load_state_dict(tensors["critic"])
         self.optimizer.load_state_dict(states["optimizer"])
@@ -384,10 +382,3 @@ def credit_of(wanted: str, task: Task, trained: tuple[str, ...]) -> str:
             f"--credit codes with {', '.join(flat)}, without a slope", f"parts among {sorted(task.slopes)}", "use --credit score"
         )
     return ("score" if flat else "codes") if wanted == "auto" else wanted
-
-
-def bf16_is_faster(device: torch.device) -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -20,13 +20,12 @@ from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import Policy, load_policy
 from rlhf.consistency import checks, slopes
+from rlhf.journal import Sound, sound_of
 from rlhf.outside_judge import OutsideJudge
 from rlhf.reward_features import LATENTS, features
 from rlhf.reward_model import RewardModel, load_reward
 from rlhf.rewards import HUMAN, LEAST_LOGITS, Score, Slope
 
-Sound = Callable[[Tensor], tuple[NDArray[np.float32], int]]
-"""codes [K, T] -> wav [C, L] and its sample rate."""
 Embed = Callable[[Tensor, list[str]], Tensor]
 """codes [B, K, T] and prompts -> features [B, F], in which distance is difference to the ear."""
 
@@ -102,9 +101,6 @@ def load_task(
     if command is not None:
         score = OutsideJudge(shlex.split(command), policy)
 
-    def sound(codes: Tensor) -> tuple[NDArray[np.float32], int]:
-        return policy.decode(codes[None])[0].float().cpu().numpy(), policy.codec.sample_rate
-
     return Task(
         lm=policy.lm,
         prompts=prompts.texts,
@@ -119,7 +115,7 @@ def load_task(
         codebooks=policy.codec.codebooks,
         spread=reward.spread if reward is not None and len(reward.members) > 1 else None,
         embed=embedding(policy, reward),
-        sound=sound,
+        sound=sound_of(policy),
         heldout=None if heldout_file is None else load_prompts(policy, heldout_file),
     )
 

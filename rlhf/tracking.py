@@ -11,7 +11,6 @@ WANDB_MODE=offline; TensorBoard and trackio write to the disk. On all processes 
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -114,6 +113,7 @@ class TensorBoard:
     def scalars(self, figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # a killed run's points are on the disk
 
     def media(self, tag: str, wav_file: Path, picture_file: Path, step: int, caption: str) -> None:
         wav, sample_rate = read_audio(wav_file)
@@ -163,18 +163,3 @@ class Trackio:
 
     def close(self) -> None:
         self.trackio.finish()
-
-
-def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The rows up to a step: what came after the checkpoint, half-written lines too, will be told again."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row["step"] > last_step:
-                break
-            rows.append(row)
-    return rows

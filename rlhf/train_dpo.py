@@ -31,9 +31,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,27 +45,27 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run to its makers otherwise
 
-import torch
 from transformers import ProgressCallback, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 
 from adapters.library import Manifest, save_adapter
-from adapters.lora import adapter_disabled
-from base_models.checkpoint import latest_training_state, write_json
+from base_models.checkpoint import latest_training_state, read_json, refuse_another_run
 from base_models.errors import UserError
+from base_models.launch import check_processes
 from base_models.policy import PRETRAINED
-from base_models.sampling import generate
 from base_models.settings import run, to_mapping
 from rlhf.dpo_arguments import kto_arguments, training_arguments
-from rlhf.dpo_report import ProgressBar, Recorder
+from rlhf.dpo_report import NothingLeftError, Recorder
 from rlhf.dpo_task import Task, load_task, toy_task
 from rlhf.flat_dpo import FlatDPOTrainer, LiveRows, PreferenceCollator, preference_rows, reference_logps
 from rlhf.flat_kto import FlatKTOTrainer, JudgementCollator, judgement_rows, judgements, reference_judgements
 from rlhf.flat_policy import PAD, FlatCausalLM
-from rlhf.own_pairs import BudgetSpentError, OwnPairs, Plan, Rounds
+from rlhf.own_pairs import OwnPairs, Plan, Rounds
+from rlhf.played import kl_figures, play_now
 from rlhf.preferences import Preference, decided, shuffled, split_by_prompt
 from rlhf.reward_gates import doubt
 from rlhf.rewards import HUMAN, Mixed
+from rlhf.tracking import Kind
 
 
 @dataclass(frozen=True)
@@ -162,9 +165,13 @@ class Config:
     save_every: int = 50
     """Steps between checkpoints."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out."""
+    """Go on from the newest checkpoint in --out (from the start, if there is none yet)."""
+    tracker: Kind = "tensorboard"
+    """Where figures and clips can be watched; wandb and trackio have to be installed."""
+    listen: int = 2
+    """Clips, with their mel pictures, that are kept for listening: on held-out prompts between rounds, else at the end; 0 keeps none."""
     kl_clips: int = 16
-    """Clips that are sampled at the end to measure KL(policy || reference); 0 skips it."""
+    """Clips that are sampled at the end to measure KL(policy || reference), whole and by codebook; 0 skips it."""
     licence: str = "unspecified"
     """Licence of the adapter, for its card."""
     processes: int = 0
@@ -205,14 +212,11 @@ def main(cfg: Config) -> dict[str, Any]:
         raise UserError("--pairing edits with a reward without a slope", "a reward model", "use --pairing best_worst")
     plan = round_plan(cfg, len(train))
     args = training_arguments(cfg, plan.n_rows if task.own else len(train))
-    if cfg.processes and args.world_size != cfg.processes:
-        raise UserError(
-            f"{args.world_size} process(es)",
-            f"{cfg.processes}, as --processes asks",
-            "launch with torchrun --nproc-per-node N, or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu` on a CPU",
-        )
-    if args.should_save:
-        write_json(cfg.out / "config.json", to_mapping(cfg))
+    check_processes(args.world_size, cfg.processes)
+    parents = parents_of(cfg, task, train)
+    newest = latest_training_state(cfg.out, parents) if cfg.resume else None
+    first_step = 0 if newest is None else read_json(newest / "state.json")["step"]
+    recorder = Recorder(cfg, "dpo", first_step, args.should_save, task.sound)
     doubted = doubt(cfg.reward) if cfg.reward else None
     if doubted and args.should_save:
         print(doubted)
@@ -222,20 +226,18 @@ def main(cfg: Config) -> dict[str, Any]:
     if args.device.type == "cpu":  # torch's fused attention is five times slower backwards in bfloat16 on a CPU
         task.lm.decoder.set_attn_implementation("eager")
     flat = FlatCausalLM(task.lm, task.table, cfg.temperature).eval()
-    recorder = Recorder(cfg.out, cfg.max_minutes, cfg.resume, args.should_save)
     trainer: FlatDPOTrainer | FlatKTOTrainer
     rounds: Rounds | None
     if cfg.loss == "kto":
         trainer, rounds = kto_trainer(cfg, task, flat, args, train, held_out, recorder), None
     else:
         trainer, rounds = pair_trainer(cfg, task, flat, args, train, held_out, plan, recorder)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ProgressBar)
+    trainer.pop_callback(ProgressCallback)  # ours begins where a resumed run does
+    trainer.parents = parents
 
     # 3. Learn: from what was rated, or in rounds from what the policy plays.
-    newest = latest_training_state(cfg.out) if cfg.resume else None
     learning = time.monotonic()
-    with contextlib.suppress(BudgetSpentError):
+    with contextlib.suppress(NothingLeftError):
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
 
     # 4. Measure.
@@ -249,7 +251,10 @@ def main(cfg: Config) -> dict[str, Any]:
         figures["held_out_loss"] = evaluation["eval_dpo/loss"]
     if cfg.kl_clips and rounds is None and args.should_save:
         n_frames = int(train[0].chosen_codes.shape[1])
-        figures["kl_nats_per_clip"] = sampled_kl(task, cfg.kl_clips, n_frames, cfg.temperature, cfg.seed, args.device)
+        played = play_now(task.lm, task.table, cfg.kl_clips, n_frames, cfg.seed, cfg.temperature, cfg.sample_batch)
+        recorder.tell(trainer.state.global_step, kl_figures(played.book_kl.mean(0)))
+        recorder.play(trainer.state.global_step, [(task.words[row], codes) for row, codes in zip(played.rows, played.codes)])
+        figures["kl_nats_per_clip"] = float(played.book_kl.sum(1).mean())
     if task.own:
         figures["reward_in_doubt"] = doubted is not None
     figures["train_seconds"] = round(time.monotonic() - learning, 2)
@@ -308,8 +313,8 @@ def pair_trainer(
         rated = [{**row, "weight": row["weight"] * cfg.rated_weight} for row in scored[0]]
         own = OwnPairs(flat, args, plan, task.own.prompts, task.own.first_row, task.own.held_out, task.own.score, rated)
         rows_to_learn = LiveRows(plan.n_rows)
-        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder.write)
-        callbacks.append(rounds)
+        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder)
+        callbacks.insert(0, rounds)  # it measures, also where the recorder has nothing left to do
     assert cfg.loss != "kto"
     return FlatDPOTrainer(flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks, cfg.loss, cfg.gamma), rounds
 
@@ -328,8 +333,24 @@ def kto_trainer(
     return FlatKTOTrainer(flat, kto, rows, cfg.r, cfg.alpha, [recorder])
 
 
+def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str, Any]:
+    """What a resumed run has to find again: the base, the votes and their pairs in order, the reward, the prompts to play, loss, seed."""
+    pairs = [(p.chosen_sha256, p.rejected_sha256, p.prompt_id, p.p, p.weight) for p in train]
+    own = task.own
+    return {
+        "base_sha256": task.base_sha256,
+        "snapshot_sha256": task.snapshot_sha256,
+        "pairs_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+        "reward_sha256": own and own.reward_sha256,
+        "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
+        "loss": cfg.loss,
+        "seed": cfg.seed,
+    }
+
+
 def check(cfg: Config) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
+    refuse_another_run(cfg.out, cfg.resume)
     if cfg.loss == "kto" and (cfg.marks == "mask" or cfg.sft_weight):
         raise UserError("--loss kto with --marks mask or --sft-weight", "a loss over pairs for those", "leave them out, or choose another")
     if cfg.toy:
@@ -374,18 +395,6 @@ def round_plan(cfg: Config, n_rated: int) -> Plan:
     )
     share = cfg.rated_share / (1 - cfg.rated_share) if n_rated else 0.0
     return dataclasses.replace(plan, n_rated=round(plan.n_rows * share))
-
-
-@torch.no_grad()
-def sampled_kl(task: Task, n_clips: int, n_frames: int, temperature: float, seed: int, device: torch.device) -> float:
-    """KL(policy || reference) in nats a clip: mean of log pi - log ref over clips that the policy plays now."""
-    lm = task.lm
-    cond = task.table.to(device).index([i % len(task.table) for i in range(n_clips)])
-    played = generate(lm, cond, n_frames, temperature=temperature, seeds=[seed * 1_000_003 + i for i in range(n_clips)])
-    with adapter_disabled(lm):
-        reference = lm.logps(played.codes, cond, temperature)
-    assert isinstance(reference, torch.Tensor)
-    return float((played.logps - reference).sum(1).mean())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ Papers: Shao et al. 2024, arXiv:2402.03300 (GRPO). Ahmadian et al. 2024, arXiv:2
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import sys
 import time
@@ -35,20 +37,18 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.rloo_config import RLOOConfig
 
 from adapters.library import Manifest, save_adapter
-from base_models.checkpoint import latest_training_state, write_json
-from base_models.conditions import Conditions
+from base_models.checkpoint import latest_training_state, read_json, refuse_another_run
 from base_models.errors import UserError
-from base_models.lm import MusicLM
-from base_models.policy import PRETRAINED, load_policy
+from base_models.launch import bf16_is_faster, check_processes
+from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
-from rlhf.dpo_arguments import bf16_is_faster
-from rlhf.dpo_report import Recorder
+from rlhf.dpo_report import NothingLeftError, Recorder
 from rlhf.flat_grpo import FlatGRPOTrainer, FlatRLOOTrainer, Judge
 from rlhf.flat_policy import FlatCausalLM
-from rlhf.reward_model import load_reward
-from rlhf.rewards import Score
+from rlhf.journal import speeds
+from rlhf.ppo_task import Task, load_task
 from rlhf.rollout import prompt_of
-from rlhf.sample_pairs import read_prompts
+from rlhf.tracking import Kind
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,13 @@ class Config:
     save_every: int = 10
     """Rounds between checkpoints."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out."""
+    """Go on from the newest checkpoint in --out (from the start, if there is none yet)."""
+    tracker: Kind = "tensorboard"
+    """Where figures and clips can be watched; wandb and trackio have to be installed."""
+    listen: int = 2
+    """Clips, with their mel pictures, that are kept for listening every --look-every rounds; 0 keeps none."""
+    look_every: int = 10
+    """Rounds between clips to listen to."""
     licence: str = "unspecified"
     """Licence of the adapter, for its card."""
     processes: int = 0
@@ -119,45 +125,34 @@ TOY: dict[str, Any] = {"toy": True, "n_frames": 12, "steps": 30, "batch_size": 3
 PRESETS: dict[str, dict[str, Any]] = {"smoke": {**TOY, "out": Path("runs/grpo-smoke"), "precision": "fp32"}}
 
 
-@dataclass(frozen=True)
-class Task:
-    """What plays and who judges: the LM, its prompts (one row of `table` each), the score, and the hashes of the parents."""
-
-    lm: MusicLM
-    prompts: list[str]
-    table: Conditions
-    score: Score
-    base_sha256: str
-    reward_sha256: str | None = None
-    snapshot_sha256: str | None = None
-
-
 def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     """Run it; returns the figures of the adapter's manifest. `task` replaces what --policy, --reward and --prompts name."""
     began = time.monotonic()
     # 1. Who plays, who judges.
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     if task is None:
-        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg)
+        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts)
     args = training_arguments(cfg, task.lm.n_q)
-    if args.should_save:
-        write_json(cfg.out / "config.json", to_mapping(cfg))
+    parents = parents_of(cfg, task)
+    newest = latest_training_state(cfg.out, parents) if cfg.resume else None
 
     # 2. The flat view, and the order in which the prompts are played.
     task.lm.to(args.device).fast_training()
     flat = FlatCausalLM(task.lm, task.table, cfg.temperature).eval()
     groups = cfg.steps * cfg.batch_size // cfg.samples_per_prompt
     rows = prompt_of(range(groups), len(task.prompts), 1, cfg.seed)
+    assert task.score is not None
     judge = Judge(task.score, task.prompts, task.lm.n_q, task.lm.card)
 
     # 3. Play, judge, learn.
-    recorder = Reporter(cfg, args.should_save)
+    recorder = Reporter(cfg, task, 0 if newest is None else read_json(newest / "state.json")["step"], args.should_save)
     kind = FlatGRPOTrainer if cfg.method == "grpo" else FlatRLOOTrainer
     trainer = kind(flat, args, rows, judge, cfg.r, cfg.alpha, cfg.seed, cfg.sample_batch, [recorder])
     recorder.trainer = trainer
-    trainer.pop_callback(ProgressCallback)
-    newest = latest_training_state(cfg.out) if cfg.resume else None
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    trainer.pop_callback(ProgressCallback)  # ours begins where a resumed run does
+    trainer.parents = parents
+    with contextlib.suppress(NothingLeftError):
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
 
     # 4. Tell.
     figures: dict[str, Any] = {"steps": trainer.state.global_step, "stopped": recorder.stopped, **recorder.summary()}
@@ -186,16 +181,21 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 
 def check(cfg: Config, world: int) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
-    if cfg.processes and world != cfg.processes:
-        raise UserError(
-            f"{world} process(es)",
-            f"{cfg.processes}, as --processes asks",
-            "launch with torchrun --nproc-per-node N, or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu` on a CPU",
-        )
+    check_processes(world, cfg.processes)
     if not cfg.toy and (cfg.reward is None or cfg.prompts is None):
         raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", "both", "train one with train_reward.py; or --preset smoke")
-    if not cfg.resume and latest_training_state(cfg.out) is not None:
-        raise UserError(f"{cfg.out} with checkpoints of another run", "a new folder", "add --resume, or choose another --out")
+    refuse_another_run(cfg.out, cfg.resume)
+
+
+def parents_of(cfg: Config, task: Task) -> dict[str, Any]:
+    """What a resumed run has to find again."""
+    return {
+        "base_sha256": task.base_sha256,
+        "reward_sha256": task.reward_sha256,
+        "prompts_sha256": hashlib.sha256("\n".join(task.prompts).encode()).hexdigest(),
+        "method": cfg.method,
+        "seed": cfg.seed,
+    }
 
 
 def training_arguments(cfg: Config, n_q: int) -> GRPOConfig | RLOOConfig:
@@ -203,7 +203,7 @@ def training_arguments(cfg: Config, n_q: int) -> GRPOConfig | RLOOConfig:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = cfg.batch_size // (world * cfg.minibatches)
     microbatch = min(cfg.microbatch, max(share, 1))
-    if min(cfg.epochs, cfg.minibatches, cfg.steps, cfg.n_frames) < 1 or cfg.samples_per_prompt < 2:
+    if min(cfg.epochs, cfg.minibatches, cfg.steps, cfg.n_frames, cfg.look_every) < 1 or cfg.samples_per_prompt < 2:
         raise UserError("a size too small", "1 or more, and 2 or more --samples-per-prompt", "correct the sizes")
     if cfg.batch_size % (world * cfg.minibatches * microbatch) or cfg.batch_size % cfg.samples_per_prompt:
         raise UserError(
@@ -247,18 +247,6 @@ def training_arguments(cfg: Config, n_q: int) -> GRPOConfig | RLOOConfig:
     return GRPOConfig(**shared, loss_type="grpo") if cfg.method == "grpo" else RLOOConfig(**shared)
 
 
-def load_task(cfg: Config) -> Task:
-    """The policy, the prompts and the reward model that the settings name."""
-    assert cfg.reward is not None
-    assert cfg.prompts is not None
-    policy = load_policy(cfg.policy)
-    prompts = read_prompts(cfg.prompts)
-    reward = load_reward(cfg.reward, policy)
-    words = [prompt.prompt for prompt in prompts]
-    table = policy.conditions(words, [prompt.tempo_bpm for prompt in prompts])
-    return Task(policy.lm, words, table, reward.score, policy.sha256, reward.sha256, reward.snapshot_sha256)
-
-
 def toy_task(seed: int) -> Task:
     """The toy of `rlhf.dpo_task`, judged by the share of its codes that lie in the lower half of the codebooks."""
     from rlhf import train_dpo
@@ -266,42 +254,62 @@ def toy_task(seed: int) -> Task:
 
     toy = dpo_toy(train_dpo.Config(toy=True, toy_reward=True, seed=seed), n_pairs=1)
     assert toy.own is not None
-    return Task(toy.lm, toy.own.prompts, toy.table, toy.own.score, toy.base_sha256)
+    return Task(toy.lm, toy.own.prompts, toy.table, toy.own.score, toy.base_sha256, sound=toy.sound)
 
 
 class Reporter(Recorder):
-    """metrics.jsonl and TensorBoard, the clock, and the KL budget."""
+    """The journal of rounds, the clock, and the KL budget."""
 
     trainer: FlatGRPOTrainer | FlatRLOOTrainer
 
-    def __init__(self, cfg: Config, main: bool) -> None:
-        super().__init__(cfg.out, cfg.max_minutes, cfg.resume, main)
-        self.kl_budget, self.stopped = cfg.kl_budget, "steps"
-        self.told: list[dict[str, float]] = []
+    def __init__(self, cfg: Config, task: Task, first_step: int, main: bool) -> None:
+        super().__init__(cfg, cfg.method, first_step, main, task.sound)
+        self.kl_budget, self.stopped, self.by_step = cfg.kl_budget, "steps", False
+        self.updates, self.look_every = cfg.minibatches * cfg.epochs, cfg.look_every
+        self.codes = cfg.batch_size * cfg.n_frames * task.lm.n_q
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if self._spent():
+            raise NothingLeftError
+        super().on_train_begin(args, state, control, **more)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        row = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-        if "reward" in row:
-            self.told.append(row)
-        self.write(state.global_step, row)
+        """The last update of a round tells how long its phases took."""
+        logs = dict(logs or {})
+        if "loss" in logs and state.global_step % self.updates == 0:
+            seconds = self.seconds | self.trainer.seconds
+            seconds["learn"] -= sum(self.trainer.seconds.values())  # TRL plays and judges within a step
+            logs |= speeds(seconds, self.codes)
+            self.seconds.clear()
+            self.trainer.seconds.clear()
+        super().on_log(args, state, control, logs, **more)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         super().on_step_end(args, state, control, **more)
         if control.should_training_stop and state.global_step < state.max_steps:
             self.stopped = "time"
-        if self.trainer.kl > self.kl_budget:
-            self.stopped = f"kl {self.trainer.kl:.1f} nats a clip exceeds the budget of {self.kl_budget:g}"
+        if self._spent():
             control.should_training_stop = True
+        if state.global_step % (self.updates * self.look_every) == 0:
+            self.play(state.global_step, self.trainer.heard)
+
+    def _spent(self) -> bool:
+        """Whether the KL of the newest clips, before a resumption too, exceeds the budget."""
+        spent = self.trainer.kl > self.kl_budget
+        if spent:
+            self.stopped = f"kl {self.trainer.kl:.1f} nats a clip exceeds the budget of {self.kl_budget:g}"
+        return spent
 
     def summary(self) -> dict[str, float]:
         """First and last scores (means over up to five rounds) and the last KL."""
-        scores = [row["reward"] for row in self.told]
+        told = [row for row in self.journal.rows if row.get("reward") is not None]
+        scores = [row["reward"] for row in told]
         if not scores:
             return {}
         few = max(1, min(5, len(scores) // 2))
-        kl = [row["kl_nats_per_clip"] for row in self.told if "kl_nats_per_clip" in row]
-        told = {"score_first": sum(scores[:few]) / few, "score_last": sum(scores[-few:]) / few, "kl": kl[-1] if kl else float("nan")}
-        return {name: round(value, 4) for name, value in told.items()}
+        kl = [row["kl_nats_per_clip"] for row in told if row.get("kl_nats_per_clip") is not None]
+        figures = {"score_first": sum(scores[:few]) / few, "score_last": sum(scores[-few:]) / few, "kl": kl[-1] if kl else float("nan")}
+        return {name: round(value, 4) for name, value in figures.items()}
 
 
 if __name__ == "__main__":

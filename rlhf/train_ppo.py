@@ -26,8 +26,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +37,12 @@ import torch
 from accelerate import Accelerator
 
 from adapters.library import Manifest, save_adapter
-from base_models.checkpoint import latest_training_state
+from base_models.checkpoint import refuse_another_run
 from base_models.errors import UserError
+from base_models.launch import check_processes
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
+from rlhf.journal import timed
 from rlhf.ppo_run import Run
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
@@ -280,12 +280,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 def check(cfg: Config, world: int) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     held_parts(cfg.hold, parse_weights(cfg.weights))
-    if cfg.processes and world != cfg.processes:
-        raise UserError(
-            f"{world} process(es)",
-            f"{cfg.processes}, as --processes asks",
-            "launch with torchrun --nproc-per-node N, or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu` on a CPU",
-        )
+    check_processes(world, cfg.processes)
     sizes = (cfg.batch_size, cfg.minibatches, cfg.epochs, cfg.microbatch, cfg.n_frames, cfg.samples_per_prompt, cfg.steps)
     if min(*sizes, cfg.look_every, cfg.heldout_clips, cfg.patience) < 1:
         raise UserError("a size below 1", "1 or more everywhere", "correct batch_size, minibatches, epochs, steps, n_frames or look_every")
@@ -303,8 +298,7 @@ def check(cfg: Config, world: int) -> None:
             f"a multiple of {world * cfg.minibatches}",
             "change --batch-size or --minibatches",
         )
-    if not cfg.resume and latest_training_state(cfg.out) is not None:
-        raise UserError(f"{cfg.out} with checkpoints of another run", "a new folder", "add --resume, or choose another --out")
+    refuse_another_run(cfg.out, cfg.resume)
 
 
 def check_task(cfg: Config, task: Task) -> None:
@@ -315,13 +309,6 @@ def check_task(cfg: Config, task: Task) -> None:
         raise UserError("--brake rewind without --heldout-prompts", "prompts by which to know the best", "give them, or use --brake stop")
     if task.heldout is not None and len(task.heldout) < 2:
         raise UserError("1 held-out prompt", "2 or more, better 16", "add prompts to --heldout-prompts: one tells no error")
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - began
 
 
 if __name__ == "__main__":

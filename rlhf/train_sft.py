@@ -34,26 +34,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from adapters.library import Manifest, save_adapter
 from adapters.lora import adapter_disabled, adapter_tensors, attach_lora, set_adapter_tensors, trainable_parameters
 from base_models.checkpoint import (
-    append_jsonl,
     latest_training_state,
     load_training_state,
     read_jsonl,
+    refuse_another_run,
     save_training_state,
-    write_json,
 )
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig, disable_functional_dropout
 from base_models.policy import PRETRAINED, load_policy
-from base_models.sampling import generate
 from base_models.settings import run, to_mapping
-from rlhf.metrics import Estimate, sequence_kl
-from rlhf.tracking import Kind, open_tracker, read_metrics
+from rlhf.journal import Journal, Sound, sound_of, speeds, timed
+from rlhf.metrics import mean_ci
+from rlhf.played import Played, kl_figures, play_now
+from rlhf.ppo_task import toy_sound
+from rlhf.tracking import Kind
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,13 @@ class Config:
     resume: bool = False
     """Go on from the newest checkpoint in --out (from the start, if there is none yet)."""
     kl_clips: int = 32
-    """Clips that are sampled at the end to measure KL(policy || base); 0 skips it."""
+    """Clips that are sampled to measure KL(policy || base), whole and by codebook, at the end and every --look-every; 0 skips it."""
+    look_every: int = 50
+    """Steps between two looks: held-out nats a code, KL, and clips to listen to."""
     tracker: Kind = "tensorboard"
-    """Where curves go beside metrics.jsonl: tensorboard, wandb or trackio."""
+    """Where figures and clips can be watched; wandb and trackio have to be installed."""
+    listen: int = 2
+    """Of those clips, how many are kept for listening with their mel pictures; 0 keeps none."""
     licence: str = "unspecified"
     """Licence of the adapter, for its card."""
     seed: int = 0
@@ -135,6 +139,10 @@ class Task:
     base_sha256: str
     snapshot_sha256: str | None = None
     reward_sha256: str | None = None
+    words: tuple[str, ...] = ()
+    """The prompts, one a row of the table."""
+    sound: Sound | None = None
+    """How clips are heard."""
 
     @property
     def sha256(self) -> str:
@@ -161,37 +169,36 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     with adapter_disabled(learner.lm):
         figures["held_out_nats_a_code_base"] = learner.nats_a_code(held_out)
 
-    # 2. Learn.
-    rows = read_metrics(cfg.out / "metrics.jsonl", learner.step) if cfg.resume else []
-    speaks = accelerator.is_main_process
-    if speaks:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        write_json(cfg.out / "config.json", to_mapping(cfg))
-        (cfg.out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    tracker = open_tracker(cfg.tracker, cfg.out, "sft", to_mapping(cfg), learner.step, speaks)
-    bar = tqdm(total=learner.steps, initial=learner.step, desc="sft", unit="step", dynamic_ncols=True, disable=not speaks)
+    # 2. Learn; look, now and then and at the end, at what that does.
+    journal = Journal(cfg, "sft", learner.step, accelerator.is_main_process)
+    bar = journal.bar(learner.steps)
     while learner.step < learner.steps:
-        told = learner.learn()
+        seconds: dict[str, float] = {}
+        with timed(seconds, "learn"):
+            told, n_codes = learner.learn()
+        if learner.step % cfg.look_every == 0 and learner.step < learner.steps:
+            with timed(seconds, "look"):
+                told |= look(learner, held_out, journal)[0]
         bar.update()
         bar.set_postfix(nats_a_code=f"{told['nats_a_code']:.3f}")
-        tracker.scalars(told, learner.step)
-        if speaks:
-            append_jsonl(cfg.out / "metrics.jsonl", {"step": learner.step, **told})
+        journal.tell(learner.step, told | speeds(seconds, n_codes))
         if learner.step % cfg.save_every == 0 and learner.step < learner.steps:
             learner.save()
     bar.close()
     learner.save()
 
     # 3. Measure.
-    figures |= {"steps": learner.step, "held_out_nats_a_code": learner.nats_a_code(held_out)}
-    if cfg.kl_clips:
-        kl = sampled_kl(learner.lm, task.table.to(accelerator.device), cfg.kl_clips, train[0].codes.shape[1], cfg.seed)
+    told, played = look(learner, held_out, journal)
+    journal.tell(learner.step, told)
+    figures |= {"steps": learner.step, "held_out_nats_a_code": told.get("held_out_nats_a_code")}
+    if played is not None:
+        kl = mean_ci(played.book_kl.sum(1), played.rows)
         figures |= {"kl_nats_per_clip": kl.value, "kl_ci": list(kl.ci)}
     figures["seconds"] = round(time.monotonic() - began, 1)
 
     # 4. Tell.
-    tracker.close()
-    if speaks:
+    journal.close()
+    if accelerator.is_main_process:
         manifest = Manifest(
             name="sft",
             base_sha256=task.base_sha256,
@@ -234,8 +241,9 @@ class Learner:
         order = torch.randperm(len(self.winners), generator=torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + number))
         return [self.winners[i] for i in order.tolist()[place * self.cfg.batch_size : (place + 1) * self.cfg.batch_size]]
 
-    def learn(self) -> dict[str, float]:
-        """One optimiser step on the weighted mean of nats a code over the batch; skipped where it is not finite."""
+    def learn(self) -> tuple[dict[str, float], int]:
+        """One optimiser step on the weighted mean of nats a code over the batch; skipped where it is not finite. Returns figures and how
+        many codes were learnt from."""
         batch, world = self._batch(), self.accelerator.num_processes
         weight = sum(winner.weight for winner in batch)
         self.optimizer.zero_grad(set_to_none=False)
@@ -254,7 +262,7 @@ class Learner:
         told = {"nats_a_code": float(flat[-1]), "grad_norm": norm, "lr": float(self.scheduler.get_last_lr()[0])}
         self.scheduler.step()
         self.step += 1
-        return told
+        return told, sum(winner.codes.numel() for winner in batch)
 
     def _nats(self, part: Sequence[Winner]) -> Tensor:
         codes = torch.stack([winner.codes for winner in part]).to(self.accelerator.device)
@@ -282,13 +290,10 @@ class Learner:
 
     def restore(self) -> None:
         """Back to the newest checkpoint, if there is one. UserError where base or winners are not those that it knew."""
-        newest = latest_training_state(self.cfg.out)
+        newest = latest_training_state(self.cfg.out, self._parents())
         if newest is None:
             return
-        step, tensors, states, extra = load_training_state(newest)
-        for name, value in self._parents().items():
-            if extra[name] != value:
-                raise UserError(f"{newest} of {name} {extra[name]}, now {value}", "the same one", "resume with it, or start a new --out")
+        step, tensors, states, _ = load_training_state(newest)
         set_adapter_tensors(self.lm, tensors["adapter"])
         self.optimizer.load_state_dict(states["optimizer"])
         self.scheduler.load_state_dict(states["scheduler"])
@@ -303,10 +308,10 @@ class Learner:
 
 def check(cfg: Config) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
-    if min(cfg.batch_size, cfg.microbatch, cfg.epochs, cfg.best_of, cfg.clips_per_prompt) < 1 or not 0 <= cfg.held_out < 1:
+    sizes = (cfg.batch_size, cfg.microbatch, cfg.epochs, cfg.best_of, cfg.clips_per_prompt, cfg.look_every)
+    if min(sizes) < 1 or not 0 <= cfg.held_out < 1:
         raise UserError("a size below 1, or --held-out out of [0, 1)", "1 or more everywhere", "correct the settings")
-    if not cfg.resume and latest_training_state(cfg.out) is not None:
-        raise UserError(f"{cfg.out} with checkpoints of another run", "a new folder", "add --resume, or choose another --out")
+    refuse_another_run(cfg.out, cfg.resume)
 
 
 def load_task(cfg: Config, accelerator: Accelerator) -> Task:
@@ -330,7 +335,8 @@ def voted(cfg: Config, folder: Path) -> Task:
     table = policy.conditions([p.prompt for p in first.values()], [p.tempo_bpm for p in first.values()])
     rows = {prompt_id: row for row, prompt_id in enumerate(first)}
     winners = [Winner(torch.from_numpy(p.chosen_codes), rows[p.prompt_id], p.prompt_id, p.weight * (2 * p.p - 1)) for p in pairs]
-    return Task(policy.lm, table, mean_one(winners), policy.sha256, snapshot.sha256)
+    words = tuple(p.prompt for p in first.values())
+    return Task(policy.lm, table, mean_one(winners), policy.sha256, snapshot.sha256, words=words, sound=sound_of(policy))
 
 
 def sampled(cfg: Config, accelerator: Accelerator) -> Task:
@@ -353,7 +359,8 @@ def sampled(cfg: Config, accelerator: Accelerator) -> Task:
     winners = [Winner(clip, place[row["prompt_id"]], row["prompt_id"], 1.0) for clip, row in zip(codes, rows)]
     table = policy.conditions([p.prompt for p in prompts], [p.tempo_bpm for p in prompts])
     reward = load_reward(cfg.reward, policy)
-    return Task(policy.lm, table, winners, policy.sha256, reward.snapshot_sha256, reward.sha256)
+    words = tuple(p.prompt for p in prompts)
+    return Task(policy.lm, table, winners, policy.sha256, reward.snapshot_sha256, reward.sha256, words, sound_of(policy))
 
 
 def mean_one(winners: Sequence[Winner]) -> list[Winner]:
@@ -381,15 +388,17 @@ def by_length(winners: Sequence[Winner], most: int) -> list[list[Winner]]:
     return [group[start : start + most] for group in lengths.values() for start in range(0, len(group), most)]
 
 
-@torch.no_grad()
-def sampled_kl(lm: MusicLM, table: Conditions, n_clips: int, n_frames: int, seed: int) -> Estimate:
-    """KL(policy || base) in nats a clip over clips that the policy plays now, with its interval by prompt."""
-    rows = [i % len(table) for i in range(n_clips)]
-    cond = table.index(rows)
-    played = generate(lm, cond, n_frames, seeds=[seed * 1_000_003 + i for i in range(n_clips)])
-    with adapter_disabled(lm):
-        base = lm.logps(played.codes, cond)
-    return sequence_kl(played.logps.cpu(), base.cpu(), torch.ones_like(base).cpu(), rows)
+def look(learner: Learner, held_out: Sequence[Winner], journal: Journal) -> tuple[dict[str, float], Played | None]:
+    """Held-out nats a code, and what the policy plays now: its KL, whole and by codebook, and clips for the journal."""
+    cfg, task = learner.cfg, learner.task
+    nats = learner.nats_a_code(held_out)
+    told = {} if nats is None else {"held_out_nats_a_code": nats}
+    if not cfg.kl_clips:
+        return told, None
+    n_frames = learner.winners[0].codes.shape[1]
+    played = play_now(learner.lm, learner.table, cfg.kl_clips, n_frames, cfg.seed)
+    journal.play(learner.step, [(task.words[row], codes) for row, codes in zip(played.rows, played.codes)], task.sound)
+    return told | kl_figures(played.book_kl.mean(0)), played
 
 
 def toy_task(seed: int, n: int = 64, n_prompts: int = 16, n_frames: int = 12) -> Task:
@@ -405,7 +414,8 @@ def toy_task(seed: int, n: int = 64, n_prompts: int = 16, n_frames: int = 12) ->
     table = Conditions(text, torch.ones(n_prompts, 6, dtype=torch.bool), torch.full((n_prompts,), float("nan")))
     codes = torch.randint(0, shape.card // 2, (n, shape.n_q, n_frames), generator=generator)
     winners = [Winner(clip, i % n_prompts, str(i % n_prompts), 1.0) for i, clip in enumerate(codes)]
-    return Task(lm, table, winners, lm.sha256())
+    words = tuple(f"toy prompt {i}" for i in range(n_prompts))
+    return Task(lm, table, winners, lm.sha256(), words=words, sound=toy_sound)
 
 
 if __name__ == "__main__":

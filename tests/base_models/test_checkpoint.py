@@ -13,6 +13,7 @@ from base_models.checkpoint import (
     load_tensors,
     load_training_state,
     read_json,
+    refuse_another_run,
     save_tensors,
     save_training_state,
     tensors_sha256,
@@ -105,6 +106,19 @@ def test_only_the_newest_states_are_kept(tmp_path):
     for step in range(5):
         save_training_state(tmp_path, step, {"model": {"w": torch.zeros(1)}}, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_a_run_of_other_parents_is_neither_resumed_nor_overwritten(tmp_path):
+    assert latest_training_state(tmp_path, {"base": "a"}) is None
+    refuse_another_run(tmp_path, resume=False)
+    save_training_state(tmp_path, 1, {"model": {"w": torch.zeros(1)}}, extra={"base": "a", "seed": 0})
+    assert latest_training_state(tmp_path, {"base": "a"}) == tmp_path / "checkpoints" / "step_00000001"
+    for parents in ({"base": "b"}, {"base": "a", "votes": "c"}):
+        with pytest.raises(UserError, match="the same one"):
+            latest_training_state(tmp_path, parents)
+    refuse_another_run(tmp_path, resume=True)
+    with pytest.raises(UserError, match="another run"):
+        refuse_another_run(tmp_path, resume=False)
 
 
 def test_killed_while_saving_there_is_always_a_whole_state(tmp_path):

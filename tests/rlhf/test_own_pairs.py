@@ -143,6 +143,23 @@ def test_the_reward_of_held_out_prompts_rises_from_round_to_round(run):
     assert figures["stopped"] == "rounds"
 
 
+def test_rounds_tell_kl_by_codebook_what_was_played_and_how_long_it_took(run):
+    figures, out = run
+    told = rounds(out)
+    for row in told:
+        assert row["held_out/kl"] == pytest.approx(sum(row[f"held_out/kl_book_{k}"] for k in range(K)), abs=1e-5)
+        assert len(list((out / "clips" / f"step_{row['step']:08d}").glob("*.wav"))) == 2
+        assert row["seconds_look"] > 0
+    n_codes = 32 * 4 * K * T
+    before, after = told[1], told[2]
+    assert before["tokens_per_second_play"] * before["seconds_play"] == pytest.approx(n_codes, rel=1e-6)
+    whole = before["seconds_play"] + before["seconds_judge"] + after["seconds_learn"]
+    assert after["tokens_per_second"] * whole == pytest.approx(n_codes, rel=1e-6)
+    assert "seconds_learn" not in told[0]  # nothing was learnt yet
+    assert "seconds_play" not in told[-1]  # nothing is left to play for
+    assert figures["steps"] == told[-1]["step"]
+
+
 def test_the_manifest_says_that_the_clips_were_its_own(run):
     _, out = run
     assert read_adapter(out / "adapter").manifest.method == "dpo_own"

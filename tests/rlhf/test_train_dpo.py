@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adapters.library import read_adapter
 from base_models.conditions import Conditions
@@ -107,8 +108,25 @@ def test_the_adapter_folder_names_its_base_and_settings(run):
 def test_nothing_in_the_run_folder_is_a_pickle(run):
     _, out = run
     suffixes = {p.suffix for p in out.rglob("*") if p.is_file() and "tfevents" not in p.name}
-    assert suffixes == {".json", ".jsonl", ".safetensors", ".md"}
+    assert suffixes == {".json", ".jsonl", ".safetensors", ".md", ".wav", ".png"}
     assert any(out.glob("tensorboard/*tfevents*"))
+
+
+def test_speed_kl_by_codebook_and_clips_are_told(run):
+    figures, out = run
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = metrics(out)
+    assert all(row["seconds_learn"] > 0 for row in steps)
+    assert steps[0]["tokens_per_second"] * steps[0]["seconds_learn"] == pytest.approx(8 * 2 * (4 * 12 + 1))  # a clip's codes and its prompt
+    (kl,) = [row for row in rows if "kl" in row]
+    assert kl["kl"] == pytest.approx(figures["kl_nats_per_clip"], abs=1e-4)
+    assert kl["kl"] == pytest.approx(sum(kl[f"kl_book_{k}"] for k in range(4)), abs=1e-6)
+    clips = out / "clips" / "step_00000030"
+    assert sorted(p.name for p in clips.iterdir()) == [f"{i}-toy-prompt-{i}.{kind}" for i in range(2) for kind in ("png", "wav")]
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert {"kl_book_3", "dpo/loss", "tokens_per_second"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["audio"] == events.Tags()["images"] == ["0-toy-prompt-0", "1-toy-prompt-1"]
 
 
 def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(run, tmp_path):
@@ -119,10 +137,31 @@ def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(run, tmp_path):
     shutil.rmtree(broken / "adapter")
     train_dpo.main(config(broken, precision="fp32", save_every=10, resume=True))
     steps = [row["step"] for row in metrics(broken)]
-    assert steps == [*range(1, 31), *range(21, 31)]
+    assert steps == list(range(1, 31))
     assert metrics(broken)[-1]["dpo/loss"] == metrics(out)[-1]["dpo/loss"]
     one, two = read_adapter(out / "adapter").lora.tensors, read_adapter(broken / "adapter").lora.tensors
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_finished_run_learns_nothing_more_when_it_is_resumed(run, tmp_path):
+    """Killed between its last checkpoint and its adapter; 30 steps end within a pass, where the trainer would take another."""
+    figures, out = run
+    shutil.copytree(out, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    again = train_dpo.main(config(tmp_path / "run", precision="fp32", save_every=10, resume=True))
+    one, two = read_adapter(out / "adapter").lora.tensors, read_adapter(tmp_path / "run" / "adapter").lora.tensors
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    timeless = {name for name in figures if "seconds" not in name}
+    assert {name: again[name] for name in timeless} == {name: figures[name] for name in timeless}
+    assert len(metrics(tmp_path / "run")) == 30
+
+
+def test_another_run_is_not_overwritten_and_not_resumed_with_other_votes(run):
+    _, out = run
+    with pytest.raises(UserError, match="another run"):
+        train_dpo.main(config(out))
+    with pytest.raises(UserError, match="pairs_sha256"):
+        train_dpo.main(config(out, resume=True, ties="drop"))
 
 
 def test_soft_labels_give_the_loss_of_our_own_formula(tmp_path):

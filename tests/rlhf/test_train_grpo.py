@@ -49,7 +49,14 @@ def test_the_toy_reward_rises_and_kl_begins_at_zero(tmp_path, method):
     assert (adapter.manifest.method, adapter.manifest.base_sha256) == (method, toy_task(0).base_sha256)
     assert adapter.manifest.figures == figures
     suffixes = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file() and "tfevents" not in p.name}
-    assert suffixes == {".json", ".jsonl", ".safetensors", ".md"}
+    assert suffixes == {".json", ".jsonl", ".safetensors", ".md", ".wav", ".png"}
+    last = rows[-1]
+    assert last["kl_nats_per_clip"] == pytest.approx(sum(last[f"kl_book_{k}"] for k in range(4)), abs=1e-4)
+    seconds = [last[f"seconds_{phase}"] for phase in ("play", "judge", "learn")]
+    assert min(seconds) > 0
+    assert last["tokens_per_second"] * sum(seconds) == pytest.approx(32 * 4 * 12, rel=1e-6)
+    assert sorted(p.name for p in (tmp_path / "run" / "clips").iterdir()) == ["step_00000010", "step_00000020"]
+    assert len(list((tmp_path / "run" / "clips" / "step_00000020").glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
@@ -98,6 +105,13 @@ def test_the_run_ends_when_the_kl_budget_is_spent(tmp_path):
     figures = main(config(tmp_path / "run", steps=12, kl_budget=0.5, lr=3e-2))
     assert "budget" in figures["stopped"]
     assert figures["steps"] < 12
+    saved = config(tmp_path / "saved", steps=12, kl_budget=0.5, lr=3e-2, save_every=1)
+    main(saved)
+    before = read_adapter(tmp_path / "saved" / "adapter").lora.tensors
+    shutil.rmtree(tmp_path / "saved" / "adapter")  # killed after the checkpoint of the round that spent it
+    assert main(dataclasses.replace(saved, resume=True)) | {"seconds": 0} == figures | {"seconds": 0}
+    after = read_adapter(tmp_path / "saved" / "adapter").lora.tensors
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("changes", [{"method": "rloo"}, {"method": "grpo", "epochs": 2, "minibatches": 2}])

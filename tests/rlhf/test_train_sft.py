@@ -25,6 +25,9 @@ from rlhf.train_sft import PRESETS, Config, Winner, by_length, main, split, toy_
 SCRIPT = Path(train_sft.__file__).resolve()
 
 
+KINDS = {".json", ".jsonl", ".safetensors", ".md", ".wav", ".png"}
+
+
 class KilledError(Exception):
     """Stands in for a kill between two steps."""
 
@@ -37,10 +40,14 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return read_adapter(out / "adapter").lora.tensors
 
 
+def steps(out: Path) -> list[dict[str, Any]]:
+    return [row for row in read_jsonl(out / "metrics.jsonl") if "nats_a_code" in row]
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("sft") / "run"
-    return out, main(config(out, save_every=10))
+    return out, main(config(out, save_every=10, look_every=20))
 
 
 def test_winners_become_likelier_on_prompts_that_were_not_trained(learned):
@@ -56,12 +63,25 @@ def test_the_adapter_names_its_base_and_its_figures(learned):
     assert manifest.method == "sft"
     assert manifest.base_sha256 == toy_task(0).base_sha256
     assert manifest.figures == figures
-    assert {p.suffix for p in out.rglob("*") if p.is_file() and "tfevents" not in p.name} == {".json", ".jsonl", ".safetensors", ".md"}
+    assert {p.suffix for p in out.rglob("*") if p.is_file() and "tfevents" not in p.name} == KINDS
+
+
+def test_looks_tell_kl_by_codebook_held_out_nats_speed_and_clips(learned):
+    out, figures = learned
+    looks = [row for row in read_jsonl(out / "metrics.jsonl") if "kl" in row]
+    assert [row["step"] for row in looks] == [20, 40, figures["steps"]]
+    for row in looks:
+        assert row["kl"] == pytest.approx(sum(row[f"kl_book_{k}"] for k in range(4)), abs=1e-5)
+        assert len(list((out / "clips" / f"step_{row['step']:08d}").glob("*.png"))) == 2
+    assert looks[-1]["kl"] == pytest.approx(figures["kl_nats_per_clip"], abs=1e-4)
+    assert looks[-1]["held_out_nats_a_code"] < looks[0]["held_out_nats_a_code"]
+    first = steps(out)[0]
+    assert first["tokens_per_second"] * first["seconds_learn"] == pytest.approx(16 * 4 * 12, rel=1e-6)
 
 
 def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(learned, tmp_path):
     out, _ = learned
-    n = max(row["step"] for row in read_jsonl(out / "metrics.jsonl"))
+    n = len(steps(out))
 
     real = train_sft.Learner.learn
 
@@ -73,11 +93,11 @@ def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(learned, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_sft.Learner, "learn", dies)
         with pytest.raises(KilledError):
-            main(config(tmp_path / "run", save_every=10))
+            main(config(tmp_path / "run", save_every=10, look_every=20))
     with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as rows:
         rows.write('{"step": 26, "nats')  # as a kill leaves it
-    main(config(tmp_path / "run", save_every=10, resume=True))
-    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == list(range(1, n + 1))
+    main(config(tmp_path / "run", save_every=10, look_every=20, resume=True))
+    assert [row["step"] for row in steps(tmp_path / "run")] == list(range(1, n + 1))
     one, two = weights(out), weights(tmp_path / "run")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -92,7 +112,7 @@ def test_microbatches_and_two_processes_change_nothing(tmp_path):
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     told = {}
     for name in ("one", "small", "two"):
-        told[name] = [row["nats_a_code"] for row in read_jsonl(tmp_path / name / "metrics.jsonl")]
+        told[name] = [row["nats_a_code"] for row in steps(tmp_path / name)]
     assert len(told["one"]) == 6
     assert told["small"] == pytest.approx(told["one"], abs=1e-4)
     assert told["two"] == pytest.approx(told["one"], abs=1e-4)
