@@ -19,6 +19,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from adapters.lora import adapter_disabled
+from base_models.checkpoint import read_json, write_json
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM
 from base_models.sampling import generate
@@ -126,6 +128,8 @@ class Plan:
     kl_budget: float
     edit_price: float
     seed: int
+    held: tuple[str, ...] = ()
+    """Parts of the reward that stay at the base's level (rlhf.rewards.Reward.hold)."""
 
     @property
     def pairs_per_prompt(self) -> int:
@@ -263,13 +267,16 @@ class OwnPairs:
         return edits, score.float().cpu()
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
+    def measure(self, number: int = 0) -> dict[str, float]:
         """Held-out prompts, the same seeds each time: mean score, KL(policy || base) in nats a clip, and the share of clips that the
-        reward prefers to the base's clip of the same prompt and seed (ties half). Every process does it all: they agree exactly."""
-        with timed(self.seconds, "look"):
-            return self._measure()
+        reward prefers to the base's clip of the same prompt and seed (ties half). Every process does it all: they agree exactly.
 
-    def _measure(self) -> dict[str, float]:
+        number: of the round that is to come; held weights move from where the round before had left them.
+        """
+        with timed(self.seconds, "look"):
+            return self._measure(number)
+
+    def _measure(self, number: int) -> dict[str, float]:
         plan, apart = self.plan, dict[str, float]()
         rows = [self.held_out[i % len(self.held_out)] for i in range(plan.held_out_clips)]
         seeds = [sample_seed(plan.seed ^ 0x4E1D, i) for i in range(len(rows))]
@@ -281,7 +288,9 @@ class OwnPairs:
                 self.score.measure(base.codes.to(self.args.device), names)
                 base = dataclasses.replace(base, score=self.score(base.codes.to(self.args.device), names).float().cpu())
             self.base_scores = base.score
-        self.heard = played = self._play(rows, seeds, apart)
+        self.heard = played = self._play(rows, seeds, apart, not plan.held)
+        if plan.held:
+            self.heard = played = self._hold(number, played)
         book_kl = []
         for start in range(0, len(rows), plan.score_batch):
             part = slice(start, start + plan.score_batch)
@@ -295,7 +304,23 @@ class OwnPairs:
             "held_out/score_base": theirs.mean().item(),
             "held_out/preferred_to_base": ((mine > theirs).float() + 0.5 * (mine == theirs).float()).mean().item(),
             **{f"held_out/{name}": value for name, value in kl_figures(torch.cat(book_kl).mean(0)).items()},
+            **{f"held_out/weight_{name}": self.score.reward.now[name] for name in plan.held if isinstance(self.score, Mixed)},
         }
+
+    def _hold(self, number: int, played: Judged) -> Judged:
+        """Move the weights of held parts by what was played, which is judged by the weights of the start.
+
+        Weights after each round stand in held.json, so that a resumed run takes up those of the round before, whatever it had done since.
+        """
+        assert isinstance(self.score, Mixed)
+        reward, path = self.score.reward, Path(self.args.output_dir) / "held.json"
+        known = read_json(path) if number else {}
+        reward.now |= known[str(number - 1)] if number else {name: reward.parts[name].weight for name in self.plan.held}
+        marks = reward.marks(played.codes.to(self.args.device), [self.prompts[row] for row in played.rows])
+        reward.hold(self.plan.held, marks)
+        if self.args.should_save:
+            write_json(path, {**known, str(number): {name: reward.now[name] for name in self.plan.held}})
+        return dataclasses.replace(played, score=reward.judge(marks, stated=True).total.float().cpu())
 
     def _play(self, rows: Sequence[int], seeds: Sequence[int], seconds: dict[str, float], judged: bool = True) -> Judged:
         plan, table = self.plan, self.flat.trunk.table
@@ -327,7 +352,7 @@ class Rounds(TrainerCallback):
 
     def _next(self, state: Any, control: Any) -> None:
         number = int((state.epoch or 0) + 1e-6) // self.epochs
-        figures = self.own.measure()
+        figures = self.own.measure(number)
         kl = figures["held_out/kl"]
         if not kl <= self.own.plan.kl_budget:  # NaN too
             self.stopped = f"kl {kl:.1f} nats a clip exceeds the budget of {self.own.plan.kl_budget:g}"

@@ -64,7 +64,7 @@ from rlhf.own_pairs import OwnPairs, Plan, Rounds
 from rlhf.played import kl_figures, play_now
 from rlhf.preferences import Preference, decided, shuffled, split_by_prompt
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, Mixed
+from rlhf.rewards import HUMAN, Mixed, held_parts, parse_weights
 from rlhf.tracking import Kind
 
 
@@ -144,6 +144,8 @@ class Config:
     codes change."""
     weights: str = f"{HUMAN}=1"
     """What a spread of each part of the reward is worth, as in train_ppo.py: human=1,similarity=0.3 keeps the prompt in sight."""
+    hold: str = ""
+    """Parts that are to stay at the base's level, as in train_ppo.py; their weights move between rounds."""
     labels: Literal["hard", "soft"] = "hard"
     """What is said of an own pair: that the better one wins, or how probably, by the reward model's calibration."""
     rated_share: float = 0.25
@@ -353,6 +355,9 @@ def check(cfg: Config) -> None:
     refuse_another_run(cfg.out, cfg.resume)
     if cfg.loss == "kto" and (cfg.marks == "mask" or cfg.sft_weight):
         raise UserError("--loss kto with --marks mask or --sft-weight", "a loss over pairs for those", "leave them out, or choose another")
+    held_parts(cfg.hold, parse_weights(cfg.weights))
+    if cfg.hold and cfg.reward is None:
+        raise UserError(f"--hold {cfg.hold} without --reward", "a reward of several parts", "give --reward and --prompts, or leave it out")
     if cfg.toy:
         return
     if cfg.snapshot is None and cfg.reward is None:
@@ -392,6 +397,7 @@ def round_plan(cfg: Config, n_rated: int) -> Plan:
         kl_budget=cfg.kl_budget,
         edit_price=cfg.edit_price,
         seed=cfg.seed,
+        held=held_parts(cfg.hold, parse_weights(cfg.weights)),
     )
     share = cfg.rated_share / (1 - cfg.rated_share) if n_rated else 0.0
     return dataclasses.replace(plan, n_rated=round(plan.n_rows * share))

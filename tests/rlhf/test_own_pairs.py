@@ -21,6 +21,7 @@ from rlhf.dpo_arguments import training_arguments
 from rlhf.dpo_task import Task, held_out_prompts, toy_task
 from rlhf.flat_policy import FlatCausalLM, flat_order, unflatten_ids
 from rlhf.own_pairs import OwnPairs, edited_codes, label, pair_up
+from rlhf.rewards import HOLD_LEAST, HOLD_MOST, HOLD_RATE, Mixed, Part, Reward
 from rlhf.train_dpo import PRESETS, Config, round_plan
 
 K, V, T = 4, 32, 12
@@ -280,3 +281,29 @@ def test_a_judge_without_a_slope_cannot_edit(tmp_path):
     own.measure()
     with pytest.raises(UserError, match="without a slope"):
         own.round(0)
+
+
+def test_held_weights_move_between_rounds_from_where_the_round_before_had_left_them(tmp_path):
+    cfg = config(tmp_path)
+    task = toy_task(cfg)
+    assert task.own is not None
+
+    def even(codes: Tensor, prompts: list[str]) -> Tensor:
+        return (codes % 2 == 0).float().mean((1, 2))
+
+    low = task.own.score.reward.parts["human"].score
+    reward = Reward({"human": Part(low), "even": Part(even, 0.5, asked=True)})
+    own = own_pairs(tmp_path, dataclasses.replace(task, own=dataclasses.replace(task.own, score=Mixed(reward, {}, torch.zeros(K, V, 1)))))
+    own.plan = dataclasses.replace(own.plan, held=("even",))
+    assert own.measure(0)["held_out/weight_even"] == pytest.approx(0.5, abs=1e-5)  # the base stands at its own level
+    for parameter in task.lm.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    moved = own.measure(1)
+    missed = reward.judge(reward.marks(own.heard.codes, [""] * len(own.heard.codes))).parts["even"].mean()
+    assert moved["held_out/weight_even"] == pytest.approx(min(max(0.5 - HOLD_RATE * float(missed), HOLD_LEAST), HOLD_MOST))
+    assert moved["held_out/weight_even"] != 0.5
+    assert own.measure(1) == moved  # a run that is resumed measures its round again
+    further = own.measure(2)
+    assert further["held_out/score"] == moved["held_out/score"]  # judged by the weights of the start
+    assert abs(further["held_out/weight_even"] - 0.5) >= abs(moved["held_out/weight_even"] - 0.5)
