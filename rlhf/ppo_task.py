@@ -113,7 +113,7 @@ def load_task(
         checks=checks(policy) | ({} if reward is None else aspects(reward)),
         slopes=({HUMAN: reward.slope} if reward is not None and reward.has_slope else {}) | slopes(policy),
         codebooks=policy.codec.codebooks,
-        spread=reward.spread if reward is not None and len(reward.members) > 1 else None,
+        spread=reward.spread if reward is not None and reward.has_spread else None,
         embed=embedding(policy, reward),
         sound=sound_of(policy),
         heldout=None if heldout_file is None else load_prompts(policy, heldout_file),

@@ -34,6 +34,8 @@ class Weighing:
     losses: dict[str, float]
     """Held-out loss of single votes, nats, by what raters weigh."""
     habits: raters.Habits | None
+    training: tuple[Pairs, ...] = ()
+    """For each fold, the pairs with the weights that its row of `scores` was fitted with."""
 
     @property
     def lean(self) -> float | None:
@@ -89,6 +91,7 @@ def weigh(
     scores = {plain: unseen_scores(folds, pairs, choice.chosen, cfg.members, cfg.seed, cfg.lam)}
     overall = habits(scores[plain], torch.ones(len(votes), dtype=torch.bool))
     weights = {plain: agreed, "slopes": slopes(overall)}
+    turned: list[Pairs] = []
     if cfg.weights_by in ("auto", "slopes") and overall is not None and not cfg.shuffle_labels:
         turned = [clips.pairs(preferences(slopes(habits(choice.inner[f], fold != f)))) for f in range(folds.n)]
         scores["slopes"] = unseen_scores(folds, turned, choice.chosen, cfg.members, cfg.seed, cfg.lam)
@@ -102,6 +105,7 @@ def weigh(
         torch.stack([scores[option][f] for f, option in enumerate(kept)]),
         {option: round(float(loss.sum()) / len(votes), 4) for option, loss in losses.items()},
         overall,
+        tuple(turned[f] if option == "slopes" else pairs for f, option in enumerate(kept)),
     )
 
 

@@ -16,13 +16,9 @@ import torch
 from torch import Tensor
 
 from base_models.codec import Codec, MagnitudeCodec
-from base_models.errors import UserError
 from rlhf.descriptors import describe
-from rlhf.token_reward import lm_statistics
 
 LATENTS, MAGNITUDES, DESCRIPTORS, SHARED, FIT = "latents", "magnitudes", "descriptors", "shared", "fit"
-STATES = "states"
-"""What the base's own language model makes of a clip (rlhf.token_reward); read only where `--trunk` asks for it."""
 Table = Mapping[str, Tensor]
 """Blocks of features by name, [N, F] each."""
 
@@ -91,15 +87,9 @@ def blocks_of(base: Base) -> tuple[str, ...]:
 def features(base: Base, codes: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
     """codes [B, K, T], prompts [B] -> the frozen features that a head sees, by block [B, F]; F depends on the base only.
 
-    Args: blocks: which to compute; default: all that codec and shared space can give, which leaves STATES out.
+    Args: blocks: which to compute; default: all that codec and shared space can give.
     """
-    wanted = blocks_of(base) if blocks is None else tuple(blocks)
-    heard = [block for block in wanted if block != STATES]
-    made = features_of_latents(base, base.codec.latents(codes), prompts, heard)
-    if STATES in wanted:
-        speaker: Any = base
-        made[STATES] = lm_statistics(speaker, codes, prompts)
-    return {block: made[block] for block in wanted}
+    return features_of_latents(base, base.codec.latents(codes), prompts, blocks)
 
 
 def features_of_latents(base: Base, latents: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -107,8 +97,6 @@ def features_of_latents(base: Base, latents: Tensor, prompts: Sequence[str], blo
     if len(prompts) != len(latents):
         raise ValueError(f"{len(latents)} clips and {len(prompts)} prompts")
     wanted = blocks_of(base) if blocks is None else tuple(blocks)
-    if STATES in wanted:
-        raise UserError("a reward that reads the language model", "one over what the codec plays", "train it with --trunk frozen")
     made: dict[str, Tensor] = {}
     if LATENTS in wanted:
         made[LATENTS] = over_time(latents).float()

@@ -98,15 +98,19 @@ def as_json(asked: Sequence[Gate]) -> list[dict[str, Any]]:
     return [asdict(gate) for gate in asked]
 
 
+def drawn(pairs: Pairs, seed: int) -> Pairs:
+    """OVERFIT_PAIRS decided pairs (or all, if there are fewer), each weighing alike."""
+    decided = (pairs.p != 0.5).nonzero()[:, 0]
+    few = pairs.index(decided[torch.randperm(len(decided), generator=torch.Generator().manual_seed(seed))[:OVERFIT_PAIRS]])
+    return few.reweighted(torch.ones(len(few)))
+
+
 def overfit(head: Head, inputs: Tensor, pairs: Pairs, seed: int) -> float:
     """Accuracy on 20 decided pairs of a head fitted on these alone, its prior ten times as wide: whether it can learn at all.
 
     A head that cannot tell apart what it was told sees no difference between the clips, or sees the wrong clips.
     """
-    decided = (pairs.p != 0.5).nonzero()[:, 0]
-    drawn = decided[torch.randperm(len(decided), generator=torch.Generator().manual_seed(seed))[:OVERFIT_PAIRS]]
-    few = pairs.index(drawn)
-    few = few.reweighted(torch.ones(len(few)))
+    few = drawn(pairs, seed)
     score = inputs @ fit(Head(head.kind, head.blocks, 10 * head.prior, head.length), inputs, few)
     margin = score[few.chosen] - score[few.rejected]
     return float(((margin > 0).float() + 0.5 * (margin == 0)).mean())

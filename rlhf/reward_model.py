@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ from torch import Tensor
 from base_models.checkpoint import load_tensors, read_json, save_tensors, tensors_sha256, write_json
 from base_models.errors import UserError
 from rlhf.frame_reward import FrameHead, frame_features, frame_tensors, read_frame_head
-from rlhf.reward_features import STATES, Base, Table, features, features_of_latents, features_sha256
+from rlhf.reward_features import Base, Table, blocks_of, features, features_of_latents, features_sha256
 from rlhf.reward_heads import Head, Lens, expand, pessimistic
+from rlhf.token_reward import TokenTrunk, TrunkShape
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class RewardModel:
         """Heads of aspects, and ACCEPTABLE, where votes told enough."""
         self.frames: FrameHead | None = None
         """rlhf.frame_reward.FrameHead, where raters marked enough."""
+        self.trunk: TokenTrunk | None = None
+        """Judges clips in place of the heads, where held-out votes said so; the heads of aspects and frames stay."""
 
     def member_scores(self, table: Table) -> Tensor:
         """Features, blocks [B, F] -> [E, B], each head about 0 on the clips it was fitted on."""
@@ -75,15 +79,25 @@ class RewardModel:
     @torch.no_grad()
     def score(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
         """codes [B, K, T] and their prompts -> score [B] on the codes' device."""
-        return self.score_features(self._heard(codes, prompts)).to(codes.device)
+        return pessimistic(self._judged(codes, prompts), self.lam).to(codes.device) / self.temperature
 
     @property
     def has_slope(self) -> bool:
-        """Whether all that the head reads follows from the codec's latents; what a language model makes of codes does not."""
-        return STATES not in self.head.blocks
+        """Whether the score follows from the codec's latents; a trunk knows codes by their number, not by their sound."""
+        return self.trunk is None
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether there is more than one judge, so that they can disagree."""
+        return (len(self.members) if self.trunk is None else len(self.trunk.names)) > 1
 
     def slope(self, codes: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """codes [B, K, T] and their prompts -> d score / d latents [B, D, T] and score [B]: where each frame should have moved."""
+        """codes [B, K, T] and their prompts -> d score / d latents [B, D, T] and score [B]: where each frame should have moved.
+
+        Raises: UserError for a reward that reads codec tokens.
+        """
+        if not self.has_slope:
+            raise UserError("a reward that reads codec tokens", "one over what the codec plays", "train it with --trunk frozen")
         latents = self.base.codec.latents(codes).detach().requires_grad_(True)
         with torch.enable_grad():
             table = features_of_latents(self.base, latents, prompts, self.head.blocks)
@@ -94,7 +108,7 @@ class RewardModel:
     @torch.no_grad()
     def spread(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
         """codes [B, K, T] and their prompts -> standard deviation between the heads [B], in units of the score; 0 for one head."""
-        members = self.member_scores(self._heard(codes, prompts)) / self.temperature
+        members = self._judged(codes, prompts) / self.temperature
         return (members.std(0, correction=1) if len(members) > 1 else torch.zeros_like(members[0])).to(codes.device)
 
     @torch.no_grad()
@@ -120,6 +134,12 @@ class RewardModel:
             raise UserError(got, "votes with stretches marked as bad", "ask raters to mark stretches, then train again")
         return self.frames(frame_features(self.base.codec, codes).cpu()).to(codes.device)
 
+    def _judged(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[E, B]: what each judge says, before the temperature."""
+        if self.trunk is not None:
+            return self.trunk.member_scores(codes, prompts)
+        return self.member_scores(self._heard(codes, prompts))
+
     def _heard(self, codes: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {block: rows.cpu() for block, rows in features(self.base, codes, prompts, self.head.blocks).items()}
 
@@ -127,6 +147,8 @@ class RewardModel:
         state = {f"lens.{field.name}": getattr(self.lens, field.name) for field in fields(self.lens)}
         for name, extra in self.extras.items():
             state |= {f"extra.{name}.members": extra.members, f"extra.{name}.offsets": extra.offsets}
+        if self.trunk is not None:
+            state |= {f"trunk.{name}": tensor for name, tensor in self.trunk.tensors().items()}
         return {**state, **frame_tensors(self.frames), "members": self.members, "offsets": self.offsets}
 
     @property
@@ -148,6 +170,7 @@ class RewardModel:
             "lam": self.lam,
             "temperature": self.temperature,
             "extras": {name: extra.temperature for name, extra in self.extras.items()},
+            "trunk": None if self.trunk is None else {"members": len(self.trunk.names), **asdict(self.trunk.shape)},
         }
         write_json(folder / "manifest.json", manifest)
 
@@ -178,9 +201,16 @@ def load_reward(folder: str | Path, base: Base) -> RewardModel:
         raise UserError(f"{folder} with changed weights", f"hash {manifest['reward_sha256'][:12]}", "train or copy it again")
     lens = Lens(**{field.name: state[f"lens.{field.name}"] for field in fields(Lens)})
     head = Head(**{**manifest["head"], "blocks": tuple(manifest["head"]["blocks"])})
+    if unknown := sorted(set(head.blocks) - set(blocks_of(base))):
+        raise UserError(f"a reward model over {', '.join(unknown)}", f"some of {', '.join(blocks_of(base))}", "train it again")
     model = RewardModel(base, head, lens, state["members"], state["offsets"], manifest["lam"], manifest["temperature"])
     model.snapshot_sha256 = manifest["snapshot_sha256"]
     for name, temperature in manifest.get("extras", {}).items():
         model.extras[name] = Extra(state[f"extra.{name}.members"], state[f"extra.{name}.offsets"], temperature)
     model.frames = read_frame_head(state)
+    if (told := manifest.get("trunk")) is not None:
+        speaker: Any = base
+        shape = TrunkShape(told["layers"], told["r"], told["alpha"])
+        model.trunk = TokenTrunk(speaker, shape, told["members"], seed=0)
+        model.trunk.fill({name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")})
     return model

@@ -92,6 +92,8 @@ def report(figures: dict[str, Any]) -> str:
         _of_raters(figures),
         *(_of_extra(name, told) for name, told in figures["extras"].items()),
     ]
+    if figures["trunk"] is not None:
+        lines.append(_of_trunk(figures["trunk"]))
     frames = figures["frames"]
     if frames["n"]:
         told = (
@@ -101,6 +103,12 @@ def report(figures: dict[str, Any]) -> str:
         )
         lines.append(f"marks      on {frames['n']} clips: {told}")
     return "\n".join([*lines, *(f"gate       {gate.line}" for gate in reward_gates.gates(figures))])
+
+
+def _of_trunk(told: dict[str, Any]) -> str:
+    tokens, frozen, gain = ("{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]".format(**told[name]) for name in ("tokens", "frozen", "gain"))
+    done = "kept" if told["kept"] and not told["forced"] else "kept, as --trunk tokens asks" if told["forced"] else "not used"
+    return f"trunk      {tokens} by codec tokens, {frozen} by frozen features, {gain} between them: {done}"
 
 
 def _of_raters(figures: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ has not seen.
 
     votes -> raters' reliability -> pairs -> blocks of frozen features [N, F] -> five folds by prompt and artist -> head and
     raters' weights chosen, calibrated, judged -> ensemble on all pairs; heads of aspects, "both bad" and frames -> gates
+    with --trunk: pairs -> the base's language model with a LoRA, judged by the same folds -> kept where it is surely better
 
 Every figure comes from pairs whose *prompts* the fitted heads have never met: five folds by prompt (prompts of one artist stand
 together); in each, the kind of head is chosen by folds inside the training part. One figure comes from votes of *raters* nobody
@@ -15,7 +16,7 @@ has met either. The model that is saved is then fitted on everything, which can 
 votes, beside the ceiling that the raters' own disagreement sets, and beside a model that hears only loudness and length.
 
 Several processes share clips and fits; the parts are summed, and each part does not depend on who computed it.
-It is not fine-tuning: no weight of the base changes, and nothing here samples.
+It is not fine-tuning of the policy: no weight of the base changes (a trunk is a copy with an adapter), and nothing here samples.
 
 Papers: Bradley & Terry 1952. Ziegler et al. 2019, arXiv:1909.08593 (rewards from comparisons). Coste et al. 2024,
 arXiv:2310.02743 (ensembles against over-optimisation). Guo et al. 2017, arXiv:1706.04599 (temperature)."""
@@ -44,12 +45,15 @@ from rlhf import metrics, raters, reward_gates
 from rlhf.preferences import TIE, Preference, Snapshot, Vote, decided, load_snapshot, pairs_sha256, shuffled, training_pairs
 from rlhf.rater_weights import reliable, weigh
 from rlhf.reward_extras import Bench, fit_extras, fit_frame_head
-from rlhf.reward_features import STATES, Base, blocks_of
+from rlhf.reward_features import Base, blocks_of
 from rlhf.reward_folds import Clips, Folds, baseline_scores, choose_heads, cross_calibrated, ordering, unseen_raters
-from rlhf.reward_heads import Head, Share, best_temperature, candidates, expand, fit_ensemble, make_lens
+from rlhf.reward_heads import Share, best_temperature, candidates, expand, fit_ensemble, make_lens
 from rlhf.reward_model import RewardModel
 from rlhf.reward_report import judgement, name, report
 from rlhf.reward_toy import toy_base, write_toy_snapshot
+from rlhf.token_fit import Recipe
+from rlhf.token_reward import TrunkShape
+from rlhf.token_trial import Trial, verdict
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,14 @@ class Config:
     """What raters weigh by: how they agree on common pairs, how their votes follow what the model hears (slopes), or alike. auto: the
     better of the first two, by held-out votes."""
     trunk: Literal["frozen", "tokens", "auto"] = "frozen"
-    """What heads read: what the codec plays and the shared space (frozen), the states of the base's own language model (tokens), or
-    either and both, by held-out votes (auto). The language model costs a forward pass a clip, at every step of PPO too."""
+    """What judges a clip: heads over frozen features of what the codec plays (frozen), the base's own language model with a LoRA that
+    reads codec tokens (tokens), or the language model only where held-out votes say that it is surely better (auto)."""
+    trunk_layers: int = 3
+    """So many first layers of the language model are read."""
+    trunk_members: int = 1
+    """Adapters and heads of its ensemble; a single one cannot disagree with itself, and each costs as much again."""
+    trunk_epochs: int = 4
+    """Passes of a trunk over the pairs; kept is the one after which inner prompts were foretold best."""
     adversaries: Literal["silence", "invert"] = "silence"
     """What is done with raters who answer against the music beyond doubt: they weigh nothing, or count the other way round."""
     one_rater: bool = False
@@ -113,6 +123,7 @@ def _main(cfg: Config) -> dict[str, Any]:
     # 1. Votes: whom to believe, and what they say about which clips.
     base, snapshot = toy_task(cfg, accelerator) if cfg.toy else load_task(cfg)
     check_votes(snapshot, cfg)
+    check_base(base, cfg)
     quality = raters.reliability(snapshot.votes)
     agreed = None if cfg.weights_by == "nothing" else raters.weights(quality, cfg.adversaries)
     clips = Clips(snapshot, base.codec.n_q, base.codec.card)
@@ -127,28 +138,36 @@ def _main(cfg: Config) -> dict[str, Any]:
     learnt = shuffled(truth, cfg.seed) if cfg.shuffle_labels else truth
 
     # 2. Features of every clip, once.
-    heads = trunk_heads(cfg.trunk, base)
+    heads = candidates(blocks_of(base))
     table = clips.table(base, sorted({block for head in heads for block in head.blocks}), share, progress=accelerator.is_main_process)
     lenses = {head: make_lens(head, table, clips.prompt) for head in heads}
     inputs = {head: expand(lens, head, table) for head, lens in lenses.items()}
 
     # 3. Judge by folds of prompts: every margin comes from heads that never met the pair's prompt.
     folds = Folds(inputs, clips.fold_of_prompt(cfg.folds, cfg.seed), cfg.folds, share)
+    trial = None if cfg.trunk == "frozen" else trial_of(cfg, base, clips, folds, accelerator.is_main_process)
     choice = choose_heads(folds, clips.pairs(learnt))
     head = choice.best
     weighing = weigh(cfg, folds, clips, snapshot, agreed, clips.pairs(learnt), choice, preferences)
     if weighing.weights is not agreed:
         learnt = truth = preferences(weighing.weights)
     pairs, true_pairs = clips.pairs(learnt), clips.pairs(truth)
-    margin = folds.margins(weighing.scores, true_pairs)
+    rival = None if trial is None else verdict(trial, weighing, snapshot.votes, forced=cfg.trunk == "tokens")
+    by_trunk, scores = (trial, rival.scores) if rival is not None and rival.kept else (None, weighing.scores)
+    margin = folds.margins(scores, true_pairs)
     baseline = baseline_scores(base, clips, folds, pairs)
     votes = ordering(snapshot.votes)
-    stranger = None if cfg.shuffle_labels else unseen_raters(folds, clips, votes, reliable(preferences, cfg), choice.chosen, cfg.seed)
+    stranger = (
+        None
+        if cfg.shuffle_labels or by_trunk is not None
+        else unseen_raters(folds, clips, votes, reliable(preferences, cfg), choice.chosen, cfg.seed)
+    )
 
     # 4. Learn from everything.
     members, offsets = fit_ensemble(head, inputs[head], pairs, cfg.members, cfg.seed, share)
     model = RewardModel(base, head, lenses[head], members, offsets, cfg.lam, best_temperature(margin, true_pairs))
     model.snapshot_sha256 = snapshot.sha256
+    model.trunk = None if by_trunk is None else by_trunk.kept(pairs)
     bench = Bench(folds, clips, choice.chosen, head, cfg.members, cfg.seed)
     extras = fit_extras(bench, learnt, snapshot.votes, weighing.weights)
     model.extras = {name: found.extra for name, found in extras.items() if found.extra is not None}
@@ -156,11 +175,12 @@ def _main(cfg: Config) -> dict[str, Any]:
 
     # 5. Tell.
     figures = {
-        **judgement(snapshot, truth, clips, folds, weighing.scores, baseline, stranger, cfg.seed),
+        **judgement(snapshot, truth, clips, folds, scores, baseline, stranger, cfg.seed),
         "ece": metrics.pair_calibration_error(
             cross_calibrated(margin, true_pairs, folds).numpy(), true_pairs.p.numpy(), true_pairs.weight.numpy()
         ),
-        "overfit": reward_gates.overfit(head, inputs[head], pairs, cfg.seed),
+        "overfit": by_trunk.overfit(pairs) if by_trunk is not None else reward_gates.overfit(head, inputs[head], pairs, cfg.seed),
+        "trunk": None if rival is None else rival.figures,
         "head": asdict(head),
         "held_out_loss": {name(option): round(loss, 4) for option, loss in choice.losses.items()},
         "temperature": model.temperature,
@@ -209,6 +229,8 @@ def check(cfg: Config, num_processes: int) -> None:
     """Refuse settings that cannot work before anything is read."""
     if cfg.processes not in (0, num_processes):
         raise UserError(f"{num_processes} processes", f"{cfg.processes}, as --processes says", "start with torchrun --nproc-per-node")
+    if cfg.trunk_members < 1 or cfg.trunk_epochs < 1:
+        raise UserError(f"trunk members {cfg.trunk_members}, epochs {cfg.trunk_epochs}", "1 or more of each", "correct the settings")
     if cfg.folds < 3 or cfg.members < 1 or cfg.lam < 0:
         raise UserError(
             f"folds {cfg.folds}, members {cfg.members}, lam {cfg.lam}",
@@ -231,19 +253,17 @@ def check_votes(snapshot: Snapshot, cfg: Config) -> None:
         )
 
 
-def trunk_heads(trunk: Literal["frozen", "tokens", "auto"], base: Base) -> tuple[Head, ...]:
-    """The heads that held-out votes choose among. Raises: UserError when the language model is asked for and there is none."""
-    frozen = candidates(blocks_of(base))
-    if trunk == "frozen":
-        return frozen
-    if not hasattr(base, "lm"):
-        raise UserError(f"--trunk {trunk} with a base that has no language model", "a policy's folder", "use --trunk frozen")
-    tokens = (Head("linear", (STATES,), 0.6), Head("kernel", (STATES,), 1.0, 2.0), Head("kernel", (STATES,), 2.0, 1.5))
-    if trunk == "tokens":
-        return tokens
-    kernels = [head for head in frozen if head.kind != "linear"]
-    both = tuple(dict.fromkeys(replace(head, kind="kernel", blocks=(*head.blocks, STATES), prior=2.0, length=2.0) for head in kernels))
-    return (*frozen, *tokens, *both)
+def check_base(base: Base, cfg: Config) -> None:
+    """Refuse to look for a trunk where there is none, before anything is computed."""
+    if cfg.trunk != "frozen" and not hasattr(base, "lm"):
+        raise UserError(f"--trunk {cfg.trunk} with a base that has no language model", "a policy's folder", "use --trunk frozen")
+
+
+def trial_of(cfg: Config, base: Base, clips: Clips, folds: Folds, progress: bool) -> Trial:
+    """Where a trunk over codec tokens is tried."""
+    shape, recipe = TrunkShape(cfg.trunk_layers), Recipe(epochs=cfg.trunk_epochs)
+    speaker: Any = base
+    return Trial(speaker, base.sha256, clips, folds, shape, recipe, cfg.trunk_members, cfg.lam, cfg.seed, cfg.out / "trunk", progress)
 
 
 def sharing(accelerator: Accelerator) -> Share:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from base_models.codec import CodecConfig, MagnitudeCodec
+from base_models.conditions import Conditions
+from base_models.lm import MusicLM, MusicLMConfig
 from rlhf.preferences import Snapshot, load_snapshot
 from rlhf.reward_folds import Clips, Folds
 from rlhf.reward_heads import Head
@@ -44,6 +46,20 @@ def small_base() -> SimpleNamespace:
     for layer in codec.rvq.layers:
         layer._codebook.embed.copy_(torch.randn(layer._codebook.embed.shape))
     return SimpleNamespace(codec=codec, contrastive=Tower(), sha256="a" * 64)
+
+
+def speaking(base: SimpleNamespace, n_q: int, card: int, n_layers: int = 2, dropout: float = 0.0) -> SimpleNamespace:
+    """The base with a tiny language model, whose prompts are told apart by their length."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shape = MusicLMConfig(n_q=n_q, card=card, d_model=32, n_layers=n_layers, n_heads=2, d_ff=48, text_dim=4, dropout=dropout)
+        lm = MusicLM(shape).eval()
+
+    def conditions(prompts: list[str], tempo_bpm: object = None) -> Conditions:
+        text = torch.tensor([[[float(len(prompt)), 1.0, -1.0, 0.5]] for prompt in prompts])
+        return Conditions(text, torch.ones(len(prompts), 1, dtype=torch.bool), torch.full((len(prompts),), float("nan")))
+
+    return SimpleNamespace(**vars(base), lm=lm, conditions=conditions)
 
 
 def codes_of(n: int, seed: int = 0, frames: int = 10) -> torch.Tensor:

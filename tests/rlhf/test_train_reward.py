@@ -4,14 +4,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
-from rlhf import reward_features as rf
 from rlhf import train_reward
 from rlhf.preferences import content_sha256
 from rlhf.reward_gates import GateError
@@ -162,31 +160,6 @@ def test_clips_of_another_codec_and_of_another_base_are_refused(tmp_path, monkey
     monkeypatch.setattr(train_reward, "load_policy", lambda path: other)
     with pytest.raises(UserError, match="2 codebooks"):
         train_reward.main(train_reward.Config(snapshot=folder, out=tmp_path / "out"))
-
-
-def test_the_language_models_states_are_used_only_where_they_foretell_votes_better(tmp_path, monkeypatch):
-    """A model whose states are codes that the raters judge by, beside features of a codec that hears noise."""
-    folder = rewritten(tmp_path / "snapshot")
-    plain = toy_base(0)
-    with pytest.raises(UserError, match="no language model"):
-        train_reward.trunk_heads("auto", plain)
-    base = SimpleNamespace(codec=plain.codec, contrastive=None, sha256=plain.sha256, lm=None)
-    reached = {}
-    for told in (True, False):
-
-        def states(base, codes, prompts, told=told):
-            noise = torch.randn(len(codes), 4, generator=torch.Generator().manual_seed(int(codes.sum())))
-            return torch.cat([codes.float().mean((1, 2))[:, None] if told else noise[:, :1], 0.1 * noise[:, 1:]], 1)
-
-        monkeypatch.setattr(train_reward, "load_policy", lambda path: base)
-        monkeypatch.setattr(rf, "lm_statistics", states)
-        cfg = train_reward.Config(snapshot=folder, out=tmp_path / str(told), trunk="auto", members=1, folds=3, weights_by="nothing")
-        reached[told] = train_reward.main(cfg)
-    assert rf.STATES in reached[True]["head"]["blocks"]
-    assert rf.STATES not in reached[False]["head"]["blocks"]
-    model = load_reward(tmp_path / "True", base)
-    monkeypatch.setattr(rf, "lm_statistics", lambda base, codes, prompts: torch.zeros(len(codes), 4))
-    assert model.score(torch.zeros(2, 2, 12, dtype=torch.long), ["toy"] * 2).shape == (2,)
 
 
 def test_one_persons_taste_can_be_learnt_on_request(tmp_path, monkeypatch):
