@@ -37,6 +37,7 @@ from tqdm import tqdm
 from base_models.checkpoint import append_jsonl, load_tensors, save_tensors, write_json
 from base_models.conditions import Conditions
 from base_models.corpus.tokens import load_tokens
+from base_models.launch import open_accelerator
 from base_models.lm import MusicLM, disable_functional_dropout, load_lm
 from base_models.sampling import filtered_log_probs, generate
 from base_models.settings import run, to_mapping
@@ -129,7 +130,7 @@ def caption_of(data: Data, rows: Tensor) -> Conditions:
 
 
 def main(cfg: Config) -> float:
-    accelerator = Accelerator(mixed_precision=cfg.dtype)
+    accelerator = open_accelerator(mps=True, mixed_precision=cfg.dtype)
     device = accelerator.device
     set_seed(cfg.seed)
 

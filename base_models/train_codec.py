@@ -42,6 +42,7 @@ from base_models.checkpoint import (
 from base_models.codec import CodecConfig, MagnitudeCodec
 from base_models.corpus.waves import Waves, load_waves, synthetic_waves
 from base_models.errors import UserError
+from base_models.launch import open_accelerator
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def main(cfg: Config) -> Path:
     # 1. The codec, its data, and the best linear codec as the start.
     if cfg.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision {cfg.mixed_precision}", "no or bf16", "choose one of the two")
-    accelerator = Accelerator(mixed_precision=cfg.mixed_precision)
+    accelerator = open_accelerator(mps=True, mixed_precision=cfg.mixed_precision)
     set_seed(cfg.seed)
     codec = MagnitudeCodec(CodecConfig(n_q=cfg.n_q, card=cfg.card, width=cfg.width, latent_dim=cfg.latent_dim))
     with accelerator.main_process_first():

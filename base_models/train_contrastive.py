@@ -27,7 +27,6 @@ import math
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -44,6 +43,7 @@ from base_models.codec import load_codec
 from base_models.contrastive import AudioTextModel, ContrastiveConfig, contrastive_loss, recall_at
 from base_models.corpus.tokens import TokenisedCorpus, load_tokens, synthetic_tokens
 from base_models.errors import UserError
+from base_models.launch import open_accelerator
 from base_models.text_encoder import load_text_encoder
 
 
@@ -165,7 +165,7 @@ def main(cfg: Config) -> dict[str, float]:
     # 1. Tokens, captions, model.
     if cfg.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision {cfg.mixed_precision}", "no or bf16", "choose one of the two")
-    accelerator = Accelerator(mixed_precision=cfg.mixed_precision)
+    accelerator = open_accelerator(mps=True, mixed_precision=cfg.mixed_precision)
     set_seed(cfg.seed)
     corpus = load_tokens(cfg.tokens) if cfg.tokens is not None else synthetic_tokens()
     codebooks = torch.randn(corpus.n_q, corpus.card, 16)

@@ -2,6 +2,7 @@
 
     accelerate launch base_models/train_lm.py --tokens .cache/codes/NAME --out runs/lm --max-minutes 60
     accelerate launch base_models/train_lm.py --preset smoke --out runs/lm_smoke
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml base_models/train_lm.py ...      # weights in shards
 
     captions -> frozen text encoder -> Conditions;  codes [B, K, T] -> delay -> logits [B, K, T, V] -> cross-entropy
 
@@ -26,7 +27,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,9 +45,11 @@ from base_models.codec import load_codec
 from base_models.conditions import Conditions, encode_prompts, parse_tempo
 from base_models.corpus.tokens import TokenisedCorpus, load_tokens, synthetic_tokens
 from base_models.errors import UserError
+from base_models.launch import check_sharding, open_accelerator
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.sampling import generate
 from base_models.settings import run, to_mapping
+from base_models.sharding import free, local, shard, share_held, spread_moments, whole, whole_copy
 from base_models.text_encoder import TextEncoder, load_text_encoder
 
 logger = logging.getLogger(__name__)
@@ -114,7 +116,9 @@ class Config:
     cache: Path = Path(".cache/captions")
     """Where encoded captions are kept."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`."""
+    """Go on from the newest checkpoint in `out`; with as many processes as you like, sharded or not."""
+    processes: int = 0
+    """Refuse to run with any other number of processes; 0 does not ask. `accelerate launch --cpu --num_processes 2` runs one."""
     tensorboard: bool = True
     """Write TensorBoard event files into `out`."""
     seed: int = 0
@@ -199,7 +203,10 @@ def learning_rate(cfg: Config, step: int, progress: float) -> float:
 
 
 def main(cfg: Config) -> dict[str, float]:
-    accelerator = Accelerator(mixed_precision=cfg.dtype, gradient_accumulation_steps=cfg.grad_accumulation)
+    sharded = check_sharding(("fsdp",)) != "no"
+    accelerator = open_accelerator(
+        cfg.processes, ("fsdp",), mps=True, mixed_precision=cfg.dtype, gradient_accumulation_steps=cfg.grad_accumulation
+    )
     device, world = accelerator.device, accelerator.num_processes
     set_seed(cfg.seed)
 
@@ -216,30 +223,38 @@ def main(cfg: Config) -> dict[str, float]:
         text_dim=encoder.dim, dropout=cfg.dropout, codec_sha256=corpus.codec_sha256, text_encoder=cfg.text_encoder,
         beat_clock=cfg.beat_clock, frame_rate=corpus.frame_rate,
     )  # fmt: skip
-    lm, averaged = MusicLM(shape).to(device), MusicLM(shape).to(device).eval()
-    lm.fast_training()
+    lm, averaged = MusicLM(shape), MusicLM(shape).eval()
     averaged.load_state_dict(lm.state_dict())
+    checkpoint = latest_training_state(cfg.out)
+    if checkpoint is not None and not cfg.resume:
+        raise UserError(f"{cfg.out}, which holds a run", "a new folder, or --resume", "add --resume, or choose another --out")
+    step, elapsed, moments = 0, 0.0, None
+    if checkpoint is not None:
+        step, tensors, states, extra = load_training_state(checkpoint)
+        lm.load_state_dict(tensors["lm"])
+        averaged.load_state_dict(tensors["averaged"])
+        moments, elapsed = states["optimizer"], float(extra["elapsed_s"])
+        logger.info("resumed %s at step %d", cfg.out, step)
+    for network in (lm, averaged):
+        shard(network) if sharded else network.to(device)
+    lm.fast_training()
     decay = [p for p in lm.parameters() if p.dim() > 1]
     groups = [
         {"params": decay, "weight_decay": cfg.weight_decay},
         {"params": [p for p in lm.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    step, elapsed = 0, 0.0
-    checkpoint = latest_training_state(cfg.out)
-    if cfg.resume and checkpoint is not None:
-        step, tensors, states, extra = load_training_state(checkpoint)
-        lm.load_state_dict(tensors["lm"])
-        averaged.load_state_dict(tensors["averaged"])
-        optimizer.load_state_dict(states["optimizer"])
-        elapsed = float(extra["elapsed_s"])
-        logger.info("resumed %s at step %d", cfg.out, step)
-    elif checkpoint is not None:
-        raise UserError(f"{cfg.out}, which holds a run", "a new folder, or --resume", "add --resume, or choose another --out")
-    model, optimizer = accelerator.prepare(lm, optimizer)
+    if moments is not None:
+        optimizer.load_state_dict(moments)
+        spread_moments(optimizer)
+    model: nn.Module = lm
+    if not sharded:
+        model, optimizer = accelerator.prepare(lm, optimizer)
     if accelerator.is_main_process:
         cfg.out.mkdir(parents=True, exist_ok=True)
-        write_json(cfg.out / "config.json", {**to_mapping(cfg), "tokens_sha256": corpus.sha256, "world_size": world})
+        write_json(
+            cfg.out / "config.json", {**to_mapping(cfg), "tokens_sha256": corpus.sha256, "world_size": world, "share_held": share_held(lm)}
+        )
     board = _tensorboard(cfg) if accelerator.is_main_process and cfg.tensorboard else None
 
     # 3. Train.
@@ -269,13 +284,13 @@ def main(cfg: Config) -> dict[str, float]:
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), cfg.max_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                    optimizer.step()
+                    optimizer.zero_grad()
         step += 1
         with torch.no_grad():
             rate = min(cfg.ema, (1 + step) / (10 + step))
             for slow, fast in zip(averaged.parameters(), lm.parameters()):
-                slow.lerp_(fast, 1 - rate)
+                local(slow).lerp_(local(fast), 1 - rate)
         bits = loss.detach().mean().item() / math.log(2)
         recent = bits if recent is None else 0.98 * recent + 0.02 * bits
         bar.update()
@@ -285,20 +300,24 @@ def main(cfg: Config) -> dict[str, float]:
         last = step == cfg.steps
         if step % cfg.eval_every == 0 or last:
             metrics, reported = _report(accelerator, cfg, averaged, data["val"], board, step, recent, elapsed), step
-        if accelerator.is_main_process and (step % cfg.save_every == 0 or last):
-            groups_of = {"lm": lm.state_dict(), "averaged": averaged.state_dict()}
-            states = {"optimizer": optimizer.state_dict()}
-            save_training_state(cfg.out, step, groups_of, states, {"elapsed_s": time.monotonic() - began})
-        if accelerator.is_main_process and cfg.sample_every and step % cfg.sample_every == 0:
-            _samples(cfg, averaged, encoder, step)
+        if step % cfg.save_every == 0 or last:
+            groups_of = {"lm": whole(lm.state_dict()), "averaged": whole(averaged.state_dict())}
+            states = {"optimizer": whole(optimizer.state_dict())}
+            if accelerator.is_main_process:
+                save_training_state(cfg.out, step, groups_of, states, {"elapsed_s": time.monotonic() - began})
+        if cfg.sample_every and step % cfg.sample_every == 0:
+            played = whole_copy(averaged) if sharded else averaged  # the sampler reads whole weights
+            if accelerator.is_main_process:
+                _samples(cfg, played, encoder, step)
         accelerator.wait_for_everyone()
     bar.close()
 
     # 5. The averaged weights are the model.
     if reported != step:
         metrics = _report(accelerator, cfg, averaged, data["val"], board, step, recent or 0.0, time.monotonic() - began)
+    model_to_keep = whole_copy(averaged) if sharded else averaged
     if accelerator.is_main_process:
-        averaged.save(cfg.out / "lm")
+        model_to_keep.save(cfg.out / "lm")
         if board is not None:
             board.close()
         print(f"{cfg.out / 'lm'}: step {step}, val bits per code {metrics['val_bits']:.3f}")
@@ -307,10 +326,13 @@ def main(cfg: Config) -> dict[str, float]:
 
 
 def _report(accelerator, cfg: Config, lm: MusicLM, data: Data, board, step: int, recent: float, elapsed: float) -> dict[str, float]:
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process and share_held(lm) == 1:
         return {}
     with accelerator.autocast():
         bits = evaluate(lm, data, accelerator.device)
+    free(lm)
+    if not accelerator.is_main_process:
+        return {}
     metrics = {f"val_bits_{k}": bits[k].item() for k in range(len(bits))}
     metrics |= {"val_bits": bits.mean().item(), "train_bits": recent, "elapsed_s": elapsed}
     append_jsonl(cfg.out / "metrics.jsonl", {"step": step, **metrics})

@@ -20,8 +20,9 @@ from adapters.lora import adapter_tensors, attach_lora, set_adapter_tensors, tra
 from base_models.checkpoint import latest_training_state, load_training_state, save_training_state
 from base_models.conditions import Conditions
 from base_models.errors import UserError
-from base_models.launch import bf16_is_faster
+from base_models.launch import asked_sharding, bf16_is_faster
 from base_models.lm import disable_functional_dropout
+from base_models.sharding import shard_frozen
 from rlhf.brake import Brake, Look
 from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer, leave_one_out
 from rlhf.dense import limited
@@ -51,6 +52,8 @@ class Run:
         disable_functional_dropout(self.lm)
         attach_lora(self.lm, cfg.r, cfg.alpha)
         self.lm.to(accelerator.device).fast_training()
+        if asked_sharding() == "fsdp":
+            shard_frozen(self.lm)
         self.critic = Critic(self.lm.config.d_model).to(accelerator.device)
         self.groups = [trainable_parameters(self.lm), list(self.critic.parameters())]
         for parameter in self.parameters():

@@ -25,6 +25,7 @@ from base_models.conditions import Conditions
 from base_models.lm import MusicLM, sum_by_step
 from base_models.patterns import delay_mask
 from base_models.sampling import generate
+from base_models.sharding import gathered
 from rlhf.controllers import RewardNormalizer
 from rlhf.losses import entropy, kl_k1
 
@@ -178,7 +179,8 @@ def play(
     """
     device = next(lm.parameters()).device
     cond = cond.to(device)
-    made = generate(lm, cond, n_frames, seeds=seeds, temperature=temperature, cfg_coef=cfg_coef)
+    with gathered(lm):
+        made = generate(lm, cond, n_frames, seeds=seeds, temperature=temperature, cfg_coef=cfg_coef)
     with adapter_disabled(lm):
         ref = score_steps(lm, made.codes, cond, temperature=temperature, cfg_coef=cfg_coef, bf16=bf16)
     mask = delay_mask(lm.n_q, n_frames, device).any(0).expand_as(made.logps)

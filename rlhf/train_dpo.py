@@ -51,7 +51,7 @@ from trl.trainer.dpo_config import DPOConfig
 from adapters.library import Manifest, save_adapter
 from base_models.checkpoint import latest_training_state, read_json, refuse_another_run
 from base_models.errors import UserError
-from base_models.launch import check_processes
+from base_models.launch import check_processes, check_sharding
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.dpo_arguments import kto_arguments, training_arguments
@@ -353,6 +353,7 @@ def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str
 def check(cfg: Config) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     refuse_another_run(cfg.out, cfg.resume)
+    check_sharding()
     if cfg.loss == "kto" and (cfg.marks == "mask" or cfg.sft_weight):
         raise UserError("--loss kto with --marks mask or --sft-weight", "a loss over pairs for those", "leave them out, or choose another")
     held_parts(cfg.hold, parse_weights(cfg.weights))

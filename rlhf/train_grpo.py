@@ -39,7 +39,7 @@ from trl.trainer.rloo_config import RLOOConfig
 from adapters.library import Manifest, save_adapter
 from base_models.checkpoint import latest_training_state, read_json, refuse_another_run
 from base_models.errors import UserError
-from base_models.launch import bf16_is_faster, check_processes
+from base_models.launch import bf16_is_faster, check_processes, check_sharding
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.dpo_report import NothingLeftError, Recorder
@@ -181,6 +181,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 
 def check(cfg: Config, world: int) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
+    check_sharding()
     check_processes(world, cfg.processes)
     if not cfg.toy and (cfg.reward is None or cfg.prompts is None):
         raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", "both", "train one with train_reward.py; or --preset smoke")

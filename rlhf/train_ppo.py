@@ -14,7 +14,8 @@ processes play what one would.
 
 The brake (rlhf/brake.py) ends a run whose reward rises while the music does not, and can take it back to its best look.
 
-It is not sharded (a base that fits no single device needs FSDP) and has no separate critic or reference network.
+Under configs/accelerate/fsdp2.yaml the frozen base is in shards while it learns, and whole while it plays: that saves memory beside
+the activations, but a base that fits no single device cannot be played. There is no separate critic or reference network.
 
 Papers: Schulman et al. 2017, arXiv:1707.06347 (PPO). Ziegler et al. 2019, arXiv:1909.08593 (KL in the reward, adaptive price).
 Huang et al. 2024, arXiv:2403.17031 (the details that matter). Hu et al. 2021, arXiv:2106.09685 (LoRA).
@@ -33,13 +34,11 @@ from typing import Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-from accelerate import Accelerator
 
 from adapters.library import Manifest, save_adapter
 from base_models.checkpoint import refuse_another_run
 from base_models.errors import UserError
-from base_models.launch import check_processes
+from base_models.launch import check_processes, open_accelerator
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.journal import timed
@@ -195,7 +194,7 @@ PATIENCE = 5
 def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     """Run it; returns the figures of the adapter's manifest. `task` replaces what --policy, --reward and --prompts name."""
     began = time.monotonic()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = open_accelerator(can=("fsdp",))
     check(cfg, accelerator.num_processes)
 
     # 1. Four roles, two networks: policy and reference are one LM with and without its adapter, the critic is a head on it.

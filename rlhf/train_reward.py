@@ -39,6 +39,7 @@ from torch import Tensor
 
 from base_models.checkpoint import write_json
 from base_models.errors import UserError
+from base_models.launch import open_accelerator
 from base_models.policy import PRETRAINED, load_policy
 from base_models.settings import run, to_mapping
 from rlhf import metrics, raters, reward_gates
@@ -116,8 +117,8 @@ def main(cfg: Config) -> dict[str, Any]:
 
 def _main(cfg: Config) -> dict[str, Any]:
     began = time.monotonic()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    check(cfg, accelerator.num_processes)
+    accelerator = open_accelerator(cfg.processes)
+    check(cfg)
     share = sharing(accelerator)
 
     # 1. Votes: whom to believe, and what they say about which clips.
@@ -225,10 +226,8 @@ def script(cfg: Config) -> dict[str, Any]:
 # ---- the pieces ------------------------------------------------------------------------------------------------------
 
 
-def check(cfg: Config, num_processes: int) -> None:
+def check(cfg: Config) -> None:
     """Refuse settings that cannot work before anything is read."""
-    if cfg.processes not in (0, num_processes):
-        raise UserError(f"{num_processes} processes", f"{cfg.processes}, as --processes says", "start with torchrun --nproc-per-node")
     if cfg.trunk_members < 1 or cfg.trunk_epochs < 1:
         raise UserError(f"trunk members {cfg.trunk_members}, epochs {cfg.trunk_epochs}", "1 or more of each", "correct the settings")
     if cfg.folds < 3 or cfg.members < 1 or cfg.lam < 0:

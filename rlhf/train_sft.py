@@ -46,6 +46,7 @@ from base_models.checkpoint import (
 )
 from base_models.conditions import Conditions
 from base_models.errors import UserError
+from base_models.launch import open_accelerator
 from base_models.lm import MusicLM, MusicLMConfig, disable_functional_dropout
 from base_models.policy import PRETRAINED, load_policy
 from base_models.settings import run, to_mapping
@@ -110,6 +111,8 @@ class Config:
     """Of those clips, how many are kept for listening with their mel pictures; 0 keeps none."""
     licence: str = "unspecified"
     """Licence of the adapter, for its card."""
+    processes: int = 0
+    """Refuse to run with any other number of processes; 0 does not ask. `accelerate launch --cpu --num_processes 2` runs one."""
     seed: int = 0
     """Seed of the adapter's start, the order of the winners, and the clips that are sampled."""
 
@@ -156,7 +159,7 @@ class Task:
 def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     """Run it; returns the figures of the adapter's manifest. `task` replaces what the settings name."""
     began = time.monotonic()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = open_accelerator(cfg.processes)
     check(cfg)
     # 1. Who won.
     if task is None:

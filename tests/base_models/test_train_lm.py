@@ -90,17 +90,6 @@ def test_killed_run_goes_on_from_a_valid_checkpoint(tmp_path, cache):
     assert f"step {killed_at + 3}" in finished.stdout
 
 
-def test_two_processes_share_the_work(tmp_path, cache):
-    """Two gloo processes: the world has two members, and both draw different rows."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
-    subprocess.run(
-        [*launch, *command(tmp_path / "run", cache, "--steps", "6")[1:]], check=True, capture_output=True, env=environment, cwd=tmp_path
-    )
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
-    assert (tmp_path / "run" / "lm" / "model.safetensors").is_file()
-
-
 def test_batches_tell_the_tempo_that_the_caption_states(cache):
     from base_models.text_encoder import load_text_encoder
 
