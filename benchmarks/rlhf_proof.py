@@ -52,8 +52,8 @@ TRAINED_ON = {"ppo": "reward", "dpo": "reward", "sft": "votes"}
 CREW = ("--crew", "crowd", "--careless", "0.15", "--adversaries", "1")
 # A weak reward (few votes, one head, no caution), followed far; and the same votes with caution, a price and a brake.
 WEAK_REWARD = ("--members", "1", "--lam", "0")
-FREE = ("--steps", "120", "--lr", "1e-3", "--kl-coef", "0", "--brake", "off", "--save-every", "10")
-BRAKED = ("--steps", "120", "--lr", "1e-3", "--kl-coef", "0.1", "--brake", "rewind", "--save-every", "10")
+FREE = ("--steps", "60", "--lr", "1.5e-3", "--kl-coef", "0", "--brake", "off", "--save-every", "10")
+BRAKED = ("--steps", "60", "--lr", "1.5e-3", "--kl-coef", "0.005", "--brake", "rewind", "--save-every", "10")
 VOTES = (50, 200, 500, 1000, 2000, 3000)
 # ---- the same for --small --------------------------------------------------------------------------------------------------
 SMALL_ARGUMENTS = Arguments(

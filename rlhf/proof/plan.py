@@ -321,6 +321,7 @@ class Builder:
                     plan.outcomes += [self.outcome("shuffled", method, taste, seed, votes, "half", draw) for method in methods]
             elif name in ("constant", "gold"):
                 judge = ("--constant", "0") if name == "constant" else ("--taste", taste)
-                run = self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed)
+                alone = ("--weights", "human=1", "--hold", "") if name == "constant" else ()  # nothing else may move it
+                run = self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed, (*self.arguments.ppo, *alone))
                 played = self.played(run, "ppo", seed, None)
                 plan.outcomes.append(Outcome(name, "ppo", taste, seed, None, played, base, self.gold(played, base, taste)))
