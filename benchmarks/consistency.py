@@ -1,6 +1,6 @@
 """Does a reward for what the prompt says make "sad piano" sadder and more piano, to judges that the reward does not know?
 
-    python benchmarks/consistency.py --out runs/consistency                                # a quarter of an hour on two quiet cores
+    python benchmarks/consistency.py --out runs/consistency                                # about five minutes of one core
     python benchmarks/consistency.py --out runs/tuning --judge-on tuning --lr 1e-3         # choose settings here, and nowhere else
     python benchmarks/consistency.py --out runs/consistency --reward runs/reward --taste warm     # beside, and together with, listeners
     python benchmarks/consistency.py --out runs/consistency --steps 0                      # the judges and the checks alone
