@@ -34,3 +34,7 @@ class ConflictError(StoreError):
 
 class UnavailableError(StoreError):
     """The database is locked, read-only, full or away: nothing was written, try again later (HTTP 503)."""
+
+
+class NoVotesError(StoreError):
+    """A campaign in which no vote counts: there is nothing to freeze."""

@@ -27,7 +27,7 @@ from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from db import quality
-from db.errors import ConflictError, StoreError
+from db.errors import ConflictError, NoVotesError, StoreError
 from db.quality import Rules, clip_x, clip_y
 from db.schema import Assignment, Campaign, Clip, Pair, Prompt, Rater, Snapshot, SnapshotRater, SpanMark, Vote, VoteAspect, utc_now
 from db.store import Store
@@ -146,7 +146,7 @@ def _open(session: Session, name: str, rules: Rules) -> tuple[Campaign, dict[int
     usable = sum(cell.n for cell in cells if cell.reason is None and cell.rater_id not in out)
     if usable == 0:
         got = f"campaign {name!r} with {total} votes, {total} of them excluded"
-        raise StoreError(got, "at least one vote that counts", "collect votes in the rating app, then export")
+        raise NoVotesError(got, "at least one vote that counts", "collect votes in the rating app, then export")
     return campaign, out
 
 
@@ -340,6 +340,12 @@ def pseudonym(salt: str, rater_id: int, handle: str = "", status: str = "") -> s
         return handle
     known_by = handle if status == "erased" else str(rater_id)
     return "r_" + hmac.new(salt.encode(), known_by.encode(), "sha256").hexdigest()[:16]
+
+
+def is_recorded(store: Store, sha256: str) -> bool:
+    """Whether the database knows whose votes are in this snapshot. One that was cut off right after its folder is not known."""
+    with store.read() as session:
+        return session.scalar(select(Snapshot.id).where(Snapshot.sha256 == sha256)) is not None
 
 
 def _record(store: Store, campaign: Campaign, snapshot: Mapping[str, Any], by_rater: Mapping[int, int]) -> None:

@@ -24,6 +24,18 @@ from base_models.errors import UserError
 from db.errors import StoreError
 
 DEMO_DB = "sqlite:///runs/demo/encore.db"
+LOOP = """Online rounds; each is
+
+  samples -> votes -> snapshot (-> reward) -> train -> held-out clips of champion and challenger -> blind votes -> verdict
+
+The challenger is promoted when the lower end of the 95 % interval of its win rate over the champion, by prompt and rater, lies
+above .5, on at least --min-decided decided votes. Otherwise the champion stays.
+
+  encore loop --prompts train.txt --heldout heldout.txt --out runs/loop --serve --rater ada --rater bo
+  encore loop --out runs/loop --serve            # goes on where it was stopped or killed: settings are kept
+  encore loop status --out runs/loop             # who was champion when, win rates, KL, diversity, gates; also in report.md
+
+Without --serve and --raters it waits for votes that come in through an app elsewhere on the same --db."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,33 +149,38 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--db", help="database URL")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where parents and children are looked for")
 
-    p = _command(commands, "loop", loop, "rounds of sampling, votes, learning, blind verdict; `loop status` tells how far")
-    p.add_argument("action", nargs="?", choices=["run", "status"], default="run")
+    p = _command(commands, "loop", loop, "rounds of sampling, votes, learning, blind verdict; `loop status` tells how far", LOOP)
+    p.add_argument("action", nargs="?", choices=["run", "status"], default="run", help="run (default), or tell how far it is and who won")
     p.add_argument("--out", type=Path, default=Path("runs/loop"), help="the loop's folder; a later call needs nothing else")
-    p.add_argument("--rounds", type=int, default=3, help="rounds in all")
-    p.add_argument("--prompts", type=Path, help="prompts to sample, vote and train on")
-    p.add_argument("--heldout", type=Path, help="prompts on which champion and challenger are compared")
-    p.add_argument("--policy", type=Path, help="default: the base that ships with Encore")
-    p.add_argument("--champion", type=Path, help="adapter to begin with; default: none, the base")
-    p.add_argument("--method", choices=["ppo", "dpo", "sft"], help="how the challenger is trained; default ppo")
-    p.add_argument("--db", help="database of the votes; default: encore.db in --out")
-    p.add_argument("--campaign", help="name of the campaign; default loop")
-    p.add_argument("-n", dest="clips_per_prompt", type=int, help="clips a prompt; default 2")
-    p.add_argument("--duration", dest="duration_s", type=float, help="seconds; default 6")
-    p.add_argument("--target-votes", type=int, help="votes a pair; default 2")
-    p.add_argument("--ab-votes", type=int, help="votes a comparison of champion and challenger; default 2")
-    p.add_argument("--ab-clips", type=int, help="clips of each for a held-out prompt; default 1")
-    p.add_argument("--min-decided", type=int, help="decided votes without which nobody is promoted; default 20")
-    p.add_argument("--min-listen-ms", type=int, help="listening asked for on each side; default 3000")
-    p.add_argument("--train", help="more options for the training script, quoted")
-    p.add_argument("--reward", help="more options for train_reward.py, quoted")
-    p.add_argument("--licence", help="licence of the adapters")
-    p.add_argument("--seed", type=int)
-    p.add_argument("--serve", action="store_true", help="serve the rating page while waiting for votes")
-    p.add_argument("--port", type=int, default=7860)
-    p.add_argument("--raters", metavar="COMMAND", help="a program that votes over HTTP: {url}, {campaign}, {db}, {accounts} are filled in")
-    p.add_argument("--accounts", type=int, default=12, help="how many accounts {accounts} holds")
-    p.add_argument("--poll", type=float, default=5.0, help="seconds between two looks for votes")
+    p.add_argument("--rounds", type=int, default=3, help="rounds in all, those that are done included; default 3")
+    g = p.add_argument_group("what is played and learnt (kept in loop.json)")
+    g.add_argument("--prompts", type=Path, help="prompts to sample, vote and train on")
+    g.add_argument("--heldout", type=Path, help="prompts on which champion and challenger are compared; none of --prompts")
+    g.add_argument("--policy", type=Path, help="default: the base that ships with Encore")
+    g.add_argument("--champion", type=Path, help="adapter to begin with; default: none, the base")
+    methods = "ppo (default), grpo, dpo_own: by a reward model, on clips of its own; dpo, sft: by the rated clips alone"
+    g.add_argument("--method", choices=["ppo", "grpo", "dpo_own", "dpo", "sft"], help=f"how the challenger is trained: {methods}")
+    g.add_argument("-n", dest="clips_per_prompt", type=int, help="clips a prompt; every two of them are a pair; default 2")
+    g.add_argument("--duration", dest="duration_s", type=float, help="seconds; default 6")
+    g.add_argument("--train", help="more options for the training script, quoted; may change between rounds")
+    g.add_argument("--reward", help="more options for train_reward.py, quoted; --reward=--strict ends a round whose gates fail")
+    g.add_argument("--licence", help="licence of the adapters")
+    g.add_argument("--seed", type=int)
+    g = p.add_argument_group("votes and verdict (kept in loop.json)")
+    g.add_argument("--db", help="database of the votes; default: encore.db in --out")
+    g.add_argument("--campaign", help="name of the campaign; default loop")
+    g.add_argument("--target-votes", type=int, help="votes a pair, each by another person; default 2")
+    g.add_argument("--ab-votes", type=int, help="votes a comparison of champion and challenger; default 2")
+    g.add_argument("--ab-clips", type=int, help="clips of each for a held-out prompt; default 1")
+    g.add_argument("--min-decided", type=int, help="decided votes without which nobody is promoted; default 20")
+    g.add_argument("--min-listen-ms", type=int, help="listening asked for on each side; default 3000")
+    g = p.add_argument_group("how votes come in, this time")
+    g.add_argument("--serve", action="store_true", help="serve the rating page while waiting for votes")
+    g.add_argument("--port", type=int, default=7860, help="of the rating page; 0 takes a free one; default 7860")
+    g.add_argument("--rater", metavar="NAME", action="append", default=[], help="with --serve: let this person sign in; repeatable")
+    g.add_argument("--raters", metavar="COMMAND", help="a program that votes over HTTP: {url}, {campaign}, {db}, {accounts} are filled in")
+    g.add_argument("--accounts", type=int, default=12, help="how many accounts {accounts} holds; default 12")
+    g.add_argument("--poll", type=float, default=5.0, help="seconds between two looks for votes; default 5")
 
     p = _command(commands, "demo", demo, "the whole loop, from prompts to a report")
     p.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -171,8 +188,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(group: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
+def _command(group: Any, name: str, run: Any, text: str, more: str = "") -> argparse.ArgumentParser:
+    """`more`: what --help says beyond the one line, as it stands."""
+    shape = argparse.RawDescriptionHelpFormatter if more else argparse.HelpFormatter
+    parser: argparse.ArgumentParser = group.add_parser(name, help=text, description=more or text, formatter_class=shape)
     parser.set_defaults(run=run)
     return parser
 
@@ -339,12 +358,16 @@ def lineage(args: argparse.Namespace) -> None:
 
 def loop(args: argparse.Namespace) -> None:
     from rlhf.collecting import Collecting
-    from rlhf.loop import NAMES, Loop, settings, status
+    from rlhf.loop import NAMES, Loop, settings
+    from rlhf.loop_report import status, write_report
 
-    if args.action == "run":
-        cfg = settings({name: getattr(args, name) for name in NAMES})
-        Loop(cfg, Collecting(args.serve, args.port, args.raters, args.accounts, poll_s=args.poll)).run(args.rounds)
-    print("\n".join(status(args.out)))
+    if args.action == "status":
+        print("\n".join(status(args.out)))
+        return
+    cfg = settings({name: getattr(args, name) for name in NAMES})
+    how = Collecting(args.serve, args.port, tuple(args.rater), args.raters, args.accounts, poll_s=args.poll)
+    Loop(cfg, how).run(args.rounds)
+    print("\n".join(write_report(args.out)))
 
 
 def demo(args: argparse.Namespace) -> int:

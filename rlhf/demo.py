@@ -130,8 +130,8 @@ class Demo:
         wanted = ["--target-votes", cfg.target_votes, "--min-listen-ms", 0, "--all-pairs"]
         run_python(["-m", "feedback_app.campaigns", "--db", self.db, "--name", CAMPAIGN, "--manifest", manifest, *wanted])
         raters = accounts_file(self.db, self.out / "raters.json", [f"simulated-{i:02d}" for i in range(cfg.raters)])
-        with rating_app(self.db) as url:
-            named = ["--url", url, "--raters", raters, "--campaign", CAMPAIGN, "--seed", cfg.seed]
+        with rating_app(self.db) as app:
+            named = ["--url", app.url, "--raters", raters, "--campaign", CAMPAIGN, "--seed", cfg.seed]
             run_python(["-m", "rlhf.simulation.vote", *named])
         return {"raters": cfg.raters}
 

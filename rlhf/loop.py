@@ -1,21 +1,22 @@
 """Online rounds: sample, collect votes, learn, and let listeners decide blindly whether what was learnt replaces what they had.
 
-    encore loop --prompts train.txt --heldout heldout.txt --out runs/loop --serve        # people vote in the browser
-    encore loop ... --raters "python my_rater.py --url {url} --campaign {campaign}"      # a program votes over HTTP
+    encore loop --prompts train.txt --heldout heldout.txt --out runs/loop --serve --rater ada   # people vote in the browser
+    encore loop ... --raters "python my_rater.py --url {url} --campaign {campaign}"             # a program votes over HTTP
     encore loop status --out runs/loop
 
-    champion -> clips -> votes -> snapshot of all rounds' votes (-> reward model) -> challenger by ppo, dpo or sft
+    champion -> clips -> votes -> snapshot of all rounds' votes (-> reward model) -> challenger by ppo, grpo, dpo_own, dpo or sft
              -> champion and challenger play held-out prompts -> blind votes -> promoted, or the champion stays
 
 Votes add up: each round's clips join one campaign, each round's snapshot holds all of them, and the challenger is trained from the base
 on all of it. So a reward learns where the last policy went (and fooled it), drift is always counted from the base, and an adapter never
 depends on its ancestors. The verdict rests on other votes: held-out prompts, a campaign of its own, never trained on.
 
-The rule: the challenger is promoted when the lower end of the 95 % interval of its win rate over the champion, by prompt *and* rater,
-lies above one half, on at least `min_decided` decided votes. In every other case the champion stays.
+The rule (`rlhf.verdict`) is told before the votes: the challenger is promoted when the lower end of the 95 % interval of its win rate over
+the champion, by prompt *and* rater, lies above one half, on at least `min_decided` decided votes. In every other case the champion stays.
+KL to the base and diversity are measured on the same held-out clips, and told beside it (`rlhf.loop_report`).
 
-Everything is in --out: a folder a round, a stamp a stage, champion.json. A call that is stopped or killed goes on where it was, also
-while it waits for votes. It needs no server of its own: votes may come from an app that runs elsewhere on the same database.
+Everything is in --out: a folder a round, a stamp a stage, champion.json, report.md. A call that is stopped or killed goes on where it
+was, also while it waits for votes. It needs no server of its own: votes may come from an app that runs elsewhere on the same database.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,32 @@ from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, Policy, load_policy
 from base_models.settings import from_mapping, to_mapping
-from rlhf.collecting import Collecting, collect, counted, freeze
-from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample
+from db.errors import NoVotesError
+from rlhf.collecting import Collecting, admit, collect, freeze
+from rlhf.evaluate_models import BASE, evaluate
+from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
 from rlhf.stages import ROOT, Stage, only_one, resume_flag, run_python, run_stages, stamp, stamp_path
-from rlhf.verdict import decide, read_outcomes
+from rlhf.verdict import comparisons, decide, read_outcomes, rule
 
-METHODS = ("ppo", "dpo", "sft")
 CHAMPION, CHALLENGER = "champion", "challenger"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a challenger is trained: by which script, with which options, and whether by a reward model or by the votes themselves."""
+
+    script: str
+    by_reward: bool
+    options: tuple[str, ...] = ()
+
+
+METHODS = {
+    "ppo": Method("train_ppo", True),
+    "grpo": Method("train_grpo", True),
+    "dpo_own": Method("train_dpo", True, ("--preset", "rounds")),
+    "dpo": Method("train_dpo", False),
+    "sft": Method("train_sft", False),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,7 @@ class LoopConfig:
     """Database of the votes; default: encore.db in --out."""
     campaign: str = "loop"
     method: str = "ppo"
+    """One of METHODS."""
     clips_per_prompt: int = 2
     duration_s: float = 6.0
     target_votes: int = 2
@@ -93,7 +115,7 @@ def settings(given: dict[str, Any]) -> LoopConfig:
     if cfg.prompts is None or cfg.heldout is None:
         raise UserError(f"--prompts {cfg.prompts}, --heldout {cfg.heldout}", "both", "name two files of prompts, with none in common")
     if cfg.method not in METHODS:
-        raise UserError(f"method {cfg.method!r}", f"one of {METHODS}", "pass another --method")
+        raise UserError(f"method {cfg.method!r}", f"one of {tuple(METHODS)}", "pass another --method")
     if min(cfg.target_votes, cfg.ab_votes, cfg.ab_clips) < 1 or cfg.clips_per_prompt < 2:
         raise UserError("fewer than 2 clips a prompt, or no votes", "2 clips and 1 vote or more", "correct the settings")
     return cfg
@@ -122,20 +144,33 @@ class Loop:
 
     def run(self, rounds: int) -> dict[str, Any]:
         """Play until `rounds` rounds are done in all; returns the champion's record."""
+        self._check_votes()
         with only_one(self.out):
             write_json(self.out / "loop.json", to_mapping(self.cfg))
             if not (self.out / "champion.json").is_file():
                 write_json(self.out / "champion.json", self._first_champion())
-            for number in range(1, rounds + 1):
-                folder = self.out / "rounds" / f"{number:02d}"
-                if not stamp_path(folder, "verdict").is_file():
-                    print(f"round {number} of {rounds}", flush=True)
-                    run_stages(folder, Round(self, number, folder).stages())
+            missing = [number for number in range(1, rounds + 1) if not stamp_path(self.round(number).folder, "verdict").is_file()]
+            if missing and self.collecting.serve:
+                admit(self.db, self.collecting.people)
+            for number in missing:
+                print(f"round {number} of {rounds}", flush=True)
+                run_stages(self.round(number).folder, self.round(number).stages())
         return self.champion()
+
+    def round(self, number: int) -> Round:
+        return Round(self, number, self.out / "rounds" / f"{number:02d}")
 
     def champion(self) -> dict[str, Any]:
         record: dict[str, Any] = read_json(self.out / "champion.json")
         return record
+
+    def _check_votes(self) -> None:
+        cfg = self.cfg
+        most = len(self.heldout) * cfg.ab_clips * cfg.ab_votes
+        if most < cfg.min_decided:
+            got = f"{most} votes between champion and challenger ({len(self.heldout)} held-out prompts), of which nobody could be promoted"
+            expected = f"{cfg.min_decided} or more, as --min-decided asks"
+            raise UserError(got, expected, "hold out more prompts, or raise --ab-clips or --ab-votes")
 
     def _first_champion(self) -> dict[str, Any]:
         record: dict[str, Any] = {"round": 0, "adapter": None, "adapter_sha256": None, "policy_sha256": self.policy.sha256, "votes": None}
@@ -156,12 +191,11 @@ class Loop:
         finally:
             unload_adapters(self.policy.lm)
 
-    def put_up(self, name: str, sources: Sequence[tuple[str, Path]], target_votes: int) -> None:
-        """Register clips for rating. The same call again adds nothing."""
+    def put_up(self, name: str, sources: Sequence[tuple[str, Path]], target_votes: int, which: Sequence[Any]) -> None:
+        """Register clips for rating; `which` says which of them meet. The same call again adds nothing."""
         wanted = ["--target-votes", target_votes, "--min-listen-ms", self.cfg.min_listen_ms]
         named = [part for system, path in sources for part in ("--source", path, "--system", system)]
-        every = ["--all-pairs"] if len(sources) == 1 else []
-        run_python(["-m", "feedback_app.campaigns", "--db", self.db, "--name", name, *named, *wanted, *every])
+        run_python(["-m", "feedback_app.campaigns", "--db", self.db, "--name", name, *named, *wanted, *which])
 
 
 class Round:
@@ -170,14 +204,14 @@ class Round:
     def __init__(self, loop: Loop, number: int, folder: Path) -> None:
         self.loop, self.cfg, self.number, self.folder = loop, loop.cfg, number, folder
         self.ab = f"{self.cfg.campaign}-ab-{number:02d}"
+        self.method = METHODS[self.cfg.method]
 
     def stages(self) -> list[Stage]:
-        ppo = self.cfg.method == "ppo"  # the others learn from the votes themselves
         return [
             Stage("samples", "the champion plays what will be rated", 100, self.samples),
             Stage("votes", "votes on pairs of its clips", 60, self.votes),
             Stage("snapshot", "freezing the votes of all rounds", 1, self.snapshot),
-            *([Stage("reward", "training the reward model", 30, self.reward)] if ppo else []),
+            *([Stage("reward", "training the reward model", 30, self.reward)] if self.method.by_reward else []),
             Stage("train", f"training the challenger by {self.cfg.method}", 200, self.train),
             Stage("ab_samples", "champion and challenger play held-out prompts", 60, self.ab_samples),
             Stage("ab_votes", "blind votes between the two", 60, self.ab_votes),
@@ -189,7 +223,7 @@ class Round:
         how = Settings(n=self.cfg.clips_per_prompt, seed=self.cfg.seed + 2 * self.number, duration_s=self.cfg.duration_s)
         system = f"round-{self.number:02d}"
         manifest = self.loop.play(champion["adapter"], self.loop.prompts, self.folder / "samples", how, system)
-        self.loop.put_up(self.cfg.campaign, [(system, manifest)], self.cfg.target_votes)
+        self.loop.put_up(self.cfg.campaign, [(system, manifest)], self.cfg.target_votes, ["--all-pairs"])
         return {"adapter_sha256": champion["adapter_sha256"]}
 
     def votes(self) -> dict[str, Any]:
@@ -198,20 +232,22 @@ class Round:
     def snapshot(self) -> dict[str, Any]:
         return freeze(self.loop.db, self.cfg.campaign, self.folder, "snapshot")
 
-    def reward(self) -> None:
+    def reward(self) -> dict[str, Any]:
         common = ["--snapshot", self.folder / "snapshot", "--policy", self.cfg.policy, "--out", self.folder / "reward"]
         run_python([ROOT / "rlhf" / "train_reward.py", *common, *shlex.split(self.cfg.reward)])
+        found = read_json(self.folder / "reward" / "figures.json")
+        return {key: found[key] for key in ("accuracy", "ci", "ceiling", "gates")}
 
     def train(self) -> dict[str, Any]:
         out = self.folder / "train"
         common = ["--policy", self.cfg.policy, "--out", out, "--licence", self.cfg.licence, "--seed", self.cfg.seed + self.number]
-        if self.cfg.method == "ppo":
+        if self.method.by_reward:
             frames = self.loop.policy.n_frames(self.cfg.duration_s)
             own = ["--reward", self.folder / "reward", "--prompts", self.cfg.prompts, "--n-frames", frames]
         else:
             own = ["--snapshot", self.folder / "snapshot"]
-        script = ROOT / "rlhf" / f"train_{self.cfg.method}.py"
-        run_python([script, *common, *own, *shlex.split(self.cfg.train), *resume_flag(out)])
+        script = ROOT / "rlhf" / f"{self.method.script}.py"
+        run_python([script, *self.method.options, *common, *own, *shlex.split(self.cfg.train), *resume_flag(out)])
         manifest = read_adapter(out / "adapter").manifest
         return {"adapter_sha256": manifest.adapter_sha256, "figures": manifest.figures}
 
@@ -220,20 +256,32 @@ class Round:
         return str(self.folder / "train" / "adapter")
 
     def ab_samples(self) -> dict[str, Any]:
-        how = Settings(n=self.cfg.ab_clips, seed=self.cfg.seed + 2 * self.number + 1, duration_s=self.cfg.duration_s)
-        both = []
-        for system, adapter in ((CHAMPION, self.loop.champion()["adapter"]), (CHALLENGER, self.challenger)):
-            name = f"{system}-{self.number:02d}"
-            both.append((name, self.loop.play(adapter, self.loop.heldout, self.folder / system, how, name)))
-        heard = [{row["sha256"] for row in read_jsonl(manifest)} for _, manifest in both]
-        differ = len(heard[0] - heard[1])
-        if differ:
-            self.loop.put_up(self.ab, both, self.cfg.ab_votes)
-        return {"clips_that_differ": differ}
+        """Held-out clips of both, with the same seeds; how far each is from the base, and how varied; the comparisons are put up.
+
+        Two clips of each prompt at least are played, as diversity asks; the first `ab_clips` are compared.
+        """
+        how = Settings(n=max(2, self.cfg.ab_clips), seed=self.cfg.seed + 2 * self.number + 1, duration_s=self.cfg.duration_s)
+        champion = self.loop.champion()["adapter"]
+        adapters = {self.named(CHAMPION): champion, self.named(CHALLENGER): self.challenger}
+        systems = {name: Path(adapter) for name, adapter in adapters.items() if adapter}
+        moved = evaluate(self.loop.policy, systems, self.loop.heldout, self.folder / "heldout", how)
+        both = [(name, Path(moved[name if adapter else BASE]["manifest"])) for name, adapter in adapters.items()]
+        theirs, ours = (read_jsonl(manifest) for _, manifest in both)
+        pairs = comparisons(theirs, ours, self.cfg.ab_clips)
+        if pairs:
+            write_prompts(self.folder / "ab_pairs.jsonl", pairs)
+            self.loop.put_up(self.ab, both, self.cfg.ab_votes, ["--pairs", self.folder / "ab_pairs.jsonl"])
+        told = {name: {key: moved[name][key] for key in ("kl", "kl_ci", "diversity_ratio")} for name in systems}
+        return {"clips_that_differ": len(pairs), "rule": rule(self.cfg.min_decided), **{key.split("-")[0]: told[key] for key in told}}
+
+    def named(self, system: str) -> str:
+        return f"{system}-{self.number:02d}"
 
     def ab_votes(self) -> dict[str, Any]:
-        if not stamp(self.folder, "ab_samples")["clips_that_differ"]:
+        put_up = stamp(self.folder, "ab_samples")
+        if not put_up["clips_that_differ"]:
             return {"votes": 0, "wanted": 0}
+        print(f"        {put_up['rule']}", flush=True)
         return collect(self.loop.db, self.ab, self.loop.collecting)
 
     def verdict(self) -> dict[str, Any]:
@@ -241,17 +289,24 @@ class Round:
         before = self.loop.champion()
         if before["round"] == self.number:
             return {"promoted": True, **before["votes"]}
-        votes: dict[str, Any] = {"win_rate": None, "decided": 0, "why": "the challenger plays what the champion plays"}
-        promoted = False
-        if stamp(self.folder, "ab_votes")["votes"]:
-            frozen = freeze(self.loop.db, self.ab, self.folder, "ab_snapshot")
-            outcomes = read_outcomes(self.folder / "ab_snapshot", f"{CHALLENGER}-{self.number:02d}")
-            promoted, votes = decide(outcomes, self.cfg.min_decided, self.cfg.seed)
-            votes |= {"ab_snapshot_sha256": frozen["sha256"], "n_votes": frozen["n_votes"], "n_raters": frozen["n_raters"]}
+        promoted, votes = self._compare()
+        votes |= {"at": datetime.now(UTC).isoformat(timespec="seconds"), "champion_sha256": before["adapter_sha256"]}
         print(f"        {'promoted' if promoted else 'the champion stays'}: {votes['why']}", flush=True)
         if promoted:
             write_json(self.loop.out / "champion.json", self._promoted(before, votes))
         return {"promoted": promoted, **votes}
+
+    def _compare(self) -> tuple[bool, dict[str, Any]]:
+        nothing: dict[str, Any] = {"win_rate": None, "ci": None, "decided": 0, "ties": 0}
+        if not stamp(self.folder, "ab_votes")["votes"]:
+            return False, nothing | {"why": "the challenger plays what the champion plays"}
+        try:
+            frozen = freeze(self.loop.db, self.ab, self.folder, "ab_snapshot")
+        except NoVotesError as error:
+            return False, nothing | {"why": f"no vote counts: {error.got}"}
+        promoted, votes = decide(read_outcomes(self.folder / "ab_snapshot", self.named(CHALLENGER)), self.cfg.min_decided, self.cfg.seed)
+        of = {"ab_snapshot_sha256": frozen["sha256"], **{key: frozen[key] for key in ("n_votes", "n_raters", "n_excluded")}}
+        return promoted, votes | of
 
     def _promoted(self, before: dict[str, Any], votes: dict[str, Any]) -> dict[str, Any]:
         manifest = read_adapter(self.challenger).manifest
@@ -269,33 +324,6 @@ class Round:
             "votes": votes,
             "before": before,
         }
-
-
-# ---- status ----------------------------------------------------------------------------------------------------------
-
-
-def status(out: Path) -> list[str]:
-    """What the loop has done and waits for, in lines."""
-    if not (out / "loop.json").is_file():
-        raise UserError(f"{out} without loop.json", "the folder of a loop", "check --out")
-    cfg = from_mapping(LoopConfig, read_json(out / "loop.json"))
-    loop = Loop(cfg, Collecting())
-    lines = [f"loop in {out}: {cfg.method}, {len(loop.prompts)} prompts, {len(loop.heldout)} held out"]
-    for folder in sorted((out / "rounds").glob("[0-9][0-9]")):
-        made = Round(loop, int(folder.name), folder)
-        done = [stage.name for stage in made.stages() if stamp_path(folder, stage.name).is_file()]
-        if "verdict" in done:
-            told = stamp(folder, "verdict")
-            lines.append(f"  round {folder.name}: {'PROMOTED' if told['promoted'] else 'champion stays'}: {told['why']}")
-            continue
-        now = next(stage for stage in made.stages() if stage.name not in done)
-        lines.append(f"  round {folder.name}: {len(done)} of {len(made.stages())} stages done; now: {now.what}")
-        if now.name in ("votes", "ab_votes"):
-            votes, wanted = counted(loop.db, cfg.campaign if now.name == "votes" else made.ab)
-            lines.append(f"    {votes} of {wanted} votes are there")
-    champion = loop.champion()
-    lines.append(f"champion: {champion['adapter'] or 'the base'}, since round {champion['round']}")
-    return lines
 
 
 NAMES = tuple(field.name for field in fields(LoopConfig))

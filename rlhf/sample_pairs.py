@@ -135,7 +135,7 @@ def sample(
             return manifest
     else:
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        if any(not left.name.startswith(".tmp-") for left in out.iterdir()):  # what a kill leaves of a file is no sample
             raise UserError(f"{out}, which is not empty", "an empty or new folder", "choose another --out")
         write_json(out / "sample.json", plan)
 

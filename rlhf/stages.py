@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ def run_stages(folder: Path, stages: Sequence[Stage]) -> None:
             print(f"{place}: done before", flush=True)
             continue
         left = sum(s.weight for s in stages[number - 1 :])
-        print(f"{place} ...  (about {_minutes(left * _pace(folder, stages))} left)", flush=True)
+        print(f"{place} ...  (about {minutes(left * _pace(folder, stages))} left)", flush=True)
         start = time.monotonic()
         result = stage.run() or {}
         seconds = time.monotonic() - start
@@ -67,7 +67,8 @@ def _pace(folder: Path, stages: Sequence[Stage]) -> float:
     return sum(told["seconds"] for _, told in done) / weight if weight > 20 else 1.0
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """A time as people say it."""
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
@@ -86,20 +87,39 @@ def only_one(folder: Path) -> Iterator[None]:
 # ---- other programs --------------------------------------------------------------------------------------------------
 
 
+TIED = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""prctl(PR_SET_PDEATHSIG, SIGKILL), then the program itself: it keeps the process, and with it the promise."""
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """The command as one that the kernel ends when this process ends, even by `kill -9`: a trainer left behind would write into the
+    folder in which the next call's trainer works, a rating app would keep its port. Linux alone promises it."""
+    return [sys.executable, "-I", "-S", "-c", TIED, str(os.getpid()), *command] if sys.platform == "linux" else list(command)
+
+
+def run_together(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[int]:
+    """Run programs side by side until the last has ended; their exit codes. None of them outlives this call, or this process."""
+    running = [subprocess.Popen(tied(command), env=dict(environment)) for command in commands]
+    try:
+        return [process.wait() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
 def run_python(*programs: Sequence[Any]) -> None:
     """Run Python programs of ours side by side; their progress goes to the terminal, and a failure ends the work with its words."""
     environment = python_environment()
     if len(programs) > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(programs)))
     commands = [[sys.executable, *map(str, arguments)] for arguments in programs]
-    running = [subprocess.Popen(command, env=environment) for command in commands]
-    try:
-        codes = [process.wait() for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    for command, code in zip(commands, codes):
+    for command, code in zip(commands, run_together(commands, environment)):
         if code:
             got = f"exit code {code} of {' '.join(command[1:4])}"
             raise UserError(got, "0", "mend what it says above and call again: it resumes")
@@ -116,11 +136,25 @@ def resume_flag(run: Path) -> list[str]:
     return ["--resume"] if run.exists() else []
 
 
+@dataclass(frozen=True)
+class RatingApp:
+    """The running app."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+    def check(self) -> None:
+        """Raises UserError where it has ended."""
+        if (code := self.process.poll()) is not None:
+            got = f"a rating app that ended with exit code {code}"
+            raise UserError(got, "one that serves until the votes are there", "see its error above and call again: no vote is lost")
+
+
 @contextmanager
-def rating_app(db: str, port: int = 0) -> Iterator[str]:
-    """The real app while the block runs; yields its address. Port 0 takes a free one."""
+def rating_app(db: str, port: int = 0) -> Iterator[RatingApp]:
+    """The real app while the block runs. Port 0 takes a free one."""
     command = [sys.executable, "-m", "feedback_app.app", "--db", db, "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
+    with subprocess.Popen(tied(command), cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
         try:
             assert app.stdout is not None
             line = app.stdout.readline()
@@ -128,7 +162,7 @@ def rating_app(db: str, port: int = 0) -> Iterator[str]:
                 raise UserError(f"a rating app that did not start: {line!r}", "a line with its address", "see its error above")
             url = line.rsplit(" ", 1)[1].strip()
             print(f"        the rating app is at {url}", flush=True)
-            yield url
+            yield RatingApp(url, app)
         finally:
             app.terminate()
 
@@ -144,11 +178,12 @@ def access_token(store: Any, handle: str) -> str:
 
 
 def accounts_file(db: str, path: Path, handles: Sequence[str]) -> Path:
-    """JSON of handle and token for raters who are programs, readable by nobody else; written once."""
+    """JSON of handle and token for raters who are programs, readable by nobody else. Who stands in it keeps the token; others are added."""
     from db.store import open_store
 
-    if not path.is_file():
+    known = read_json(path) if path.is_file() else []
+    if new := [handle for handle in handles if handle not in {account["handle"] for account in known}]:
         with open_store(db) as store:
-            write_json(path, [{"handle": handle, "token": access_token(store, handle)} for handle in handles])
+            write_json(path, known + [{"handle": handle, "token": access_token(store, handle)} for handle in new])
         path.chmod(0o600)
     return path

@@ -1,14 +1,17 @@
 """Whether a challenger replaces the champion: a stated rule on blind votes.
 
-    snapshot of a campaign of two systems -> outcomes from the challenger's side -> win rate, interval by prompt and rater
+    clips of both on held-out prompts -> comparisons -> snapshot of their campaign -> outcomes from the challenger's side
+                                      -> win rate, interval by prompt and rater -> promoted, or the champion stays
 
 Promoted when the lower end of the 95 % interval lies above one half, on at least so many decided votes. In every other case, and where
-nobody knows, the champion stays.
+nobody knows, the champion stays. How many votes are asked for is settled before the first is given, so that nobody stops when the sum
+is pleasant. Raters see neither names nor which side is whose: the side is drawn anew for each rater and pair (`db.choice`), and what a
+favourite side does to the figure can be seen from the win rates in both orders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,35 +23,71 @@ from rlhf.metrics import crossed_bootstrap
 
 @dataclass(frozen=True)
 class Outcome:
-    """One blind vote, from the challenger's side: 1 won, 0 lost, .5 tie."""
+    """One blind vote, from the challenger's side: 1 won, 0 lost, .5 tie; first: whether it was side A."""
 
     won: float
     prompt: str
     rater: str
+    first: bool = True
+
+
+def rule(min_decided: int) -> str:
+    """The rule in words, told before anybody votes."""
+    return (
+        "promoted when the lower end of the 95 % interval of its win rate over the champion, by prompt and rater, lies above .5, "
+        f"on {min_decided} decided votes or more; otherwise the champion stays"
+    )
+
+
+def comparisons(champion: Sequence[Mapping[str, Any]], challenger: Sequence[Mapping[str, Any]], n: int) -> list[dict[str, str]]:
+    """Rows of two manifests -> the pairs {"a", "b"} (sha256) that are put to ears: the first `n` clips of each prompt, those of one seed.
+
+    Where both play the very same there is nothing to hear, and no telling afterwards whose clip it was: such pairs are left out.
+    """
+    pairs = []
+    for prompt in dict.fromkeys(row["prompt_id"] for row in champion):
+        theirs, ours = ([row["sha256"] for row in rows if row["prompt_id"] == prompt] for rows in (champion, challenger))
+        pairs += [{"a": a, "b": b} for a, b in zip(theirs[:n], ours[:n], strict=True) if a not in ours and b not in theirs]
+    return pairs
 
 
 def read_outcomes(snapshot: Path, challenger: str) -> list[Outcome]:
-    """The usable votes of a campaign of two systems; "both bad" prefers neither and counts as a tie."""
-    systems = {row["sha256"]: row.get("system") for row in read_jsonl(snapshot / "clips.jsonl")}
+    """The usable votes of a campaign of two systems; "both bad" prefers neither and counts as a tie.
+
+    Raises: UserError for a vote on a clip that the snapshot does not describe, or not of one clip of each system.
+    """
+    systems = {(row["prompt_id"], row["sha256"]): row.get("system") for row in read_jsonl(snapshot / "clips.jsonl")}
     found = []
     for row in read_jsonl(snapshot / "votes.jsonl"):
         if row.get("excluded_reason") or row.get("gold") or row.get("repeat"):
             continue
-        for side in (row["clip_x"], row["clip_y"]):
-            if side not in systems:
-                raise UserError(
-                    f"vote {row['vote_id']} on clip {side[:12]}, which is not in clips.jsonl", "every clip", "restore {snapshot}"
-                )
-        ours = "x" if systems[row["clip_x"]] == challenger else "y"
-        won = 1.0 if row["choice"] == ours else 0.0 if row["choice"] in ("x", "y") else 0.5
-        found.append(Outcome(won, str(row["prompt_id"]), str(row["rater"])))
+        of = {}
+        for side in ("x", "y"):
+            clip = (row["prompt_id"], row[f"clip_{side}"])
+            if clip not in systems:
+                got = f"vote {row['vote_id']} on clip {clip[1][:12]}, which is not in clips.jsonl"
+                raise UserError(got, "every clip", f"restore {snapshot}")
+            of[side] = systems[clip]
+        ours = [side for side, system in of.items() if system == challenger]
+        if len(ours) != 1:
+            got = f"vote {row['vote_id']} on clips of {of['x']!r} and {of['y']!r}"
+            raise UserError(got, f"one of them of {challenger!r}", "compare clips of two systems")
+        won = 1.0 if row["choice"] == ours[0] else 0.0 if row["choice"] in ("x", "y") else 0.5
+        found.append(Outcome(won, str(row["prompt_id"]), str(row["rater"]), row["shown_first"] == ours[0]))
     return found
 
 
 def decide(outcomes: Sequence[Outcome], min_decided: int, seed: int = 0) -> tuple[bool, dict[str, Any]]:
-    """(promoted?, figures): the lower end of the 95 % interval of the win rate, by prompt and rater, has to lie above one half."""
+    """(promoted?, figures): the lower end of the 95 % interval of the win rate, by prompt and rater, has to lie above one half.
+
+    Figures: win_rate, ci, decided, ties, why; first: in how many of the decided votes the challenger was side A; win_rate_first and
+    win_rate_second: in each order, None where there was none.
+    """
     decided = [o for o in outcomes if o.won != 0.5]
     figures: dict[str, Any] = {"win_rate": None, "ci": None, "decided": len(decided), "ties": len(outcomes) - len(decided)}
+    for name, first in (("first", True), ("second", False)):
+        shown = [o.won for o in decided if o.first is first]
+        figures |= {name: len(shown), f"win_rate_{name}": sum(shown) / len(shown) if shown else None}
     if len(decided) < max(1, min_decided):
         return False, figures | {"why": f"{len(decided)} decided votes, fewer than {min_decided}"}
     won, prompts, raters = zip(*((o.won, o.prompt, o.rater) for o in decided))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,17 @@ import pytest
 from adapters.library import read_adapter
 from base_models.checkpoint import read_json, write_json
 from base_models.errors import UserError
+from base_models.policy import load_policy
+from db.export import is_recorded
 from db.store import open_store
 from rlhf import cli, stages
-from rlhf.collecting import Collecting, collect, counted
-from rlhf.loop import Loop, Round, settings, status
+from rlhf.collecting import Collecting, admit, collect, counted, freeze
+from rlhf.loop import METHODS, Loop, Round, settings
+from rlhf.loop_report import status
 from rlhf.metrics import crossed_bootstrap
-from rlhf.stages import ROOT, Stage, only_one
-from rlhf.verdict import Outcome, decide, read_outcomes
+from rlhf.sample_pairs import Prompt, Settings, sample
+from rlhf.stages import ROOT, RatingApp, Stage, only_one
+from rlhf.verdict import Outcome, comparisons, decide, read_outcomes
 
 RATER = """
 import hashlib, json, sys, urllib.request, uuid
@@ -77,7 +83,7 @@ def played(files, policy_dir, tmp_path_factory) -> Path:
 def test_a_round_goes_from_clips_to_a_verdict(played):
     told = read_json(played / "rounds" / "01" / "stages" / "verdict.json")
     champion = read_json(played / "champion.json")
-    assert told["n_votes"] == told["decided"] + told["ties"] == 2
+    assert told["n_votes"] == told["decided"] + told["ties"] == told["first"] + told["second"] == 2
     assert told["promoted"] == (told["ci"][0] > 0.5)
     assert champion["round"] == int(told["promoted"])
     if told["promoted"]:
@@ -85,7 +91,8 @@ def test_a_round_goes_from_clips_to_a_verdict(played):
     assert read_adapter(played / "rounds" / "01" / "train" / "adapter").manifest.snapshot_sha256
     lines = "\n".join(status(played))
     assert told["why"] in lines
-    assert "champion: " in lines
+    assert "Champion: " in lines
+    assert (played / "report.md").read_text() == lines + "\n"
 
 
 def test_held_out_votes_are_never_trained_on(played):
@@ -101,7 +108,7 @@ def test_a_second_call_changes_nothing_and_needs_no_settings(played, capsys):
     assert cli.main(["loop", "--out", str(played), "--rounds", "1"]) == 0
     assert {p: p.read_bytes() for p in sorted(played.rglob("*.json"))} == before
     assert cli.main(["loop", "status", "--out", str(played)]) == 0
-    assert "round 01" in capsys.readouterr().out
+    assert "Round 1: " in capsys.readouterr().out
 
 
 def promoted_round(played: Path, tmp_path: Path, won: int, lost: int) -> Round:
@@ -112,10 +119,10 @@ def promoted_round(played: Path, tmp_path: Path, won: int, lost: int) -> Round:
     (folder / "stages" / "verdict.json").unlink()
     write_json(out / "champion.json", {"round": 0, "adapter": None, "adapter_sha256": None, "policy_sha256": "p", "votes": None})
     write_json(folder / "stages" / "ab_votes.json", {"seconds": 0, "votes": won + lost, "wanted": won + lost})
-    clips = [{"sha256": name, "system": f"{name}-01"} for name in ("champion", "challenger")]
+    clips = [{"prompt_id": f"p{i}", "sha256": name, "system": f"{name}-01"} for i in range(10) for name in ("champion", "challenger")]
     votes = [
         {"vote_id": i, "prompt_id": f"p{i % 10}", "rater": f"r{i % 3}", "choice": "x" if i < won else "y", "clip_x": "challenger"}
-        | {"clip_y": "champion", "excluded_reason": None}
+        | {"clip_y": "champion", "excluded_reason": None, "shown_first": "xy"[i % 2]}
         for i in range(won + lost)
     ]
     for name, rows in (("clips", clips), ("votes", votes)):
@@ -154,6 +161,28 @@ def test_the_rule_promotes_half_of_equal_rivals_in_few_of_a_hundred_campaigns():
         ]
         promoted += decide(votes, 20, trial)[0]
     assert promoted <= 6
+
+
+def test_raters_who_always_take_one_side_promote_nobody():
+    rng = np.random.default_rng(0)
+    promoted = 0
+    for trial in range(100):
+        shown = [(p, r, bool(rng.random() < 0.5)) for p in range(40) for r in range(2)]  # as the app draws sides
+        promoted += decide([Outcome(float(first), f"p{p}", f"r{r}", first) for p, r, first in shown], 20, trial)[0]
+    assert promoted <= 5
+    told = decide([Outcome(1.0, f"p{i}", "r", True) for i in range(30)] + [Outcome(0.0, f"p{i}", "r", False) for i in range(20)], 20)[1]
+    assert (told["first"], told["win_rate_first"]) == (30, 1.0)
+    assert (told["second"], told["win_rate_second"]) == (20, 0.0)
+
+
+def test_what_both_play_is_not_put_to_ears_and_clips_of_one_seed_meet():
+    def rows(*shas: str) -> list[dict[str, str]]:
+        return [{"prompt_id": f"p{i // 3}", "sha256": sha} for i, sha in enumerate(shas)]
+
+    champion, challenger = rows("a", "b", "c", "same", "e", "f"), rows("A", "B", "C", "D", "same", "F")
+    assert comparisons(champion, challenger, 1) == [{"a": "a", "b": "A"}]
+    assert comparisons(champion, challenger, 3) == [*({"a": x, "b": x.upper()} for x in "abc"), {"a": "f", "b": "F"}]
+    assert comparisons(champion, champion, 3) == []
 
 
 def test_few_decided_votes_or_ties_alone_promote_nobody():
@@ -203,6 +232,115 @@ print(collect({db!r}, "c", Collecting(poll_s=0.05)), flush=True)
     assert "'votes': 6" in rest
 
 
+def test_a_person_signs_in_with_the_code_that_the_loop_shows_and_ends_the_wait(clips, tmp_path):
+    """--serve: the app is the loop's own, and so is the rater."""
+    from feedback_app.campaigns import register_campaign
+
+    db = f"sqlite:///{tmp_path / 'e.db'}"
+    with open_store(db) as store:
+        register_campaign(store, "c", clips, target_votes=2, min_listen_ms=0)
+    code = f"""
+from rlhf.collecting import Collecting, admit, collect
+admit({db!r}, ["ada"])
+print(collect({db!r}, "c", Collecting(serve=True, port=0, poll_s=0.05)), flush=True)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as serving:
+        assert serving.stdout is not None
+        said = [serving.stdout.readline() for _ in range(4)]
+        assert "sign in as ada with access code" in said[0]
+        assert "0 of 12 votes are there" in said[1]
+        assert "1 of the 2 people who are needed can sign in" in said[3]
+        with open_store(db) as store:  # a second person, while it waits
+            accounts = [{"handle": "ada", "token": said[0].split()[-1]}, {"handle": "bo", "token": store.add_rater("bo")}]
+        (tmp_path / "accounts.json").write_text(json.dumps(accounts))
+        url = said[2].split()[-1]
+        subprocess.run([sys.executable, "-c", RATER, url, "c", tmp_path / "accounts.json", "12"], check=True)
+        rest = serving.stdout.read()
+    assert "12 of 12 votes" in rest
+    assert "'votes': 12, 'wanted': 12" in rest
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(url)
+
+
+def test_more_accounts_for_programs_leave_the_first_as_they_were(tmp_path):
+    db, path = f"sqlite:///{tmp_path / 'e.db'}", tmp_path / "accounts.json"
+    first = read_json(stages.accounts_file(db, path, ["a"]))
+    more = read_json(stages.accounts_file(db, path, ["a", "b"]))
+    assert more[:1] == first
+    assert [account["handle"] for account in more] == ["a", "b"]
+    assert path.stat().st_mode & 0o077 == 0
+    with open_store(db) as store:
+        assert all(store.sign_in(account["handle"], account["token"]) for account in more)
+
+
+def test_whoever_is_known_keeps_the_code(tmp_path, capsys):
+    db = f"sqlite:///{tmp_path / 'e.db'}"
+    admit(db, ["ada"])
+    code = capsys.readouterr().out.split()[-1]
+    admit(db, ["ada"])
+    assert "encore owners code ada --db" in capsys.readouterr().out
+    with open_store(db) as store:
+        assert store.sign_in("ada", code) is not None
+
+
+def test_an_app_that_ends_and_a_campaign_that_is_gone_end_the_wait(tmp_path):
+    with subprocess.Popen(["false"], text=True) as ended:
+        ended.wait()
+        with pytest.raises(UserError, match="rating app that ended with exit code 1"):
+            RatingApp("http://nowhere", ended).check()
+    with pytest.raises(UserError, match="no campaign 'c'"):
+        collect(f"sqlite:///{tmp_path / 'e.db'}", "c", Collecting())
+
+
+def test_a_snapshot_cut_off_before_it_was_recorded_is_made_again(played, tmp_path):
+    """Whose votes went out is on record, also after a kill between the folder and the record."""
+    shutil.copytree(played, tmp_path / "loop")
+    db, folder = tmp_path / "loop" / "encore.db", tmp_path / "loop" / "rounds" / "01"
+    with sqlite3.connect(db) as connection:
+        connection.execute("delete from snapshot_rater")
+        connection.execute("delete from snapshot")
+    connection.close()
+    with open_store(f"sqlite:///{db}") as store:
+        before = read_json(folder / "snapshot" / "snapshot.json")["sha256"]
+        assert not is_recorded(store, before)
+        assert freeze(f"sqlite:///{db}", "loop", folder, "snapshot")["sha256"] == before
+        assert is_recorded(store, before)
+    assert not list(folder.glob(".*"))
+
+
+def test_votes_of_which_none_counts_promote_nobody(played, tmp_path):
+    made = promoted_round(played, tmp_path, won=36, lost=4)
+    shutil.rmtree(made.folder / "ab_snapshot")
+    with open_store(made.loop.db) as store:
+        for number in range(3):
+            store.block_rater(f"program-{number:02d}")
+    told = made.verdict()
+    assert not told["promoted"]
+    assert told["why"].startswith("no vote counts: campaign 'loop-ab-01' with 2 votes, 2 of them excluded")
+    write_json(made.folder / "stages" / "verdict.json", {"seconds": 0, **told})
+    assert told["why"] in "\n".join(status(made.loop.out))
+
+
+def test_clips_that_a_kill_left_unfinished_are_no_hindrance(policy_dir, tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / ".tmp-abc.json").write_text("{")
+    how = Settings(n=1, duration_s=0.4)
+    assert sample(load_policy(policy_dir), [Prompt("calm folk", "p")], tmp_path / "clips", how, "base").is_file()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "song.wav").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        sample(load_policy(policy_dir), [Prompt("calm folk", "p")], tmp_path / "other", how, "base")
+
+
+def test_the_command_line_offers_every_method_and_tells_the_rule():
+    parser = cli._parser()
+    for method in METHODS:
+        assert parser.parse_args(["loop", "--method", method]).method == method
+    assert "lies\nabove .5" in cli.LOOP
+    assert all((ROOT / "rlhf" / f"{method.script}.py").is_file() for method in METHODS.values())
+
+
 def test_stages_cut_off_at_any_moment_are_done_once_and_in_order(tmp_path, monkeypatch):
     """Cut before a stage's work, after it, and before its stamp: what has a stamp is never done again, and nothing is left out."""
     done: list[str] = []
@@ -240,13 +378,14 @@ def test_stages_cut_off_at_any_moment_are_done_once_and_in_order(tmp_path, monke
     [
         ({"heldout": "train.txt"}, "held-out prompts that are trained on, 'calm folk'"),
         ({"prompts": None}, "expected both"),
-        ({"method": "grpo"}, "method 'grpo'"),
+        ({"method": "rlhf"}, "method 'rlhf'"),
+        ({"min_decided": 20}, r"got 4 votes between champion and challenger \(2 held-out prompts\)"),
         ({"clips_per_prompt": 1}, "2 clips and 1 vote"),
         ({"champion": "nowhere"}, "without manifest.json"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, match, files, policy_dir, tmp_path):
-    given = {"prompts": "train.txt", "heldout": "heldout.txt", "policy": policy_dir, "out": tmp_path / "run", **change}
+    given = {"prompts": "train.txt", "heldout": "heldout.txt", "policy": policy_dir, "out": tmp_path / "run", "min_decided": 4, **change}
     given = {k: files / v if k in ("prompts", "heldout", "champion") and v else v for k, v in given.items()}
     with pytest.raises(UserError, match=match):
         Loop(settings(given), Collecting()).run(0)
@@ -254,7 +393,13 @@ def test_settings_that_cannot_work_are_refused(change, match, files, policy_dir,
 
 def test_a_champion_of_another_base_is_refused_and_settings_are_not_mixed(files, played, other_policy_dir):
     alien = played / "rounds" / "01" / "train" / "adapter"
-    given = {"prompts": files / "train.txt", "heldout": files / "heldout.txt", "policy": other_policy_dir, "champion": alien}
+    given = {
+        "prompts": files / "train.txt",
+        "heldout": files / "heldout.txt",
+        "policy": other_policy_dir,
+        "champion": alien,
+        "min_decided": 4,
+    }
     with pytest.raises(UserError, match="of base"):
         Loop(settings({**given, "out": played.parent / "other"}), Collecting()).run(0)
     with pytest.raises(UserError, match=r"got seed 7 for the loop"):
@@ -278,10 +423,13 @@ def test_a_raters_command_that_fails_is_told(command, match, clips, tmp_path):
 
 
 def test_a_vote_on_an_unknown_clip_is_told(tmp_path):
-    (tmp_path / "clips.jsonl").write_text('{"sha256": "a", "system": "champion"}\n')
+    (tmp_path / "clips.jsonl").write_text('{"prompt_id": "p", "sha256": "a", "system": "champion"}\n')
     row = {"vote_id": 3, "prompt_id": "p", "rater": "r", "choice": "x", "clip_x": "a", "clip_y": "b" * 64}
     (tmp_path / "votes.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="vote 3 on clip bbbbbbbbbbbb"):
+        read_outcomes(tmp_path, "challenger")
+    (tmp_path / "votes.jsonl").write_text(json.dumps(row | {"clip_y": "a"}) + "\n")
+    with pytest.raises(UserError, match="vote 3 on clips of 'champion' and 'champion'"):
         read_outcomes(tmp_path, "challenger")
 
 
