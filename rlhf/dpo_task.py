@@ -14,10 +14,11 @@ from rlhf.consistency import checks, slopes
 from rlhf.flat_kto import BadClip, bad_clips
 from rlhf.journal import Sound, sound_of
 from rlhf.ppo_task import toy_sound
-from rlhf.preferences import Preference, load_snapshot, prompt_folds, training_pairs
+from rlhf.preferences import Preference, load_snapshot, prompt_folds
 from rlhf.reward_model import load_reward
 from rlhf.rewards import HUMAN, LEAST_LOGITS, Mixed, Part, Reward, Score, parse_weights, weighted
 from rlhf.sample_pairs import read_prompts
+from rlhf.trusted import Voted, trusted
 
 if TYPE_CHECKING:
     from rlhf.train_dpo import Config
@@ -54,6 +55,8 @@ class Task:
     """The prompts, one a row of the table."""
     sound: Sound | None = None
     """How clips are heard."""
+    voted: Voted | None = None
+    """Where the pairs come from; None without a snapshot."""
 
     def row_of(self, pair: Preference) -> int:
         return self.rows[pair.prompt_id]
@@ -64,12 +67,13 @@ def load_task(cfg: Config) -> Task:
     policy = load_policy(cfg.policy)
     pairs: list[Preference] = []
     snapshot_sha256 = None
+    voted = None
     bad: tuple[BadClip, ...] = ()
     if cfg.snapshot is not None:
         snapshot = load_snapshot(cfg.snapshot, policy.sha256)
-        pairs = training_pairs(snapshot, n_q=policy.lm.n_q, card=policy.lm.card)
-        snapshot_sha256 = snapshot.sha256
-        bad = bad_clips(snapshot) if cfg.loss == "kto" else ()
+        voted = trusted(snapshot, cfg.weights_by, policy.lm.n_q, policy.lm.card)
+        pairs, snapshot_sha256 = voted.pairs, snapshot.sha256
+        bad = bad_clips(snapshot, voted.weights) if cfg.loss == "kto" else ()
     asked = {pair.prompt_id: (pair.prompt, pair.tempo_bpm) for pair in reversed(pairs)}
     asked = {clip.prompt_id: (clip.prompt, clip.tempo_bpm) for clip in bad} | asked
     rows = {prompt_id: row for row, prompt_id in enumerate(asked)}
@@ -85,7 +89,7 @@ def load_task(cfg: Config) -> Task:
         words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
         snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256
     table = policy.conditions(words, tempi)
-    heard = (policy.codec.frame_rate, tuple(words), sound_of(policy))
+    heard = (policy.codec.frame_rate, tuple(words), sound_of(policy), voted)
     return Task(policy.lm, table, pairs, rows, policy.sha256, snapshot_sha256, own, bad, *heard)
 
 

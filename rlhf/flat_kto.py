@@ -12,8 +12,8 @@ Ethayarajh et al. 2024, arXiv:2402.01306.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,14 @@ class BadClip:
     weight: float
 
 
-def bad_clips(snapshot: Snapshot) -> tuple[BadClip, ...]:
-    """Both clips of every "both bad" answer, each once."""
-    votes = Counter(clip for vote in both_bad(snapshot) for clip in (vote.clip_x, vote.clip_y))
-    found = [(snapshot.clips[clip], float(n)) for clip, n in sorted(votes.items())]
+def bad_clips(snapshot: Snapshot, weights: Mapping[str, float] | None = None) -> tuple[BadClip, ...]:
+    """Both clips of every "both bad" answer, each once, with the weight of the raters who said so; one of weight 0 or less says nothing."""
+    votes: dict[str, float] = defaultdict(float)
+    for vote in both_bad(snapshot):
+        weight = 1.0 if weights is None else max(0.0, weights.get(vote.rater, 0.0))
+        for clip in (vote.clip_x, vote.clip_y) if weight else ():
+            votes[clip] += weight
+    found = [(snapshot.clips[clip], n) for clip, n in sorted(votes.items())]
     return tuple(BadClip(c.prompt_id, c.prompt, c.tempo_bpm, read_codes(snapshot, c.sha256), n) for c, n in found)
 
 

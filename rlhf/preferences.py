@@ -23,8 +23,8 @@ from rlhf.snapshot import BOTH_BAD, TIE, Codes, Snapshot, Spans, Vote, X, Y, che
 
 __all__ = [
     "BOTH_BAD", "TIE", "BothBad", "Codes", "Preference", "Snapshot", "Spans", "Vote", "X", "Y", "both_bad", "checked_codes", "clip_marks",
-    "content_sha256", "decided", "load_snapshot", "pairs_sha256", "prompt_folds", "prompt_groups", "read_codes", "shuffled",
-    "split_by_prompt", "training_pairs",
+    "content_sha256", "decided", "demand_decided", "load_snapshot", "pairs_sha256", "prompt_folds", "prompt_groups", "read_codes",
+    "shuffled", "split_by_prompt", "training_pairs",
 ]  # fmt: skip
 
 
@@ -176,6 +176,13 @@ def decided(pairs: Iterable[Preference]) -> list[Preference]:
     return [pair for pair in pairs if pair.p > 0.5]
 
 
+def demand_decided(pairs: list[Preference]) -> list[Preference]:
+    """The pairs as they are. Raises: UserError when each of them is a tie, from which an order cannot be learnt."""
+    if not decided(pairs):
+        raise UserError(f"{len(pairs)} pairs, all of them ties", "votes for a side", "collect votes on pairs that differ more")
+    return pairs
+
+
 def shuffled(pairs: Sequence[Preference], seed: int) -> list[Preference]:
     """The control: in half of the pairs chosen and rejected change places. Whatever is learnt from these is no taste.
 
@@ -238,14 +245,26 @@ def prompt_groups(snapshot: Snapshot) -> dict[str, str]:
     return {name: root(name) for name in sorted(parent)}
 
 
-def split_by_prompt(pairs: Sequence[Preference], held_out: float = 0.2, seed: int = 0) -> tuple[list[Preference], list[Preference]]:
-    """(training, held-out) pairs without a common prompt; about `held_out` of the prompts, at least one, are held
-    out."""
-    ids = {pair.prompt_id for pair in pairs}
-    folds = prompt_folds(ids, max(2, min(round(1 / held_out), len(ids))), seed)
+def split_by_prompt(
+    pairs: Sequence[Preference], held_out: float = 0.2, seed: int = 0, groups: Mapping[str, str] | None = None
+) -> tuple[list[Preference], list[Preference]]:
+    """(training, held-out) pairs without a common prompt; about `held_out` of the prompts, at least one, are held out.
+
+    Args: groups: prompt_id -> group (`prompt_groups`); prompts of one group stand on one side, so that no artist stands on both.
+    Raises: UserError when there is but one prompt, or one group.
+    """
+    group = {pair.prompt_id: (groups or {}).get(pair.prompt_id, pair.prompt_id) for pair in pairs}
+    names = set(group.values())
+    if len(names) < 2:
+        raise UserError(
+            f"votes on {len(group)} prompt(s) of one artist or none",
+            "two or more that can stand apart",
+            "collect more, or pass --held-out 0",
+        )
+    folds = prompt_folds(names, max(2, min(round(1 / held_out), len(names))), seed)
     return (
-        [pair for pair in pairs if folds[pair.prompt_id] != 0],
-        [pair for pair in pairs if folds[pair.prompt_id] == 0],
+        [pair for pair in pairs if folds[group[pair.prompt_id]] != 0],
+        [pair for pair in pairs if folds[group[pair.prompt_id]] == 0],
     )
 
 

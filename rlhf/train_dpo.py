@@ -11,9 +11,10 @@
 
 --loss chooses among TRL's DPOTrainer (sigmoid, ipo), SimPO within it, and TRL's KTOTrainer, all over a flat view of the LM
 (`rlhf.flat_policy`). The reference is the policy without its adapter, so DPO's loss begins at log 2 exactly, IPO's at 1/(4 beta^2),
-KTO's at 1/2. A pair's label is soft: the weighted share of its raters that preferred `chosen`; a tie is 1/2, which pulls the two
-clips together (`--ties drop` leaves such pairs out). "Both bad" orders nothing and never becomes a pair; KTO, which judges clips
-one by one, learns from it. --marks mask lets a pair act only at the times that raters marked as bad in its rejected clip.
+KTO's at 1/2. A pair's label is soft: the share of its raters that preferred `chosen`, weighed by how far they can be relied on
+(`rlhf.trusted`); a tie is 1/2, which pulls the two clips together (`--ties drop` leaves such pairs out). "Both bad" orders nothing
+and never becomes a pair; KTO, which judges clips one by one, learns from it. --marks mask lets a pair act only at the times that
+raters marked as bad in its rejected clip.
 
 From rated pairs alone it is not on-policy: what it learns is what was rated, and a thousand pairs generalise hardly at all. With
 --reward it goes in rounds: the policy as it is plays --round-clips clips of --round-prompts prompts, and each is edited for the
@@ -62,10 +63,11 @@ from rlhf.flat_kto import FlatKTOTrainer, JudgementCollator, judgement_rows, jud
 from rlhf.flat_policy import PAD, FlatCausalLM
 from rlhf.own_pairs import OwnPairs, Plan, Rounds
 from rlhf.played import kl_figures, play_now
-from rlhf.preferences import Preference, decided, shuffled, split_by_prompt
+from rlhf.preferences import Preference, decided, demand_decided, shuffled, split_by_prompt
 from rlhf.reward_gates import doubt
 from rlhf.rewards import HUMAN, Mixed, held_parts, parse_weights
 from rlhf.tracking import Kind
+from rlhf.trusted import WeightsBy
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,13 @@ class Config:
     toy_reward: bool = False
     """With --toy: rounds of own clips, judged by a toy reward, instead of --reward (what --preset smoke_reward does)."""
     shuffle_votes: int | None = None
-    """The control: turn half of each prompt's pairs round, drawn with this seed. What is learnt from that must not help."""
+    """The control: turn half of each prompt's pairs round, drawn with this seed. What is learnt from that must not help, by held-out
+    pairs as they were voted."""
     ties: Literal["soft", "drop"] = "soft"
     """Pairs whose votes balance out: keep them with the label 1/2, or leave them out."""
+    weights_by: WeightsBy = "agreement"
+    """What raters weigh by: how often they agree with others on common pairs (careless ones weigh little, adversaries nothing; alike
+    where nobody shares a pair), or nothing, and then all votes count alike."""
     weight_pairs: bool = True
     """Weigh a pair by the votes behind it (mean 1)."""
     held_out: float = 0.1
@@ -207,9 +213,12 @@ def main(cfg: Config) -> dict[str, Any]:
     check(cfg)
     task = toy_task(cfg) if cfg.toy else load_task(cfg)
     pairs = task.pairs if cfg.ties == "soft" else decided(task.pairs)
+    groups = task.voted.groups if task.voted else None
+    train, held_out = split_by_prompt(pairs, cfg.held_out, cfg.seed, groups) if cfg.held_out and pairs else (pairs, [])
+    if task.voted:
+        demand_decided(train)
     if cfg.shuffle_votes is not None:
-        pairs = shuffled(pairs, cfg.shuffle_votes)
-    train, held_out = split_by_prompt(pairs, cfg.held_out, cfg.seed) if cfg.held_out and pairs else (pairs, [])
+        train = shuffled(train, cfg.shuffle_votes)
     if task.own and cfg.pairing == "edits" and not isinstance(task.own.score, Mixed):
         raise UserError("--pairing edits with a reward without a slope", "a reward model", "use --pairing best_worst")
     plan = round_plan(cfg, len(train))
@@ -220,8 +229,9 @@ def main(cfg: Config) -> dict[str, Any]:
     first_step = 0 if newest is None else read_json(newest / "state.json")["step"]
     recorder = Recorder(cfg, "dpo", first_step, args.should_save, task.sound)
     doubted = doubt(cfg.reward) if cfg.reward else None
-    if doubted and args.should_save:
-        print(doubted)
+    for line in (*(task.voted.notes if task.voted else ()), *([doubted] if doubted else [])):
+        if args.should_save:
+            print(line)
 
     # 2. The flat view; the reference speaks before there is an adapter.
     task.lm.to(args.device)
@@ -244,12 +254,13 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # 4. Measure.
     figures: dict[str, Any] = {"pairs": len(train), "pairs_held_out": len(held_out), "steps": trainer.state.global_step}
-    figures |= recorder.summary()
+    figures |= (task.voted.figures if task.voted else {}) | recorder.summary()
     if rounds is not None:
         figures |= rounds.summary()
     if held_out and cfg.loss != "kto":
         evaluation = trainer.evaluate()
         figures["held_out_accuracy"] = evaluation.get("eval_dpo/accuracy_decided")
+        figures["held_out_margin"] = evaluation.get("eval_rewards/margins")
         figures["held_out_loss"] = evaluation["eval_dpo/loss"]
     if cfg.kl_clips and rounds is None and args.should_save:
         n_frames = int(train[0].chosen_codes.shape[1])
@@ -325,8 +336,10 @@ def kto_trainer(
     cfg: Config, task: Task, flat: FlatCausalLM, args: DPOConfig, train: list[Preference], held_out: list[Preference], recorder: Recorder
 ) -> FlatKTOTrainer:
     """The same with clips one by one; those that were called bad under a held-out prompt are held out too."""
-    kept = {pair.prompt_id for pair in held_out}
-    bad = [(task.rows[clip.prompt_id], clip.codes, clip.weight) for clip in task.bad if clip.prompt_id not in kept]
+    groups = task.voted.groups if task.voted else {}
+    kept = {groups.get(pair.prompt_id, pair.prompt_id) for pair in held_out}
+    loose = [clip for clip in task.bad if groups.get(clip.prompt_id, clip.prompt_id) not in kept]
+    bad = [(task.rows[clip.prompt_id], clip.codes, clip.weight) for clip in loose]
     pairs = train if cfg.weight_pairs else [dataclasses.replace(pair, weight=1.0) for pair in train]
     found = judgements(pairs, [task.row_of(pair) for pair in pairs], bad)
     kto = kto_arguments(cfg, args)

@@ -43,7 +43,7 @@ from base_models.launch import open_accelerator
 from base_models.policy import PRETRAINED, load_policy
 from base_models.settings import run, to_mapping
 from rlhf import metrics, raters, reward_gates
-from rlhf.preferences import TIE, Preference, Snapshot, Vote, decided, load_snapshot, pairs_sha256, shuffled, training_pairs
+from rlhf.preferences import TIE, Preference, Snapshot, Vote, demand_decided, load_snapshot, pairs_sha256, shuffled, training_pairs
 from rlhf.rater_weights import reliable, weigh
 from rlhf.reward_extras import Bench, fit_extras, fit_frame_head
 from rlhf.reward_features import Base, blocks_of
@@ -133,9 +133,7 @@ def _main(cfg: Config) -> dict[str, Any]:
         told = snapshot if votes is None else replace(snapshot, votes=tuple(votes))
         return training_pairs(told, weights, known=clips.known)
 
-    truth = preferences(agreed)
-    if not decided(truth):
-        raise UserError(f"{len(truth)} pairs, all of them ties", "votes for a side", "collect votes on pairs that differ more")
+    truth = demand_decided(preferences(agreed))
     learnt = shuffled(truth, cfg.seed) if cfg.shuffle_labels else truth
 
     # 2. Features of every clip, once.

@@ -6,8 +6,9 @@
 
     snapshot, or prompts -> best of n -> winners: codes [K, T], weight -> -log pi(codes) in nats a code -> LoRA -> adapter folder
 
-A pair's winner weighs 2 p - 1 of the votes behind it: all of a pair that everybody agrees on, nothing of a tie. What losers sound
-like is never learnt, and nothing but the number of steps holds the policy near its base: watch the KL that is measured at the end.
+A pair's winner weighs 2 p - 1 of the votes behind it: all of a pair that everybody agrees on, nothing of a tie; raters weigh by how
+far they can be relied on (`rlhf.trusted`). What losers sound like is never learnt, and nothing but the number of steps holds the policy
+near its base: watch the KL that is measured at the end.
 
 Several processes each take their rows of a batch; gradients are summed over the batch's weight, so two learn what one would.
 
@@ -22,7 +23,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ from rlhf.journal import Journal, Sound, sound_of, speeds, timed
 from rlhf.metrics import mean_ci
 from rlhf.played import Played, kl_figures, play_now
 from rlhf.ppo_task import toy_sound
+from rlhf.preferences import decided, load_snapshot
 from rlhf.tracking import Kind
+from rlhf.trusted import Voted, WeightsBy, trusted
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class Config:
     """Folder of a reward model: learn the best of --best-of clips for each of --prompts. Instead of --snapshot."""
     prompts: Path | None = None
     """Prompts to sample winners for."""
+    weights_by: WeightsBy = "agreement"
+    """What raters weigh by: how often they agree with others on common pairs (careless ones weigh little, adversaries nothing; alike
+    where nobody shares a pair), or nothing, and then all votes count alike."""
     best_of: int = 8
     """Candidates for each winner that is sampled."""
     clips_per_prompt: int = 1
@@ -146,6 +152,8 @@ class Task:
     """The prompts, one a row of the table."""
     sound: Sound | None = None
     """How clips are heard."""
+    voted: Voted | None = None
+    """Where winners were voted; None where they were sampled."""
 
     @property
     def sha256(self) -> str:
@@ -164,15 +172,17 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     # 1. Who won.
     if task is None:
         task = toy_task(cfg.seed) if cfg.toy else load_task(cfg, accelerator)
-    train, held_out = split(task.winners, cfg.held_out)
+    train, held_out = split(task.winners, cfg.held_out, task.voted.groups if task.voted else {})
     learner = Learner(cfg, task, train, accelerator)
     if cfg.resume:
         learner.restore()
-    figures: dict[str, Any] = {"winners": len(train), "winners_held_out": len(held_out)}
+    figures: dict[str, Any] = {"winners": len(train), "winners_held_out": len(held_out), **(task.voted.figures if task.voted else {})}
     with adapter_disabled(learner.lm):
         figures["held_out_nats_a_code_base"] = learner.nats_a_code(held_out)
 
     # 2. Learn; look, now and then and at the end, at what that does.
+    for note in task.voted.notes if task.voted and accelerator.is_main_process else ():
+        print(note, file=sys.stderr)
     journal = Journal(cfg, "sft", learner.step, accelerator.is_main_process)
     bar = journal.bar(learner.steps)
     while learner.step < learner.steps:
@@ -327,19 +337,16 @@ def load_task(cfg: Config, accelerator: Accelerator) -> Task:
 
 def voted(cfg: Config, folder: Path) -> Task:
     """The clips that listeners chose, each as often as it won."""
-    from rlhf.preferences import decided, load_snapshot, training_pairs
-
     policy = load_policy(cfg.policy)
     snapshot = load_snapshot(folder, policy.sha256)
-    pairs = decided(training_pairs(snapshot, n_q=policy.lm.n_q, card=policy.lm.card))
-    if not pairs:
-        raise UserError(f"snapshot {snapshot.name!r} of ties alone", "a pair with a winner", "collect more votes")
+    told = trusted(snapshot, cfg.weights_by, policy.lm.n_q, policy.lm.card)
+    pairs = decided(told.pairs)
     first = {pair.prompt_id: pair for pair in reversed(pairs)}
     table = policy.conditions([p.prompt for p in first.values()], [p.tempo_bpm for p in first.values()])
     rows = {prompt_id: row for row, prompt_id in enumerate(first)}
     winners = [Winner(torch.from_numpy(p.chosen_codes), rows[p.prompt_id], p.prompt_id, p.weight * (2 * p.p - 1)) for p in pairs]
     words = tuple(p.prompt for p in first.values())
-    return Task(policy.lm, table, mean_one(winners), policy.sha256, snapshot.sha256, words=words, sound=sound_of(policy))
+    return Task(policy.lm, table, mean_one(winners), policy.sha256, snapshot.sha256, words=words, sound=sound_of(policy), voted=told)
 
 
 def sampled(cfg: Config, accelerator: Accelerator) -> Task:
@@ -372,15 +379,16 @@ def mean_one(winners: Sequence[Winner]) -> list[Winner]:
     return [replace(winner, weight=winner.weight * scale) for winner in winners]
 
 
-def split(winners: Sequence[Winner], held_out: float) -> tuple[list[Winner], list[Winner]]:
-    """(to learn, to measure) without a common prompt; which prompts depends on their ids alone."""
+def split(winners: Sequence[Winner], held_out: float, groups: Mapping[str, str]) -> tuple[list[Winner], list[Winner]]:
+    """(to learn, to measure) without a common prompt, or group of prompts (of one artist); which ones depends on their ids alone."""
     if not held_out:
         return list(winners), []
-    ids = sorted({w.prompt_id for w in winners}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    group = {w.prompt_id: groups.get(w.prompt_id, w.prompt_id) for w in winners}
+    ids = sorted(set(group.values()), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     kept = set(ids[: max(1, round(held_out * len(ids)))])
     if len(kept) == len(ids):
-        raise UserError(f"winners of {len(ids)} prompt(s)", "two prompts or more", "collect votes on more, or pass --held-out 0")
-    return [w for w in winners if w.prompt_id not in kept], [w for w in winners if w.prompt_id in kept]
+        raise UserError(f"winners of {len(ids)} prompt(s) or artist(s)", "two or more", "collect votes on more, or pass --held-out 0")
+    return [w for w in winners if group[w.prompt_id] not in kept], [w for w in winners if group[w.prompt_id] in kept]
 
 
 def by_length(winners: Sequence[Winner], most: int) -> list[list[Winner]]:

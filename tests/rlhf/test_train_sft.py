@@ -150,7 +150,7 @@ def test_clips_of_several_lengths_are_never_padded():
 
 def test_held_out_winners_share_no_prompt_with_trained_ones():
     task = toy_task(0)
-    train, held_out = split(task.winners, 0.2)
+    train, held_out = split(task.winners, 0.2, {})
     assert not {w.prompt_id for w in train} & {w.prompt_id for w in held_out}
     assert len(train) + len(held_out) == len(task.winners)
 
