@@ -139,6 +139,12 @@ class PlaysItself(FlatCheckpoints):
             raise RuntimeError(f"sampler and scorer differ by {worst:.2g} nats a code: temperature, guidance or weights are not the same")
         self.checked = True
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's scores of all processes' clips [B, 1]; those that are not finite move nothing (TRL leaves them out), but are counted."""
+        scores: Tensor = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
+        self._metrics["train"]["scores_not_finite"].append(float(torch.isnan(scores).all(1).sum()))
+        return scores
+
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's scorer; what it says with the adapter switched off is the reference, and gives the KL."""
         scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]

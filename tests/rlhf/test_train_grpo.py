@@ -101,6 +101,21 @@ def test_unjudged_clips_move_nothing(tmp_path):
     assert abs(figures["kl"]) < 0.05
 
 
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_scores_that_are_not_finite_are_counted_and_the_others_still_teach(tmp_path, method):
+    task = toy_task(0)
+
+    def score(codes: Tensor, prompts: list[str]) -> Tensor:
+        scores = task.score(codes, prompts).clone()
+        scores[::4] = math.nan
+        return scores
+
+    main(config(tmp_path / "run", method=method, steps=2), dataclasses.replace(task, score=score))
+    rows = metrics(tmp_path / "run")
+    assert [row["scores_not_finite"] for row in rows] == [8.0, 8.0]
+    assert all(math.isfinite(row["reward"]) and row["grad_norm"] > 0 for row in rows)
+
+
 def test_the_run_ends_when_the_kl_budget_is_spent(tmp_path):
     figures = main(config(tmp_path / "run", steps=12, kl_budget=0.5, lr=3e-2))
     assert "budget" in figures["stopped"]
