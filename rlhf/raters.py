@@ -3,10 +3,10 @@
     votes -> agreement -> ceiling
     votes -> EM over pairs -> accuracy per rater -> weight log(a / (1 - a))                    (needs two raters on a pair)
     votes + margins of a model that has not seen them -> slope a_r and lean b_r per rater      (needs none)
-    votes -> Davidson over clips: strengths, ties, order effect                                (db.davidson)
 
 The first asks only who said what about which pair. The second also uses what the reward makes of the clips, and so learns about
 a rater who shares no pair with anybody. Whoever answers against the music beyond chance is an adversary: silenced, or turned round.
+How much each system is liked, with ties and the side's gain, is `db.davidson`'s to say.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from base_models.errors import UserError
-from db import davidson, quality
+from db import quality
 from db.quality import Agreement, ceiling
 from rlhf.preferences import BOTH_BAD, TIE, Vote, X, Y
 
-__all__ = ["Agreement", "Habit", "Habits", "RaterQuality", "agreement", "ceiling", "clip_strengths", "habits", "reliability", "weights"]
+__all__ = ["Agreement", "Habit", "Habits", "RaterQuality", "agreement", "ceiling", "habits", "reliability", "weights"]
 
 Array = NDArray[np.float64]
 Adversaries = Literal["silence", "invert"]
@@ -124,28 +123,6 @@ def weights(qualities: Mapping[str, RaterQuality], adversaries: Adversaries = "s
 
 def _log_odds(accuracy: float) -> float:
     return float(np.log(accuracy / (1 - accuracy)))
-
-
-# ---- strengths of clips ----------------------------------------------------------------------------------------------
-
-
-def clip_strengths(votes: Sequence[Vote], shrinkage: float = 1.0, scales: bool = True) -> davidson.Davidson:
-    """Davidson's model with clips for systems: how much each clip is liked, how readily ties are said, what the left side gains.
-
-    A clip is met by few raters, so `shrinkage` is a whole normal prior of variance 1 on a strength, in nats. Where a snapshot
-    does not tell which side stood on the left, x is taken for it, and the order effect means nothing.
-
-    Raises: UserError when no vote orders two clips.
-    """
-    games = []
-    for vote in votes:
-        if vote.choice != BOTH_BAD and not vote.gold:
-            left, right = (vote.clip_y, vote.clip_x) if vote.shown_first == Y else (vote.clip_x, vote.clip_y)
-            choice = "tie" if vote.choice == TIE else "a" if (vote.clip_x if vote.choice == X else vote.clip_y) == left else "b"
-            games.append((vote.rater, left, right, choice, 1.0))
-    if not games:
-        raise UserError(f"{len(votes)} votes of which none orders two clips", "votes for a side, or ties", "collect more votes")
-    return davidson.fit(davidson.Counts.of(games), scales=scales, shrinkage=shrinkage)
 
 
 # ---- habits: how raters answer to what a model hears -----------------------------------------------------------------

@@ -1,12 +1,10 @@
-import choix
 import numpy as np
 import pytest
 from scipy.optimize import approx_fprime
 
-from base_models.errors import UserError
 from rlhf import raters
 from rlhf.preferences import Vote
-from rlhf.raters import agreement, ceiling, clip_strengths, habits, reliability, weights
+from rlhf.raters import agreement, ceiling, habits, reliability, weights
 
 
 def vote(pair, rater, choice, **extra):
@@ -97,32 +95,6 @@ def test_an_adversary_may_be_turned_round_and_a_careless_rater_not():
     assert inverted["r6"] == pytest.approx(-inverted["r0"], rel=0.5)
     assert inverted["r0"] == pytest.approx(silenced["r0"])
     assert abs(inverted["r7"]) < 0.3
-
-
-# ---- strengths of clips ----------------------------------------------------------------------------------------------
-
-
-def test_without_ties_and_with_equal_raters_strengths_are_those_of_choix():
-    rng = np.random.default_rng(0)
-    votes, wins = [], []
-    for number in range(600):
-        i, j = (int(clip) for clip in rng.choice(8, 2, replace=False))
-        first = rng.random() < 1 / (1 + np.exp(-(i - j) / 3))
-        for shown_first in ("x", "y"):  # each answer on both sides: no side gains
-            said = "x" if first else "y"
-            votes.append(Vote(f"{number}{shown_first}", "", "p", "", "train", "r", said, f"c{i}", f"c{j}", shown_first=shown_first))
-            wins.append((i, j) if first else (j, i))
-    found = clip_strengths(votes, shrinkage=1e-6, scales=False)
-    oracle = choix.opt_pairwise(8, wins)
-    np.testing.assert_allclose([found.strengths[f"c{i}"] for i in range(8)], oracle - oracle.mean(), atol=2e-3)
-    assert found.side_bias == pytest.approx(0, abs=1e-3)
-
-
-def test_strengths_know_the_left_side_from_x():
-    votes = [Vote(f"{i}", "", "p", "", "train", "r", "x", f"a{i}", f"b{i}", shown_first="x" if i % 4 else "y") for i in range(200)]
-    assert clip_strengths(votes, scales=False).side_bias > 0.3  # three of four winners stood on the left
-    with pytest.raises(UserError, match="none orders"):
-        clip_strengths([vote(0, "r", "both_bad")])
 
 
 # ---- habits ----------------------------------------------------------------------------------------------------------
