@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.losses import Reduce, alone
-
 
 class AdaptiveKLController:
     """Moves the KL price so that the policy's KL per sequence stays near a target.
@@ -58,15 +56,15 @@ class RewardNormalizer:
         variance = self.m2 / self.count if self.count > 1 else 0.0
         return max(math.sqrt(variance) if variance > self.eps**2 else 1.0, self.least)
 
-    def update(self, scores: Tensor, reduce: Reduce = alone) -> None:
-        """Takes the finite scores of [B]; `reduce` sums over ranks where each holds its own share."""
+    def update(self, scores: Tensor) -> None:
+        """Takes the finite scores of [B], a whole round over all ranks."""
         assert scores.ndim == 1, f"expected [B], got {tuple(scores.shape)}"
         finite = scores[torch.isfinite(scores)].double()
-        count = float(reduce(torch.tensor(float(finite.numel()), dtype=torch.float64, device=scores.device)))
+        count = float(finite.numel())
         if count == 0:
             return
-        mean = float(reduce(finite.sum())) / count
-        m2 = float(reduce(((finite - mean) ** 2).sum()))
+        mean = float(finite.sum()) / count
+        m2 = float(((finite - mean) ** 2).sum())
         total, delta = self.count + count, mean - self.mean
         self.m2 += m2 + delta**2 * self.count * count / total
         self.mean += delta * count / total

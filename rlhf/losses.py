@@ -1,25 +1,15 @@
 """Losses and estimators of preference learning: pure functions over `[B, S]`, each with its equation and its paper.
 
 `mask` is True where a step counts; whatever stands at a False place, NaN included, changes no result.
-Means are taken over *all* ranks and microbatches by handing in the global count or a `reduce` that sums a tensor over
-ranks: a loss divided by the global count adds up, so 1 x 8 equals 8 x 1 and two processes equal one.
+A whole round is to be handed in, all ranks' clips together; a loss over a part of it takes the global count: divided by that it adds
+up over microbatches and ranks, so 1 x 8 equals 8 x 1 and two processes equal one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks (`lambda x: accelerator.reduce(x, "sum")`)."""
-
-
-def alone(x: Tensor) -> Tensor:
-    """The `reduce` of a run with one process: x itself."""
-    return x
 
 
 def _check(mask: Tensor, *tensors: Tensor) -> None:
@@ -36,32 +26,31 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, torch.zeros_like(x)).sum()
 
 
-def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None, reduce: Reduce = alone) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
     """sum(mask * x) / count, a scalar; 0 where nothing is valid.
 
     Args: x [B, S]. mask [B, S] bool. count: the divisor, for losses that are summed later over microbatches and ranks;
-        by default the number of valid places. reduce: sums over ranks, for figures that are to be reported globally.
+        by default the number of valid places.
     """
-    total = reduce(masked_sum(x, mask))
-    if count is None:
-        count = reduce(mask.sum()).clamp(min=1)
-    return total / count
+    total = masked_sum(x, mask)
+    return total / (mask.sum().clamp(min=1) if count is None else count)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, reduce: Reduce = alone, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(var + eps), moments over the valid places of *all* ranks, in float64.
+def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps), moments over the valid places, in float64.
 
-    Rank-local moments shift every rank by its own mean: the gradient is then no longer the one of the global batch.
-    Two passes, so that a large mean costs no digits. Huang et al. 2024, arXiv:2403.17031, detail "advantage whitening".
+    To be called with *all* ranks' steps: rank-local moments shift every rank by its own mean, and the gradient is then no longer the
+    one of the global batch. Two passes, so that a large mean costs no digits. Huang et al. 2024, arXiv:2403.17031, detail
+    "advantage whitening".
 
-    Args: x, mask [B, S]. reduce: sums over ranks. shift_mean: False keeps the mean (for rewards).
+    Args: x, mask [B, S]. shift_mean: False keeps the mean (for rewards).
     Returns: [B, S]; 0 at masked places.
     """
     _check(mask, x)
     wide = torch.where(mask, x, torch.zeros_like(x)).double()
-    count = reduce(mask.sum().double()).clamp(min=1)
-    mean = reduce(wide.sum()) / count
-    variance = reduce(torch.where(mask, (wide - mean) ** 2, torch.zeros_like(wide)).sum()) / count
+    count = mask.sum().double().clamp(min=1)
+    mean = wide.sum() / count
+    variance = torch.where(mask, (wide - mean) ** 2, torch.zeros_like(wide)).sum() / count
     white = (wide - mean) * torch.rsqrt(variance + eps)
     if not shift_mean:
         white = white + mean
@@ -278,17 +267,17 @@ def bradley_terry_loss(score_chosen: Tensor, score_rejected: Tensor, p_chosen: T
     return -p_chosen * F.logsigmoid(difference) - (1.0 - p_chosen) * F.logsigmoid(-difference)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(R - V) / Var(R) over the valid places: 1 is a perfect critic, 0 a constant, below 0 worse than that.
 
-    Args: values, returns, mask [B, S]. reduce: sums over ranks. Returns: a scalar; 0 where the returns do not vary.
+    Args: values, returns, mask [B, S]. Returns: a scalar; 0 where the returns do not vary.
     """
     _check(mask, values, returns)
 
     def variance(x: Tensor) -> Tensor:
         x = x.detach().double()
-        mean = masked_mean(x, mask, reduce=reduce)
-        return masked_mean((x - mean) ** 2, mask, reduce=reduce)
+        mean = masked_mean(x, mask)
+        return masked_mean((x - mean) ** 2, mask)
 
     of_returns = variance(returns)
     share = 1.0 - variance(returns - values) / of_returns.clamp(min=1e-12)

@@ -17,11 +17,12 @@ from adapters.lora import adapter_disabled
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM, sum_by_step
 from rlhf.dense import dense_advantages, expected_ppo_loss, gains
-from rlhf.losses import Reduce
 from rlhf.rollout import Rollout
 
 Logits = Callable[[Tensor, Conditions], Tensor]
 """codes [B, K, T] and their conditions -> logits [B, K, T, V] of the policy as it stands."""
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ class DenseTable:
     mask: Tensor
     scale: float
 
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the rollout [B] -> old log-probs, advantages [B, K, T, V], mask [B, K, T]."""
+        here = torch.tensor([self.place[row] for row in rows.tolist()], device=self.mask.device)
+        return self.old_log_probs[here], self.advantages[here], self.mask[here]
+
     def loss(self, log_probs: Tensor, rows: Tensor, cliprange: float, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`expected_ppo_loss` of log_probs [B, K, T, V] for these rows of the rollout."""
-        here = torch.tensor([self.place[row] for row in rows.tolist()], device=log_probs.device)
-        return expected_ppo_loss(log_probs, self.old_log_probs[here], self.advantages[here], self.mask[here], cliprange, count)
+        return expected_ppo_loss(log_probs, *self.at(rows), cliprange, count)
 
 
 @torch.no_grad()

@@ -146,15 +146,14 @@ class Run:
 
     def learn(self, rollout: Rollout) -> dict[str, float]:
         """`epochs` passes of clipped updates over a judged, global rollout. Returns means over the updates."""
-        cfg, first_ratio = self.cfg, 0.0
+        first_ratio = 0.0
         sums: dict[str, float] = {}
         if not rollout.mask.any():
             return {}
         updates = self._minibatches(len(rollout.codes))
         if self.credit == "codes":
             return self._learn_by_codes(rollout, updates)
-        advantages, returns = gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
-        advantages = masked_whiten(advantages, rollout.mask)
+        advantages, returns = self.advantages(rollout)
         for number, rows in enumerate(updates):
             stats = self._update(rollout, advantages, returns, rows)
             first_ratio = stats["ratio"] if number == 0 else first_ratio
@@ -164,6 +163,11 @@ class Run:
         sums["explained_variance"] = explained_variance(rollout.values, returns, rollout.mask).item()
         self.scheduler.step()
         return sums
+
+    def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Advantages, whitened over the steps of all processes, and returns [B, S] of a judged, global rollout."""
+        advantages, returns = gae(rollout.rewards, rollout.values, rollout.mask, self.cfg.gamma, self.cfg.lam)
+        return masked_whiten(advantages, rollout.mask), returns
 
     def _minibatches(self, n: int) -> list[Tensor]:
         """Rows of each update, the same on every process; drawn from (seed, step), so that nothing has to be remembered."""
@@ -202,28 +206,32 @@ class Run:
 
     def _learn_by_codes(self, rollout: Rollout, updates: list[Tensor]) -> dict[str, float]:
         """The same passes with credit for every choice of every code (rlhf.dense); the critic has nothing to add and rests."""
-        cfg, rank, world = self.cfg, self.accelerator.process_index, self.accelerator.num_processes
-        device = rollout.codes.device
-        shares = [rows.to(device)[rank::world] for rows in updates]
-        assert self.task.codebooks is not None
-        table = dense_table(
-            self.lm,
-            self._logits,
-            rollout,
-            lambda rows: self.table.index(rollout.prompt_ids[rows]),
-            torch.cat(shares),
-            torch.arange(rank, len(rollout.codes), world, device=device),
-            self.task.codebooks.to(rollout.slope),
-            self.normalizer.std,
-            self.price,
-            cfg.microbatch,
-            lambda x: self.accelerator.reduce(x, "sum"),
-        )
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        shares = [rows.to(rollout.codes.device)[rank::world] for rows in updates]
+        table = self.advantages_by_codes(rollout, torch.cat(shares))
         told = [self._update_by_codes(rollout, table, rows, mine) for rows, mine in zip(updates, shares)]
         sums = {name: sum(stats[name] for stats in told) / len(told) for name in told[0]}
         sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": told[0]["ratio"], "dense_scale": table.scale}
         self.scheduler.step()
         return sums
+
+    def advantages_by_codes(self, rollout: Rollout, rows: Tensor) -> DenseTable:
+        """What each choice at these rows of a judged, global rollout is worth, on one scale for all processes."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        assert self.task.codebooks is not None
+        return dense_table(
+            self.lm,
+            self._logits,
+            rollout,
+            lambda rows: self.table.index(rollout.prompt_ids[rows]),
+            rows,
+            torch.arange(rank, len(rollout.codes), world, device=rows.device),
+            self.task.codebooks.to(rollout.slope),
+            self.normalizer.std,
+            self.price,
+            self.cfg.microbatch,
+            lambda x: self.accelerator.reduce(x, "sum"),
+        )
 
     def _update_by_codes(self, rollout: Rollout, table: DenseTable, rows: Tensor, mine: Tensor) -> dict[str, float]:
         """One optimiser step on global rows, of which this process takes `mine`."""

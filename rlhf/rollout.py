@@ -171,8 +171,8 @@ def play(
     """Sample one clip for each of the B conditions and note what policy, reference and critic think of each step.
 
     The policy's log-probs are the sampler's own, in float32. Under bf16 those of the reference and of the learner differ from
-    them by rounding (measured on a trained base of 10M parameters: .012 nats rms a step, .06 at most), far below the clip
-    range; one more pass would only make the figure tidier.
+    them by rounding (measured on the shipped base, 16 clips of 100 frames: .023 nats rms a step, .09 at most, and .09 +- .04 nats of KL
+    a clip where there is none), far below the clip range and the budget; one more pass would only make the figure tidier.
 
     Args: cond: B conditions. prompt_ids, seeds: one a row. bf16: how the reference scores.
     Returns: a Rollout that `judge` has still to complete (score NaN, rewards 0).

@@ -16,11 +16,13 @@ from adapters.lora import attach_lora
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM, MusicLMConfig
 from rlhf.ppo_task import Prompts, Task, toy_task
-from rlhf.rewards import Score
+from rlhf.rewards import HUMAN, Score, Slope
 from rlhf.rollout import Critic, Rollout, play
 from rlhf.train_ppo import TOY, Config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "rlhf" / "train_ppo.py"
+CODES: dict[str, Any] = {"credit": "codes", "lr": 1e-2, "kl_coef": 0.002}
+"""The toy by code-by-code credit."""
 T = 7
 """Frames that `played` plays."""
 
@@ -29,9 +31,10 @@ def config(out: Path, **changes: Any) -> Config:
     return Config(**{**TOY, "out": out, "steps": 3, "batch_size": 32, **changes})
 
 
-def judged_by(score: Score, heldout: Prompts | None = None) -> Task:
-    """The toy with another judge, of whose slope nothing is known; without held-out prompts that judge is called once a round."""
-    return dataclasses.replace(toy_task(0), score=score, slopes={}, heldout=heldout)
+def judged_by(score: Score, heldout: Prompts | None = None, slope: Slope | None = None) -> Task:
+    """The toy with another judge, of whose slope nothing is known unless it is given; without held-out prompts it is called once a round
+    (by code-by-code credit the slope alone is)."""
+    return dataclasses.replace(toy_task(0), score=score, slopes={} if slope is None else {HUMAN: slope}, heldout=heldout)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
