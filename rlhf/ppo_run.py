@@ -385,9 +385,14 @@ class Run:
         }
 
 
+def without_slope(task: Task, trained: tuple[str, ...]) -> list[str]:
+    """The parts that are trained on and cannot say where a clip should have moved."""
+    return [name for name in trained if name not in task.slopes]
+
+
 def credit_of(wanted: str, task: Task, trained: tuple[str, ...]) -> str:
     """`score` or `codes`. Code by code where every part that is trained on has a slope; UserError where that is asked for and cannot be."""
-    flat = [name for name in trained if name not in task.slopes]
+    flat = without_slope(task, trained)
     if wanted == "codes" and flat:
         raise UserError(
             f"--credit codes with {', '.join(flat)}, without a slope", f"parts among {sorted(task.slopes)}", "use --credit score"

@@ -42,7 +42,7 @@ from base_models.launch import check_processes, open_accelerator
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.journal import timed
-from rlhf.ppo_run import Run
+from rlhf.ppo_run import Run, without_slope
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
 from rlhf.reward_gates import doubt
@@ -89,7 +89,7 @@ class Config:
     credit: Literal["auto", "score", "codes"] = "auto"
     """score: one number a clip, GAE and a critic. codes: what every other choice of every code would have changed, to first order, by
     the slope of the reward (rlhf/dense.py); a tenth of the clips teach as much. auto: codes where every part of the reward that is
-    trained on has a slope."""
+    trained on has a slope (aspects, `acceptable` and --score-command have none), else score, and the run says so."""
     epochs: int = 2
     """Passes over a round's clips."""
     minibatches: int = 2
@@ -207,6 +207,9 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     if doubted:
         accelerator.print(doubted)
     run = Run(cfg, task, accelerator)
+    if cfg.credit == "auto" and run.credit == "score":
+        flat = ", ".join(without_slope(task, run.reward.trained))
+        accelerator.print(f"credit by score, which needs ten times the clips of credit code by code: {flat} has no slope")
     if cfg.resume:
         run.restore()
     told = Teller(cfg, task, run.step, accelerator.is_main_process)

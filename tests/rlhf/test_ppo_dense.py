@@ -19,9 +19,14 @@ def test_a_tenth_of_the_clips_teach_what_scores_alone_hardly_do(tmp_path: Path) 
     assert by_codes["score_last"] > by_score["score_last"] + 0.1
 
 
-def test_auto_takes_codes_where_there_is_a_slope_and_codes_is_refused_where_there_is_none(tmp_path: Path) -> None:
+def test_auto_takes_codes_where_there_is_a_slope_else_says_what_has_none_and_codes_is_refused_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(config(tmp_path / "a", steps=1, credit="auto"))["credit"] == "codes"
+    assert "has no slope" not in capsys.readouterr().out
     assert main(config(tmp_path / "b", steps=1, credit="auto", weights="human=1,code_5=1"))["credit"] == "score"
+    assert "credit by score" in (said := capsys.readouterr().out)
+    assert "code_5 has no slope" in said
     flat = judged_by(lambda codes, prompts: codes.float().mean((1, 2)))
     assert main(config(tmp_path / "c", steps=1, credit="auto"), flat)["credit"] == "score"
     with pytest.raises(UserError, match="human, without a slope"):
