@@ -4,7 +4,8 @@
                     <- {"scores": [...]} on its stdout, one line; null where it cannot tell
 
 The program starts with the first call, keeps no state between lines, and ends with this process. The proof's upper bound, "gold as
-reward", is such a judge: what it likes stays in a process that no trainer can read.
+reward", is such a judge: what it likes stays in a process that no trainer can read. As --watch-command it is only asked at looks, and
+its answers are plotted: whether the gold taste rises with the reward that stands for it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import math
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +30,11 @@ from base_models.policy import Policy
 class OutsideJudge:
     """A `rlhf.rewards.Score` by a program of its own."""
 
-    def __init__(self, command: Sequence[str], policy: Policy) -> None:
-        """Args: command: the program and its arguments. policy: whose codec turns codes into sound."""
-        self.command, self.policy = list(command), policy
+    def __init__(self, command: Sequence[str], policy: Policy, flag: str = "--score-command") -> None:
+        """Args: command: the program and its arguments. policy: whose codec turns codes into sound. flag: what named the program."""
+        self.command, self.policy, self.flag = list(command), policy, flag
         self._program: subprocess.Popen[str] | None = None
+        self._end: Callable[[], object] | None = None
 
     def __call__(self, codes: Tensor, prompts: list[str]) -> Tensor:
         """codes [B, K, T] -> score [B], float32 on the codes' device; NaN where the program says null.
@@ -52,13 +55,14 @@ class OutsideJudge:
         try:
             if self._program is None:
                 self._program = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                self._end = weakref.finalize(self, end, self._program)
             assert self._program.stdin is not None
             assert self._program.stdout is not None
             self._program.stdin.write(json.dumps(question) + "\n")
             self._program.stdin.flush()
             line = self._program.stdout.readline()
         except OSError as error:
-            raise UserError(f"{name}: {error}", "a program that reads questions", "check --score-command") from error
+            raise UserError(f"{name}: {error}", "a program that reads questions", f"check {self.flag}") from error
         try:
             scores = json.loads(line)["scores"]
             whole = len(scores) == n and all(score is None or (type(score) in (int, float) and math.isfinite(score)) for score in scores)
@@ -71,10 +75,15 @@ class OutsideJudge:
         return list(scores)
 
     def close(self) -> None:
-        """End the program."""
-        if self._program is not None:
-            for pipe in (self._program.stdin, self._program.stdout):
-                if pipe is not None:
-                    pipe.close()
-            self._program.wait(timeout=30)
-            self._program = None
+        """End the program; it also ends with its judge."""
+        if self._end is not None:
+            self._end()
+        self._program = self._end = None
+
+
+def end(program: subprocess.Popen[str]) -> None:
+    """Close its pipes, which tells it to end, and wait for that."""
+    for pipe in (program.stdin, program.stdout):
+        if pipe is not None:
+            pipe.close()
+    program.wait(timeout=30)

@@ -70,6 +70,8 @@ class Task:
     """How clips are heard."""
     heldout: Prompts | None = None
     """Prompts that are played to watch the run and never learnt from."""
+    watched: Score | None = None
+    """A judge whose opinion of them is plotted, and that is all."""
 
 
 def load_task(
@@ -79,10 +81,12 @@ def load_task(
     heldout_file: Path | None = None,
     command: str | None = None,
     listeners: bool = True,
+    watch: str | None = None,
 ) -> Task:
     """The policy, the prompts and the reward model, or a program in its place, that the settings name.
 
     listeners: whether `human` has a weight; without, neither of the two need be given, and the checks are the whole reward.
+    watch: a program whose opinion is only plotted.
     """
     given = (reward_dir is not None) + (command is not None)
     if given > 1 or given < listeners:
@@ -117,6 +121,7 @@ def load_task(
         embed=embedding(policy, reward),
         sound=sound_of(policy),
         heldout=None if heldout_file is None else load_prompts(policy, heldout_file),
+        watched=None if watch is None else OutsideJudge(shlex.split(watch), policy, "--watch-command"),
     )
 
 

@@ -9,11 +9,15 @@ from tqdm import tqdm
 
 from rlhf.journal import Journal, speeds
 from rlhf.ppo_task import Task
+from rlhf.rewards import WATCHED
 
 if TYPE_CHECKING:
     from rlhf.train_ppo import Config
 
-LOOKS = ("heldout_gain", "heldout_gain_error", "heldout_kl", "heldout_spread_of_base", "heldout_diversity_of_base")
+LOOKS = (
+    *("heldout_gain", "heldout_gain_error", "heldout_kl", "heldout_spread_of_base", "heldout_diversity_of_base"),
+    *(f"heldout_reward_{WATCHED}", f"heldout_reward_{WATCHED}_z"),
+)
 """What the manifest says of the last look."""
 
 

@@ -35,6 +35,8 @@ Slope = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
 
 HUMAN = "human"
 """The part that listeners' votes taught (a reward model)."""
+WATCHED = "watched"
+"""The part that is only looked at: another judge's opinion of held-out clips, which nothing is trained on or braked by."""
 LEAST_LOGITS = 0.25
 """A calibrated reward's least spread over clips of the base that is taken for one: below, most pairs would be decided 57 to 43 or closer,
 and to blow that up to a full spread would be to train on what the votes have not said. Measured on the demo base: .7 to 2.9 from
@@ -252,14 +254,17 @@ def held_parts(text: str, weights: Mapping[str, float]) -> tuple[str, ...]:
     return names
 
 
-def weighted(weights: Mapping[str, float], human: Score | None, checks: Mapping[str, Score], least: float = 0.0) -> Reward:
+def weighted(
+    weights: Mapping[str, float], human: Score | None, checks: Mapping[str, Score], least: float = 0.0, watched: Score | None = None
+) -> Reward:
     """The listeners' part and the checks (verifiable parts, `asked`) under these weights: those that are named are judged every round,
     those that are not have weight 0. UserError for an unknown name. human: None where no listener is asked; `human=0` may be said then.
-    least: the listeners' least spread that counts as one (LEAST_LOGITS for a reward model)."""
+    least: the listeners' least spread that counts as one (LEAST_LOGITS for a reward model). watched: a judge that can have no weight."""
     if human is None and not weights.get(HUMAN):
         weights = {name: weight for name, weight in weights.items() if name != HUMAN}
     known = ({} if human is None else {HUMAN: Part(human, least=least)}) | {name: Part(score, asked=True) for name, score in checks.items()}
     unknown = sorted(set(weights) - set(known))
     if unknown:
         raise UserError(f"weights for {unknown}", f"some of {list(known)}", "correct --weights")
-    return Reward({name: replace(part, weight=weights.get(name, 0.0)) for name, part in known.items()}, tuple(weights))
+    parts = {name: replace(part, weight=weights.get(name, 0.0)) for name, part in known.items()}
+    return Reward(parts | ({} if watched is None else {WATCHED: Part(watched, 0.0)}), tuple(weights))

@@ -62,6 +62,9 @@ class Config:
     """Folder of a trained reward model (train_reward.py). Not needed where --weights gives `human` none: then checks are all."""
     score_command: str | None = None
     """A program that judges in place of --reward: JSON lines of wav files in, scores out (rlhf/outside_judge.py)."""
+    watch_command: str | None = None
+    """A program like --score-command that hears the clips of --heldout-prompts at every look: its opinion is plotted as `watched`, and
+    neither learnt from nor heard by the brake."""
     prompts: Path | None = None
     """Prompts to play: a .jsonl file with `prompt` and, where wanted, `tempo_bpm`; or a text file, one prompt a line."""
     weights: str = f"{HUMAN}=1"
@@ -200,7 +203,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     # 1. Four roles, two networks: policy and reference are one LM with and without its adapter, the critic is a head on it.
     if task is None:
         listeners = bool(parse_weights(cfg.weights).get(HUMAN))
-        sources = (cfg.policy, cfg.reward, cfg.prompts, cfg.heldout_prompts, cfg.score_command, listeners)
+        sources = (cfg.policy, cfg.reward, cfg.prompts, cfg.heldout_prompts, cfg.score_command, listeners, cfg.watch_command)
         task = toy_task(cfg.seed) if cfg.toy else load_task(*sources)
     check_task(cfg, task)
     doubted = doubt(cfg.reward) if cfg.reward else None
@@ -282,6 +285,8 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 def check(cfg: Config, world: int) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     held_parts(cfg.hold, parse_weights(cfg.weights))
+    if cfg.watch_command and (cfg.toy or cfg.heldout_prompts is None):
+        raise UserError("--watch-command without --heldout-prompts", "prompts at whose looks it is asked", "give a file of them")
     check_processes(world, cfg.processes)
     sizes = (cfg.batch_size, cfg.minibatches, cfg.epochs, cfg.microbatch, cfg.n_frames, cfg.samples_per_prompt, cfg.steps)
     if min(*sizes, cfg.look_every, cfg.heldout_clips, cfg.patience) < 1:

@@ -92,6 +92,7 @@ def reward_dir(policy_dir, clips, tmp_path_factory) -> Path:
     members, offsets = reward_heads.fit_ensemble(head, reward_heads.expand(lens, head, table), pairs, 2, 0)
     folder = tmp_path_factory.mktemp("reward")
     reward_model.RewardModel(policy, head, lens, members, offsets, 0.0, 1.0).save(folder)
+    write_json(folder / "figures.json", {"ci": [0.6, 0.9]})  # what train_reward.py leaves beside it
     return folder
 
 

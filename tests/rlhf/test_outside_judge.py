@@ -52,6 +52,14 @@ def test_the_program_is_started_once(judge):
     assert judge._program.pid == first
 
 
+def test_the_program_ends_with_its_judge():
+    judge = OutsideJudge([sys.executable, "-c", ECHO], Policy())
+    judge(torch.tensor([[[1]]]), ["a"])
+    program = judge._program
+    del judge
+    assert program.poll() == 0
+
+
 @pytest.mark.parametrize("answer", ["", "no", "[1]", '{"scores": [1, 2]}', '{"scores": ["x"]}', '{"scores": [NaN]}'])
 def test_any_other_answer_is_an_error_that_names_the_remedy(answer):
     judge = OutsideJudge([sys.executable, "-c", f"input(); print({answer!r})"], Policy())
@@ -63,6 +71,8 @@ def test_any_other_answer_is_an_error_that_names_the_remedy(answer):
 def test_a_program_that_is_not_there_is_an_error():
     with pytest.raises(UserError, match="score-command"):
         OutsideJudge(["/no/such/program"], Policy())(torch.tensor([[[1]]]), ["a"])
+    with pytest.raises(UserError, match="watch-command"):
+        OutsideJudge(["/no/such/program"], Policy(), "--watch-command")(torch.tensor([[[1]]]), ["a"])
 
 
 @pytest.mark.parametrize(("reward", "command"), [(None, None), ("runs/reward", "judge")])

@@ -107,6 +107,15 @@ def test_without_a_listener_the_checks_are_the_whole_reward() -> None:
         weighted({"human": 1.0, "tempo": 1.0}, None, {"tempo": says(1, 2, 3, 4)})
 
 
+def test_a_judge_that_is_watched_can_have_no_weight_and_counts_for_nothing() -> None:
+    reward = weighted({"human": 1.0}, says(0, 1, 2, 3), {}, watched=says(9, 7, NAN, 5))
+    marks = reward.marks(CODES, PROMPTS, everything=True)
+    assert reward.judge(marks).total.tolist() == [0, 1, 2, 3]
+    assert reward.figures(marks)["reward_watched"] == 7.0
+    with pytest.raises(UserError, match="watched"):
+        weighted({"human": 1.0, "watched": 0.0}, says(0, 1, 2, 3), {}, watched=says(1, 2, 3, 4))
+
+
 def test_a_judge_that_loses_clips_is_caught() -> None:
     with pytest.raises(ValueError, match="for 4 clips"):
         Reward({"a": Part(says(1, 2))}).marks(CODES, PROMPTS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +59,30 @@ def test_a_part_of_weight_zero_is_plotted_and_changes_no_weight(tmp_path: Path) 
     assert not any("reward_code_5" in row for row in metrics(tmp_path / "alone"))
 
 
+def test_a_judge_that_is_watched_is_asked_at_looks_alone_and_moves_neither_weight_nor_brake(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def horrified(codes: Tensor, prompts: list[str]) -> Tensor:
+        """It likes every clip less than the one before."""
+        asked.append(len(codes))
+        return -1e3 * len(asked) + torch.arange(len(codes))
+
+    how: dict[str, Any] = {"steps": 4, "look_every": 2, "patience": 1}
+    main(config(tmp_path / "alone", **how))
+    figures = main(config(tmp_path / "watched", **how), dataclasses.replace(toy_task(0), watched=horrified))
+    assert asked == [16, 16, 16]  # at steps 0, 2 and 4
+    assert largest_difference(weights(tmp_path / "watched"), weights(tmp_path / "alone")) == 0
+    assert figures["stopped"] == "steps"
+    assert figures["heldout_reward_watched"] == pytest.approx(-3e3 + 7.5)
+    assert figures["heldout_reward_watched_z"] == pytest.approx(-2e3 / float(torch.arange(16.0).std(correction=0)), rel=1e-4)
+    assert [("heldout_reward_watched" in row, "reward_watched" in row) for row in metrics(tmp_path / "watched")] == [
+        (False, False),
+        (True, False),
+    ] * 2
+    with pytest.raises(UserError, match="weights for"):
+        main(config(tmp_path / "learnt", weights="human=1,watched=1"), dataclasses.replace(toy_task(0), watched=horrified))
+
+
 def test_a_check_is_learnt_where_no_listener_is_asked(tmp_path: Path) -> None:
     main(config(tmp_path, steps=20, weights="human=0,code_5=1"), dataclasses.replace(toy_task(0), score=None))
     rows = metrics(tmp_path)
@@ -76,6 +102,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(tmp_pat
         check(config(tmp_path, weights="human"), world=1)
     with pytest.raises(UserError, match="below 1"):
         check(config(tmp_path, look_every=0), world=1)
+    with pytest.raises(UserError, match="--watch-command without"):
+        check(dataclasses.replace(config(tmp_path, watch_command="judge"), toy=False), world=1)
 
 
 def test_a_brake_that_has_nothing_to_go_by_is_refused(tmp_path: Path) -> None:
@@ -248,12 +276,25 @@ def test_without_held_out_prompts_the_rounds_own_clips_are_kept(tmp_path: Path) 
     assert len(list((tmp_path / "clips" / "step_00000003").glob("*.wav"))) == 1
 
 
+WATCH = """
+import json, os, sys
+for line in sys.stdin:
+    files = json.loads(line)["files"]
+    print(json.dumps({"scores": [os.getpid() + os.path.getsize(name) / 1e9 for name in files]}), flush=True)
+"""
+
+
 def test_a_policy_a_reward_and_files_of_prompts_make_a_run(policy_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("calm piano\ndark rock, 120 BPM\n")
     (tmp_path / "heldout.txt").write_text("sad piano in C major\nhappy jazz, 100 BPM\n")
     small: dict[str, Any] = {"n_frames": 16, "steps": 1, "batch_size": 4, "minibatches": 1, "look_every": 1, "heldout_clips": 2}
     files = {"policy": policy_dir, "reward": reward_dir, "prompts": tmp_path / "prompts.txt", "heldout_prompts": tmp_path / "heldout.txt"}
-    figures = main(Config(out=tmp_path / "run", precision="fp32", weights="human=1,similarity=0.3,tempo=0", **small, **files))
+    (tmp_path / "watch.py").write_text(WATCH)
+    watch = f"{sys.executable} {tmp_path / 'watch.py'}"
+    worth = "human=1,similarity=0.3,tempo=0"
+    figures = main(Config(out=tmp_path / "run", precision="fp32", weights=worth, watch_command=watch, **small, **files))
+    assert figures["heldout_reward_watched"] > 1  # the process number
+    assert round(figures["heldout_reward_watched"]) != os.getpid()
     assert figures["heldout_diversity_of_base"] > 0
     assert figures["heldout_spread_of_base"] > 0
     assert len(list((tmp_path / "run" / "clips").rglob("*.wav"))) == 4
