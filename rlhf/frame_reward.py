@@ -43,17 +43,33 @@ class FrameHead:
         score = standard(self.mean, self.spread, table) @ self.weights
         return score - score.mean(1, keepdim=True)
 
+    def slope(self, codec: Codec, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """codes [B, K, T] -> where each frame should have moved for frames near it to sound better, [B, D, T], and frames [B, T].
+
+        It is d sum_t s_t / d latents of the scores before each clip's mean is taken away: a frame is compared with the rest of its
+        clip as the rest stands. (Centred, they sum to 0 whatever is played.)
+        """
+        latents = codec.latents(codes).float().detach().requires_grad_(True)
+        with torch.enable_grad():
+            table = frame_features_of(latents, codec.frame_rate).to(self.mean.device)
+            (slope,) = torch.autograd.grad((standard(self.mean, self.spread, table) @ self.weights).sum(), latents)
+        return slope, self(table.detach()).to(codes.device)
+
 
 def frame_features(codec: Codec, codes: Tensor) -> Tensor:
     """codes [B, K, T] -> [B, T, 3 D]: mean, spread and mean absolute step of the latents in a window around each frame."""
-    latents = codec.latents(codes).float()
-    half = max(1, round(WINDOW_S * codec.frame_rate / 2))
+    return frame_features_of(codec.latents(codes).float(), codec.frame_rate)
+
+
+def frame_features_of(latents: Tensor, frame_rate: float) -> Tensor:
+    """The same of latents [B, D, T]. A spread below 1e-4 counts as that: at 0 it has no slope."""
+    half = max(1, round(WINDOW_S * frame_rate / 2))
 
     def local(series: Tensor) -> Tensor:
         return F.avg_pool1d(series, 2 * half + 1, stride=1, padding=half, count_include_pad=False)
 
     mean = local(latents)
-    spread = (local(latents.square()) - mean.square()).clamp_min(0).sqrt()
+    spread = (local(latents.square()) - mean.square()).clamp_min(1e-8).sqrt()
     step = F.pad((latents[..., 1:] - latents[..., :-1]).abs(), (1, 0))
     return torch.cat([mean, spread, local(step)], dim=1).transpose(1, 2)
 

@@ -31,10 +31,14 @@ from rlhf.metrics import diversity
 from rlhf.ppo_dense import DenseTable, dense_table, sampled_log_ratio
 from rlhf.ppo_task import Task
 from rlhf.rewards import held_parts, parse_weights, weighted
-from rlhf.rollout import Critic, Rollout, code_logits, judge, play, prompt_of, sample_seed, score_steps
+from rlhf.rollout import Critic, Rollout, code_logits, frames_on_steps, judge, play, prompt_of, sample_seed, score_steps
 
 if TYPE_CHECKING:
     from rlhf.train_ppo import Config
+
+FRAME_GAMMA = 0.9
+"""Discount a step of what frames are worth: some ten steps, .4 s of the shipped codec, the window in which a frame is judged. Each clip's
+frames sum to 0, so that without a discount of their own they would tell a policy nothing at all."""
 
 
 class Run:
@@ -44,7 +48,7 @@ class Run:
         self.cfg, self.task, self.accelerator = cfg, task, accelerator
         self.reward = weighted(parse_weights(cfg.weights), task.score, task.checks, task.least, task.watched)
         self.held = held_parts(cfg.hold, parse_weights(cfg.weights))
-        self.credit = credit_of(cfg.credit, task, self.reward.trained)
+        self.credit = credit_of(cfg.credit, task, self.reward.trained, bool(cfg.frame_weight))
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster(accelerator.device))
         self.table = task.table.to(accelerator.device)
         set_seed(cfg.seed)
@@ -104,17 +108,21 @@ class Run:
         """This process's clips -> all clips, in the order of their indices, with rewards at the present price of drift, which is then
         adapted."""
         prompts, known = [self.task.prompts[row] for row in mine.prompt_ids.tolist()], {}
+        slopes: list[Tensor] = []
         if self.credit == "codes":
             found = {name: self.task.slopes[name](mine.codes, prompts) for name in self.reward.trained}
             known = {name: score for name, (_, score) in found.items()}
-            mine = dataclasses.replace(mine, slope=torch.stack([slope for slope, _ in found.values()], 1).to(mine.logps))
+            slopes = [slope for slope, _ in found.values()]
+        if self.cfg.frame_weight:
+            frames, slope_of_frames = self._frames(mine.codes, prompts)
+            slopes += slope_of_frames
+            mine = dataclasses.replace(mine, frames=frames_on_steps(frames, mine.codes.shape[1]).to(mine.logps))
+        if slopes:
+            mine = dataclasses.replace(mine, slope=torch.stack(slopes, 1).to(mine.logps))
         marks = self.reward.marks(mine.codes, prompts, known=known)
         rollout = dataclasses.replace(mine, marks=marks).map(self.accelerator.gather)
         if self.step == 0:
             self.reward.measure(rollout.marks)
-        if self.credit == "codes":
-            slope = self.reward.slope(dict(zip(self.reward.trained, rollout.slope.unbind(1))))
-            rollout = dataclasses.replace(rollout, slope=limited(slope))
         total = self.reward.judge(rollout.marks).total
         if self.cfg.baseline == "prompt":
             centred = self.baseline(rollout.prompt_ids, total)
@@ -122,6 +130,12 @@ class Run:
             centred = leave_one_out(rollout.prompt_ids, total) if self.cfg.baseline == "loo" else total
         self.price = price = self.controller.kl_coef
         judged = judge(rollout, centred, self.normalizer, price)
+        if self.credit == "codes":
+            *parts, last = judged.slope.unbind(1)
+            slope = limited(self.reward.slope(dict(zip(self.reward.trained, [*parts, last]))))
+            if self.cfg.frame_weight:
+                slope = slope + self.normalizer.std * self.frame_price * limited(last)
+            judged = dataclasses.replace(judged, slope=slope)
         kl = (rollout.logps - rollout.ref_logps).sum(1).mean().item()
         self.controller.update(kl, len(rollout.codes))
         finite = total[torch.isfinite(total)]
@@ -137,12 +151,22 @@ class Run:
             "kl_coef": price,
             "reward": judged.rewards.sum(1).mean().item(),
             "entropy": -masked_mean(rollout.logps, rollout.mask).item(),
+            **({"frames_worst": rollout.frames.min(1).values.mean().item()} if self.cfg.frame_weight else {}),
         }
         if self.cfg.brake != "off" and kl > self.cfg.kl_budget:
             self.braked = f"kl {kl:.1f} nats a clip exceeds the budget of {self.cfg.kl_budget:g}"
         if self.task.heldout is None:
             self.examples = [(self.task.prompts[int(i)], codes) for i, codes in zip(rollout.prompt_ids[: self.cfg.listen], rollout.codes)]
         return judged, figures
+
+    def _frames(self, codes: Tensor, prompts: list[str]) -> tuple[Tensor, list[Tensor]]:
+        """How good each frame is beside the rest of its clip [B, T]; and the slope of that [B, D, T], where credit is given by slopes."""
+        if self.credit == "codes":
+            assert self.task.frame_slope is not None
+            slope, frames = self.task.frame_slope(codes, prompts)
+            return frames, [slope]
+        assert self.task.frames is not None
+        return self.task.frames(codes, prompts), []
 
     def learn(self, rollout: Rollout) -> dict[str, float]:
         """`epochs` passes of clipped updates over a judged, global rollout. Returns means over the updates."""
@@ -165,9 +189,18 @@ class Run:
         return sums
 
     def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Advantages, whitened over the steps of all processes, and returns [B, S] of a judged, global rollout."""
+        """Advantages, whitened over the steps of all processes, and returns [B, S] of a judged, global rollout. What frames are worth has a
+        discount of its own (as Burda et al. 2018, arXiv:1810.12894, have for a second reward) and no critic: it is 0 on average."""
         advantages, returns = gae(rollout.rewards, rollout.values, rollout.mask, self.cfg.gamma, self.cfg.lam)
+        if self.cfg.frame_weight:
+            worth = self.frame_price * rollout.frames
+            advantages = advantages + gae(worth, torch.zeros_like(worth), rollout.mask, FRAME_GAMMA, 1.0)[0]
         return masked_whiten(advantages, rollout.mask), returns
+
+    @property
+    def frame_price(self) -> float:
+        """Of a nat of one frame, in standard deviations of the score."""
+        return self.cfg.frame_weight / self.cfg.n_frames
 
     def _minibatches(self, n: int) -> list[Tensor]:
         """Rows of each update, the same on every process; drawn from (seed, step), so that nothing has to be remembered."""
@@ -385,14 +418,14 @@ class Run:
         }
 
 
-def without_slope(task: Task, trained: tuple[str, ...]) -> list[str]:
-    """The parts that are trained on and cannot say where a clip should have moved."""
-    return [name for name in trained if name not in task.slopes]
+def without_slope(task: Task, trained: tuple[str, ...], frames: bool) -> list[str]:
+    """What is trained on and cannot say where a clip should have moved: parts of the reward, and `frames` where they have a weight."""
+    return [name for name in trained if name not in task.slopes] + ["frames"] * (frames and task.frame_slope is None)
 
 
-def credit_of(wanted: str, task: Task, trained: tuple[str, ...]) -> str:
-    """`score` or `codes`. Code by code where every part that is trained on has a slope; UserError where that is asked for and cannot be."""
-    flat = without_slope(task, trained)
+def credit_of(wanted: str, task: Task, trained: tuple[str, ...], frames: bool = False) -> str:
+    """`score` or `codes`. Code by code where all that is trained on has a slope; UserError where that is asked for and cannot be."""
+    flat = without_slope(task, trained, frames)
     if wanted == "codes" and flat:
         raise UserError(
             f"--credit codes with {', '.join(flat)}, without a slope", f"parts among {sorted(task.slopes)}", "use --credit score"

@@ -28,6 +28,8 @@ from rlhf.rewards import HUMAN, LEAST_LOGITS, Score, Slope
 
 Embed = Callable[[Tensor, list[str]], Tensor]
 """codes [B, K, T] and prompts -> features [B, F], in which distance is difference to the ear."""
+Frames = Callable[[Tensor, list[str]], Tensor]
+"""codes [B, K, T] and prompts -> how good each frame is beside the rest of its clip [B, T], nats, 0 on average."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Task:
     """How clips are heard."""
     heldout: Prompts | None = None
     """Prompts that are played to watch the run and never learnt from."""
+    frames: Frames | None = None
+    """Where each clip is good and bad, where raters marked stretches."""
+    frame_slope: Slope | None = None
+    """Where each frame should have moved for its stretch to sound better, and `frames`."""
     watched: Score | None = None
     """A judge whose opinion of them is plotted, and that is all."""
 
@@ -121,6 +127,8 @@ def load_task(
         embed=embedding(policy, reward),
         sound=sound_of(policy),
         heldout=None if heldout_file is None else load_prompts(policy, heldout_file),
+        frames=None if reward is None or reward.frames is None else reward.per_frame,
+        frame_slope=None if reward is None or reward.frames is None else reward.frame_slope,
         watched=None if watch is None else OutsideJudge(shlex.split(watch), policy, "--watch-command"),
     )
 

@@ -127,12 +127,20 @@ class RewardModel:
 
         Raises: UserError when the votes it was fitted on had too few marks.
         """
+        return self._frame_head(codes, prompts)(frame_features(self.base.codec, codes).cpu()).to(codes.device)
+
+    def frame_slope(self, codes: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """codes [B, K, T] and their prompts -> where each frame should have moved for its stretch to sound better [B, D, T], and
+        `per_frame` [B, T], with its error."""
+        return self._frame_head(codes, prompts).slope(self.base.codec, codes)
+
+    def _frame_head(self, codes: Tensor, prompts: Sequence[str]) -> FrameHead:
         if len(prompts) != len(codes):
             raise ValueError(f"{len(codes)} clips and {len(prompts)} prompts")
         if self.frames is None:
             got = "a reward model without a head for frames"
             raise UserError(got, "votes with stretches marked as bad", "ask raters to mark stretches, then train again")
-        return self.frames(frame_features(self.base.codec, codes).cpu()).to(codes.device)
+        return self.frames
 
     def _judged(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
         """[E, B]: what each judge says, before the temperature."""

@@ -37,8 +37,8 @@ class Rollout:
     codes [B, K, T] int64; prompt_ids [B] int64, rows of the run's prompts; mask [B, S], True where a step counts;
     logps (of the policy that played), ref_logps, values, rewards [B, S]; book_kl [B, K], each codebook's share of the clip's
     log-ratio; marks [B, P] of the reward's parts (P = 0 until it was asked); slope [B, D, T] of the score along the codec's latents
-    (of each trained part, [B, P, D, T], until it was judged; D = 0 where credit is not given code by code); score [B] as judged, NaN
-    until `judge`.
+    (of each trained part, [B, P, D, T], until it was judged; D = 0 where credit is not given code by code); frames [B, S], what a step's
+    frames are worth beside the rest of the clip, in nats, 0 where nobody asked; score [B] as judged, NaN until `judge`.
     """
 
     codes: Tensor
@@ -50,6 +50,7 @@ class Rollout:
     book_kl: Tensor
     marks: Tensor
     slope: Tensor
+    frames: Tensor
     score: Tensor
     rewards: Tensor
 
@@ -194,9 +195,15 @@ def play(
         book_kl=kl_k1(made.code_logps, ref.code_logps).sum(-1),
         marks=made.logps.new_zeros((len(cond), 0)),
         slope=made.logps.new_zeros((len(cond), 0, n_frames)),
+        frames=torch.zeros_like(made.logps),
         score=torch.full((len(cond),), float("nan"), device=device),
         rewards=torch.zeros_like(made.logps),
     )
+
+
+def frames_on_steps(frames: Tensor, n_q: int) -> Tensor:
+    """frames [B, T] -> [B, S]: each frame's worth in equal parts on the K steps that play its codes; a clip's sum stays what it was."""
+    return sum_by_step((frames / n_q)[:, None].expand(-1, n_q, -1))
 
 
 def add_score_once(rewards: Tensor, score: Tensor, mask: Tensor) -> Tensor:

@@ -74,6 +74,9 @@ class Config:
     """Parts that are to stay at the base's level and not to rise at the listeners' expense, such as similarity,tempo,genre: each one's
     weight moves from what --weights gives, at each look at --heldout-prompts: up while the clips are worse at it than the base's, else
     down."""
+    frame_weight: float = 0.0
+    """What marked stretches weigh: a clip whose frames were all one nat better beside the rest than they are would be worth so many
+    standard deviations of the score; each frame's share goes to the steps that play it. Needs a reward model that learnt from marks."""
     toy: bool = False
     """A tiny random policy rewarded for one code, instead of --policy, --reward and --prompts (what --preset smoke does)."""
     n_frames: int = 100
@@ -211,7 +214,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         accelerator.print(doubted)
     run = Run(cfg, task, accelerator)
     if cfg.credit == "auto" and run.credit == "score":
-        flat = ", ".join(without_slope(task, run.reward.trained))
+        flat = ", ".join(without_slope(task, run.reward.trained, bool(cfg.frame_weight)))
         accelerator.print(f"credit by score, which needs ten times the clips of credit code by code: {flat} has no slope")
     if cfg.resume:
         run.restore()
@@ -309,7 +312,12 @@ def check(cfg: Config, world: int) -> None:
 
 
 def check_task(cfg: Config, task: Task) -> None:
-    """Refuse a brake that has nothing to go by."""
+    """Refuse frames that nobody judges, and a brake that has nothing to go by."""
+    if cfg.frame_weight and task.frames is None:
+        got = f"--frame-weight {cfg.frame_weight:g} with a reward that knows nothing of frames"
+        raise UserError(
+            got, "a --reward that learnt from marked stretches", "ask raters to mark stretches and train it again, or leave it 0"
+        )
     if cfg.hold and task.heldout is None:
         raise UserError(f"--hold {cfg.hold} without --heldout-prompts", "prompts on which to compare with the base", "give them")
     if cfg.brake == "rewind" and task.heldout is None:

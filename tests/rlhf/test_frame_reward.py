@@ -86,6 +86,24 @@ def test_features_of_a_frame_come_from_its_window_alone(codec):
     assert not torch.allclose(one[:, 52], two[:, 52], atol=1e-3)
 
 
+def test_the_slope_of_frames_is_what_a_small_move_of_the_latents_brings_also_where_a_clip_hangs(codec, world):
+    head = fr.fit_frames(world.tables, world.marked)
+    codes = torch.from_numpy(clip_with_a_bad_stretch(np.random.default_rng(3), 20))[None].repeat(2, 1, 1)
+    codes[1] = 3  # one entry throughout: its latents do not vary at all
+    slope, frames = head.slope(codec, codes)
+    assert slope.isfinite().all()
+    torch.testing.assert_close(frames, head(fr.frame_features(codec, codes)))
+    latents = codec.latents(codes[:1]).double()
+    move = 1e-4 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def total(at):
+        table = fr.frame_features_of(at, codec.frame_rate)
+        return float((fr.standard(head.mean.double(), head.spread.double(), table) @ head.weights.double()).sum())
+
+    brought = total(latents + move) - total(latents - move)
+    assert brought == pytest.approx(2 * float((slope[0].double() * move).sum()), rel=0.02)
+
+
 def test_the_model_tells_frames_before_and_after_saving_and_says_what_it_lacks(codec, world, tmp_path):
     from types import SimpleNamespace
 
@@ -96,8 +114,9 @@ def test_the_model_tells_frames_before_and_after_saving_and_says_what_it_lacks(c
     lens = rh.make_lens(head, table, torch.arange(12) // 6)
     members = torch.randn(3, table[rf.LATENTS].shape[1], generator=torch.Generator().manual_seed(2))
     model = rm.RewardModel(base, head, lens, members, torch.zeros(3), lam=0.5, temperature=2.0)
-    with pytest.raises(UserError, match="stretches marked"):
-        model.per_frame(codes, ["p"] * 12)
+    for ask in (model.per_frame, model.frame_slope):
+        with pytest.raises(UserError, match="stretches marked"):
+            ask(codes, ["p"] * 12)
     model.frames = fr.fit_frames(world.tables, world.marked)
     model.extras = {rm.ACCEPTABLE: rm.Extra(members[:1], torch.tensor([0.5]), 2.0)}
     model.save(tmp_path)
