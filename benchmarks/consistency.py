@@ -176,11 +176,12 @@ def agreement(policy: Policy, clips: list[Known], seed: int = 0) -> dict[str, di
     codes, rng, found = torch.stack([clip.codes for clip in clips]), random.Random(seed), {}
     judges = checks(policy)
     for name, (own, what) in asks.items():
-        others = [rng.choice([text for text, other in zip(own, what) if other != mine]) for mine in what]
-        right, wrong = (judged(judges[name], codes, texts) for texts in (own, others))
+        asked = [i for i, mine in enumerate(what) if mine is not None]  # a Dorian tune has no key that the check knows
+        others = [rng.choice([own[j] for j in asked if what[j] != what[i]]) for i in asked]
+        right, wrong = (judged(judges[name], codes[asked], texts) for texts in ([own[i] for i in asked], others))
         if not (np.isfinite(right).all() and np.isfinite(wrong).all()):
             raise ValueError(f"the check {name!r} finds nothing asked for in its prompts")
-        found[name] = {"auc": above(right, wrong), "n": len(clips)}
+        found[name] = {"auc": above(right, wrong), "n": len(asked)}
     return found
 
 

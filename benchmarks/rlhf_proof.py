@@ -44,7 +44,7 @@ REWARD: tuple[str, ...] = ()
 FIT = ("--kl-budget", "150", "--weights", "human=1,similarity=0.35,tempo=0.25,genre=0.15", "--hold", "similarity,tempo,genre")
 PPO: tuple[str, ...] = ("--steps", "40", "--lr", "1.5e-3", "--kl-coef", "0.005", *FIT)
 DPO: tuple[str, ...] = (
-    *("--rounds", "8", "--round-prompts", "80", "--round-clips", "2", "--batch-size", "16", "--lr", "1e-3", "--beta", "0.1"),
+    *("--rounds", "8", "--round-prompts", "80", "--round-clips", "2", "--batch-size", "16", "--lr", "7e-4", "--beta", "0.1"),
     *("--held-out-clips", "64", *FIT),
 )
 SFT: tuple[str, ...] = ()
