@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,3 +76,50 @@ def test_a_service_that_is_not_installed_is_told_with_its_remedy(kind: Kind, tmp
         pytest.skip(f"{kind} is installed here")
     with pytest.raises(UserError, match=f"pip install {kind}"):
         open_tracker(kind, tmp_path, "ppo", {})
+
+
+class Service:
+    """What of wandb and trackio a run calls, written down: a stand-in, for neither is installed where tests run."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.id = "abc123"
+
+    def init(self, **how: Any) -> Service:
+        self.calls.append(("init", how))
+        return self
+
+    def log(self, figures: dict[str, Any], step: int) -> None:
+        self.calls.append(("log", (figures, step)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+    def Audio(self, path: str, caption: str = "") -> tuple[str, str, str]:  # noqa: N802 (their name)
+        return "audio", Path(path).name, caption
+
+    def Image(self, path: str, caption: str = "") -> tuple[str, str, str]:  # noqa: N802 (their name)
+        return "image", Path(path).name, caption
+
+
+@pytest.mark.parametrize(("kind", "caption", "first"), [("wandb", "", "allow"), ("trackio", "calm", "never")])
+def test_services_are_told_figures_and_clips_and_a_resumed_run_goes_on(
+    kind: Kind, caption: str, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service()
+    monkeypatch.setitem(sys.modules, kind, service)
+    tracker = open_tracker(kind, tmp_path, "ppo", {"lr": 1.0})
+    tracker.scalars({"score": 0.5, "broken": float("nan")}, 3)
+    tracker.clip("calm", tone(440), RATE, 3)
+    tracker.close()
+    media = {"calm/audio": ("audio", "calm.wav", "calm"), "calm/mel": ("image", "calm.png", caption)}
+    (_, begun), *rest = service.calls
+    assert (begun["resume"], begun["config"]) == (first, {"lr": 1.0})
+    assert rest == [("log", ({"score": 0.5}, 3)), ("log", (media, 3)), ("finish", None)]
+    again = open_tracker(kind, tmp_path, "ppo", {"lr": 1.0}, first_step=3)
+    again.close()
+    (_, resumed) = service.calls[4]
+    assert resumed["resume"] == "allow"
+    assert resumed["name"] == begun["name"]
+    if kind == "wandb":
+        assert (begun["id"], resumed["id"]) == (None, "abc123")
