@@ -2,14 +2,16 @@
 
     python benchmarks/ppo_sides.py encore --batch 16 --frames 125        # then write "step" to it, and read a line of JSON
 
-    encore        rlhf/train_ppo.py's Run: play, judge, learn
+    encore        rlhf/train_ppo.py's Run: play, judge, learn, with credit by score
+    encore-codes  the same with credit code by code, and so with a reward that has a slope, at its full cost (see `sloped`)
     policy-only   the same without reference and critic: what the policy's memory is compared with
     trl-delay     TRL's PPOTrainer over the same LM under its interface of a causal LM: T + K - 1 decoder steps a pass
     trl-llama     TRL's PPOTrainer over a Llama of as many parameters: K * T tokens, one after another
 
 Every side plays and learns alike: the same clips a step, frames, epochs, minibatches, rank of the adapter, threads and number
-format, and a reward that costs nothing (the share of odd codes). TRL demands that reference, value and reward be models: the
-reference is the policy with its adapter off (TRL's own way with PEFT), the value model a copy of the policy with a linear head.
+format, and, but for encore-codes, a reward that costs nothing (the share of odd codes). TRL demands that reference, value and
+reward be models: the reference is the policy with its adapter off (TRL's own way with PEFT), the value model a copy of the policy
+with a linear head.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ if not __package__:
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -52,6 +55,10 @@ from base_models.sampling import generate
 from rlhf.flat_policy import IMPOSSIBLE, N_SPECIAL, FlatCausalLM, flat_order, flatten_codes, make_tokenizer, prompt_id
 from rlhf.losses import masked_whiten, ppo_policy_loss
 from rlhf.ppo_run import Run
+from rlhf.reward_features import DESCRIPTORS, FIT, features
+from rlhf.reward_heads import Head, make_lens
+from rlhf.reward_model import RewardModel
+from rlhf.rewards import HUMAN
 from rlhf.rollout import prompt_of, sample_seed, score_steps
 from rlhf.train_ppo import Config, Task
 
@@ -71,7 +78,19 @@ def without_tempo(policy: Policy, prompts: list[str]) -> Conditions:
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
-def our_run(args: argparse.Namespace, policy: Policy, prompts: list[str]) -> Run:
+def sloped(policy: Policy, prompts: list[str]) -> RewardModel:
+    """Five heads over what the demo's reward reads, descriptors and the fit of clip and prompt, with random weights: untrained, and as dear
+    as a trained one to ask for its slope."""
+    generator = torch.Generator().manual_seed(0)
+    head = Head("linear", (DESCRIPTORS, FIT), 1.0)
+    codes = torch.randint(0, policy.lm.card, (16, policy.lm.n_q, 50), generator=generator)
+    table = features(policy, codes, [prompts[row % len(prompts)] for row in range(16)], head.blocks)
+    width = sum(rows.shape[1] for rows in table.values())
+    lens = make_lens(head, table, torch.arange(16) // 2)
+    return RewardModel(policy, head, lens, torch.randn(5, width, generator=generator), torch.zeros(5), lam=0.5, temperature=1.0)
+
+
+def our_run(args: argparse.Namespace, policy: Policy, prompts: list[str], credit: Literal["score", "codes"] = "score") -> Run:
     cfg = Config(
         n_frames=args.frames,
         batch_size=args.batch,
@@ -79,13 +98,17 @@ def our_run(args: argparse.Namespace, policy: Policy, prompts: list[str]) -> Run
         minibatches=args.minibatches,
         precision=args.precision,
         steps=1000,
+        credit=credit,
     )
     task = Task(policy.lm, prompts, without_tempo(policy, prompts), share_of_odd_codes, policy.sha256)
+    if credit == "codes":
+        reward = sloped(policy, prompts)
+        task = dataclasses.replace(task, score=reward.score, slopes={HUMAN: reward.slope}, codebooks=policy.codec.codebooks)
     return Run(cfg, task, Accelerator(cpu=True))
 
 
-def encore(args: argparse.Namespace, policy: Policy, prompts: list[str], turn: Turn) -> None:
-    run = our_run(args, policy, prompts)
+def encore(args: argparse.Namespace, policy: Policy, prompts: list[str], turn: Turn, credit: Literal["score", "codes"] = "score") -> None:
+    run = our_run(args, policy, prompts, credit)
     turn()
     while True:
         began = time.perf_counter()
@@ -340,6 +363,7 @@ class Turn:
 
 SIDES: dict[str, Callable[[argparse.Namespace, Policy, list[str], Turn], None]] = {
     "encore": encore,
+    "encore-codes": functools.partial(encore, credit="codes"),
     "policy-only": policy_only,
     "trl-delay": trl_delay,
     "trl-llama": trl_llama,

@@ -3,6 +3,7 @@
     python benchmarks/ppo_step.py                          # 16 clips of 5 s: ours, TRL over the delay pattern, over a flat Llama, memory
     python benchmarks/ppo_step.py --precision bf16 --no-llama
     python benchmarks/ppo_step.py --growth --frames 125 250 750 --batch 8 16 32      # ours and the wrapper, step against size
+    python benchmarks/ppo_step.py --no-trl                 # ours by both kinds of credit, and the policy alone
     python benchmarks/ppo_step.py --quick                  # ours alone, a few frames: does it still run
 
 TRL 1.12 (the last with PPO) is installed into a folder beside the caches, not into this environment. Every side is a process of
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-llama", action="store_true")
+    parser.add_argument("--no-trl", action="store_true", help="none of TRL's sides; it is not installed either")
     parser.add_argument("--growth", action="store_true", help="every --frames with every --batch, one counted step")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--trl", type=Path, default=Path(tempfile.gettempdir()) / "encore-trl-1.12", help="where TRL 1.12 is or goes")
@@ -121,24 +123,26 @@ def main() -> None:
     settings = {name: getattr(args, name) for name in ("epochs", "minibatches", "precision", "critic", "threads")}
     if args.quick:
         args.frames, args.batch = [8], [4]
-    trl = None if args.quick else install_trl(args.trl)
+    args.no_trl |= args.quick
+    trl = None if args.no_trl else install_trl(args.trl)
     rows = []
     for frames in args.frames:
         for batch in args.batch:
-            sides = {"encore": args.rounds, "policy-only": 1, "trl-delay": args.rounds, "trl-llama": min(args.rounds, 2)}
-            if args.growth:
-                sides = {"encore": 1, "trl-delay": 1}
-            if args.quick:
-                sides = {"encore": 1, "policy-only": 1}
-            if args.no_llama:
-                sides.pop("trl-llama", None)
+            sides = {"encore": args.rounds, "encore-codes": args.rounds, "policy-only": 1, "trl-delay": args.rounds}
+            sides["trl-llama"] = min(args.rounds, 2)
+            if args.growth or args.quick:
+                sides = dict.fromkeys(sides, 1)
+            if args.no_llama or args.growth:
+                sides.pop("trl-llama")
+            if args.no_trl:
+                sides = {side: rounds for side, rounds in sides.items() if not side.startswith("trl")}
             figures = compare(sides, trl, frames=frames, batch=batch, **settings)
             rows.append({"frames": frames, "batch": batch, **settings, "sides": figures})
             print(f"\n{batch} clips of {frames} frames, {args.precision}, {args.threads} thread(s)\n{told(figures)}", flush=True)
-            if "policy-only" in figures:
-                held, peak = (figures["encore"][name] / figures["policy-only"][name] for name in ("held_mb", "peak_mb"))
-                print(f"policy + reference + critic against the policy alone: {held:.3f} of what is held, {peak:.3f} of the peak")
-                rows[-1] |= {"memory_held": held, "memory_peak": peak}
+            for side in ("encore", "encore-codes"):
+                held, peak = (figures[side][name] / figures["policy-only"][name] for name in ("held_mb", "peak_mb"))
+                print(f"memory of {side} against the policy alone: {held:.3f} of what is held, {peak:.3f} of the peak")
+                rows[-1][f"memory_{side}"] = {"held": held, "peak": peak}
     if args.out:
         args.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
