@@ -76,21 +76,38 @@ def expected_ppo_loss(
     Args: log_probs, old_log_probs, advantages [B, K, T, V]. mask [B, K, T] bool. count: divisor (see `losses.masked_mean`).
     Returns: a scalar loss; figures `dense_kl` (KL of old to new), `dense_clipfrac` (probability mass that was clipped), by the same count.
     """
-    old = old_log_probs.exp()
-    ratio = (log_probs - old_log_probs).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages)
-    flat = mask.flatten(1)
+    sums: list[Tensor] = _ExpectedSurrogate.apply(log_probs, old_log_probs, advantages, cliprange)  # type: ignore[no-untyped-call]
+    surrogate, kl, clipped = (masked_mean(x.flatten(1), mask.flatten(1), count) for x in sums)
+    return -surrogate, {"dense_kl": kl, "dense_clipfrac": clipped}
 
-    def mean(x: Tensor) -> Tensor:
-        return masked_mean(x.flatten(1), flat, count)
 
-    loss = -mean((old * surrogate).sum(-1))
-    with torch.no_grad():
-        stats = {
-            "dense_kl": mean((old * (old_log_probs - log_probs)).sum(-1)),
-            "dense_clipfrac": mean((old * ((ratio - 1).abs() > cliprange)).sum(-1)),
-        }
-    return loss, stats
+class _ExpectedSurrogate(torch.autograd.Function):
+    """Sums over V, [B, K, T] each: sum pi_old min(rho A, clip(rho) A); KL of old to new; the probability that is clipped.
+
+    The derivative of the first by log pi is pi A where nothing is clipped and 0 elsewhere: it is written down on the way, book by book, and
+    is all that is kept, where autograd would keep six tensors as large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor, Tensor]:
+        slope, sums = torch.empty_like(log_probs), log_probs.new_empty((3, *log_probs.shape[:-1]))
+        for k in range(log_probs.shape[1]):
+            new, before, advantage = log_probs[:, k], old_log_probs[:, k], advantages[:, k]
+            old, ratio = before.exp(), (new - before).exp()
+            sums[1, :, k] = (old * (before - new)).sum(-1)
+            sums[2, :, k] = (old * ((ratio - 1).abs() > cliprange)).sum(-1)
+            plain, bounded = ratio * advantage, ratio.clamp(1 - cliprange, 1 + cliprange) * advantage
+            sums[0, :, k] = (old * torch.minimum(plain, bounded)).sum(-1)
+            slope[:, k] = old * plain * (plain <= bounded)
+        ctx.save_for_backward(slope)
+        surrogate, kl, clipped = (x.clone() for x in sums)
+        ctx.mark_non_differentiable(kl, clipped)
+        return surrogate, kl, clipped
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * upstream[..., None], None, None, None
 
 
 def redraw(codes: Tensor, log_probs: Tensor, gain: Tensor, price: float, generator: torch.Generator) -> Tensor:

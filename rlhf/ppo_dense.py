@@ -65,23 +65,23 @@ def dense_table(
         no other process counts in the scale. unit: the score's standard deviation. price: of a nat, in units. reduce: sums over ranks.
     """
     needed = torch.unique(torch.cat([rows, own]))
-    old, made, masks = [], [], []
-    for part in needed.split(microbatch):
+    shape = (len(needed), *rollout.codes.shape[1:])
+    old, made = (rollout.slope.new_empty((*shape, codebooks.shape[1])) for _ in range(2))
+    for start, part in zip(range(0, len(needed), microbatch), needed.split(microbatch)):
+        here = slice(start, start + len(part))
         codes, cond = rollout.codes[part], conditions(part)
-        now = logits(codes, cond).log_softmax(-1)
+        now = old[here] = logits(codes, cond).log_softmax(-1)
         with adapter_disabled(lm):
             reference = logits(codes, cond).log_softmax(-1)
-        old.append(now)
-        made.append(dense_advantages(gains(rollout.slope[part] / unit, codebooks), now, reference, price))
-        masks.append(rollout.mask[part].any(1)[:, None, None].expand(codes.shape))
+        made[here] = dense_advantages(gains(rollout.slope[part] / unit, codebooks), now, reference, price)
     place = {row: index for index, row in enumerate(needed.tolist())}
-    table = DenseTable(place, torch.cat(old), torch.cat(made), torch.cat(masks), 1.0)
+    mask = rollout.mask[needed].any(1)[:, None, None].expand(shape)
     mine = torch.tensor([place[row] for row in own.tolist()], dtype=torch.long, device=needed.device)
-    counted = table.mask[mine].double()
-    square = (table.old_log_probs[mine].exp() * table.advantages[mine].square()).sum(-1).double()
+    square = torch.cat([(old[row].exp() * made[row].square()).sum(-1)[None] for row in mine]).double()
+    counted = mask[mine].double()
     sums = reduce(torch.stack([(square * counted).sum(), counted.sum()]))
     scale = float((sums[0] / sums[1].clamp(min=1)).sqrt().clamp_min(1e-12))
-    return DenseTable(place, table.old_log_probs, table.advantages / scale, table.mask, scale)
+    return DenseTable(place, old, made.div_(scale), mask, scale)
 
 
 def sampled_log_ratio(log_probs: Tensor, codes: Tensor, old_logps: Tensor) -> Tensor:

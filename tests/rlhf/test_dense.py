@@ -109,3 +109,17 @@ def test_without_a_gain_nothing_is_redrawn():
     codes = torch.randint(0, V, (B, K, T), generator=torch.Generator().manual_seed(0))
     same = redraw(codes, distributions(0), torch.zeros(B, K, T, V, dtype=torch.float64), 0.5, torch.Generator().manual_seed(1))
     assert torch.equal(codes, same)
+
+
+def test_the_surrogates_derivative_is_that_of_its_definition_clipped_or_not():
+    old, advantages = distributions(1), torch.randn(B, K, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    logits = (old + torch.randn(B, K, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3))).requires_grad_(True)
+    ratio = (logits.log_softmax(-1) - old).exp()
+    assert 0.2 < float(((ratio - 1).abs() > 0.2).double().mean()) < 0.95  # both kinds are there
+    plain = -(old.exp() * torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).sum(-1).mean()
+    (expected,) = torch.autograd.grad(plain, logits)
+    loss, stats = expected_ppo_loss(logits.log_softmax(-1), old, advantages, EVERYWHERE, 0.2)
+    (found,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(found, expected)
+    assert not stats["dense_kl"].requires_grad
