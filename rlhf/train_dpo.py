@@ -199,7 +199,15 @@ TOY_ROUNDS: dict[str, Any] = {
     "held_out_clips": 16,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "rounds": {"lr": 1e-3, "rounds": 8, "round_prompts": 80, "batch_size": 16, "weights": f"{HUMAN}=1,similarity=0.35"},
+    "rounds": {
+        "lr": 7e-4,
+        "rounds": 8,
+        "round_prompts": 80,
+        "batch_size": 16,
+        "held_out_clips": 64,
+        "weights": f"{HUMAN}=1,similarity=0.35,tempo=0.25,genre=0.15",
+        "hold": "similarity,tempo,genre",
+    },
     "best_worst": {"lr": 1e-3, "pairing": "best_worst", "rounds": 10, "round_prompts": 48, "round_clips": 8, "round_epochs": 2},
     "smoke": {**TOY, "out": Path("runs/dpo-smoke"), "steps": 30},
     "smoke_reward": {**TOY, **TOY_ROUNDS, "out": Path("runs/dpo-smoke-reward"), "lr": 1e-2},
