@@ -9,7 +9,7 @@ side the clip as it was played, DPO would learn to tell edits from clips, which 
 clip). The reward judges both; a pair that it does not order as it was meant is not used.
 
 The log-ratios of such a pair are summed over the codes that differ (rlhf.own_pairs.edited_codes): the rest is the same on both sides and
-only said in another context, which is noise (measured on the demo base: .90 of a spread at 70 nats, where whole clips needed 119 for .95).
+only said in another context, which is noise. (docs/training.md has what single runs gave; they differ in more than this.)
 
 The idea of learning from a clip and its counterfactual: Kaushik et al. 2020, arXiv:1909.12434 (counterfactually augmented data);
 mirrored noise against variance: antithetic variates, Hammersley and Morton 1956.

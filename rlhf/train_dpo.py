@@ -119,7 +119,7 @@ class Config:
     """Peak learning rate (AdamW, linear warmup, cosine to 0)."""
     weight_decay: float = 0.0
     """How fast the adapter forgets (AdamW, decoupled: a share of lr * weight_decay a step). Towards 0 is towards the base: what is noise
-    decays, what each batch asks for again stays, and the same gain costs fewer nats."""
+    should decay, and what each batch asks for again stay. Not shown to help."""
     batch_size: int = 8
     """Pairs a step and process."""
     accumulation: int = 1
