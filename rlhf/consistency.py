@@ -49,11 +49,16 @@ NAMED: Mapping[str, Versions] = {"mood": mood_versions, "instrument": instrument
 """Checks by exchanging words in the prompt."""
 
 
-def checks(base: Base) -> dict[str, Score]:
-    """Every check that this base can make: similarity, mood, instrument and genre need its audio-text space."""
+def space_of(base: Base) -> Space | None:
+    """The base's audio-text space with a memory for prompts. One for `checks` and `slopes` together embeds a prompt's versions once."""
+    return None if base.contrastive is None else Space(base.contrastive)
+
+
+def checks(base: Base, space: Space | None = None) -> dict[str, Score]:
+    """Every check that this base can make: similarity, mood, instrument and genre need its audio-text space (`space_of`)."""
     found: dict[str, Score] = {}
-    if base.contrastive is not None:
-        space = Space(base.contrastive)
+    space = space or space_of(base)
+    if space is not None:
         found["similarity"] = space.similarity
         found |= {name: partial(space.named, versions=versions) for name, versions in NAMED.items()}
     found["tempo"] = partial(tempo_probability, base.codec)
@@ -61,12 +66,12 @@ def checks(base: Base) -> dict[str, Score]:
     return found
 
 
-def slopes(base: Base) -> dict[str, Slope]:
+def slopes(base: Base, space: Space | None = None) -> dict[str, Slope]:
     """The slopes of the checks along the codec's latents: of those in the audio-text space, and of tempo and key where the codec plays
     magnitudes (a foreign codec is heard through its waveform, without a slope)."""
     found: dict[str, Slope] = {}
-    if base.contrastive is not None:
-        space = Space(base.contrastive)
+    space = space or space_of(base)
+    if space is not None:
         found["similarity"] = _slope(base, space.similarity_heard)
         found |= {name: _slope(base, partial(space.named_heard, versions=versions)) for name, versions in NAMED.items()}
     if isinstance(base.codec, MagnitudeCodec):

@@ -19,7 +19,7 @@ from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import Policy, load_policy
-from rlhf.consistency import checks, slopes
+from rlhf.consistency import checks, slopes, space_of
 from rlhf.journal import Sound, sound_of
 from rlhf.outside_judge import OutsideJudge
 from rlhf.reward_features import LATENTS, features
@@ -107,6 +107,7 @@ def load_task(
     prompts = load_prompts(policy, prompts_file)
     reward = None if reward_dir is None else load_reward(reward_dir, policy)
 
+    space = space_of(policy)
     score: Score | None = None if reward is None else reward.score
     if command is not None:
         score = OutsideJudge(shlex.split(command), policy)
@@ -120,8 +121,8 @@ def load_task(
         least=0.0 if reward is None else LEAST_LOGITS,
         reward_sha256=None if reward is None else reward.sha256,
         snapshot_sha256=None if reward is None else reward.snapshot_sha256,
-        checks=checks(policy) | ({} if reward is None else aspects(reward)),
-        slopes=({HUMAN: reward.slope} if reward is not None and reward.has_slope else {}) | slopes(policy),
+        checks=checks(policy, space) | ({} if reward is None else aspects(reward)),
+        slopes=({HUMAN: reward.slope} if reward is not None and reward.has_slope else {}) | slopes(policy, space),
         codebooks=policy.codec.codebooks,
         spread=reward.spread if reward is not None and reward.has_spread else None,
         embed=embedding(policy, reward),
