@@ -216,6 +216,9 @@ def latest_training_state(run_dir: str | os.PathLike[str], parents: Mapping[str,
         return None
     known = read_json(found[-1] / "state.json")["extra"] if parents else {}
     for name, value in (parents or {}).items():
+        if value is not None and name not in known:
+            got = f"{found[-1]} without {name}: an earlier version began it, or another script"
+            raise UserError(got, "a checkpoint of this one", "go on with what began it, or start a new --out")
         if known.get(name) != value:
             got = f"{found[-1]} of {name} {known.get(name)}, now {value}"
             raise UserError(got, "the same one", "resume with it, or start a new --out")

@@ -363,7 +363,7 @@ def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str
     return {
         "base_sha256": task.base_sha256,
         "snapshot_sha256": task.snapshot_sha256,
-        "pairs_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+        "ordered_pairs_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "reward_sha256": own and own.reward_sha256,
         "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
         "loss": cfg.loss,

@@ -160,7 +160,7 @@ def test_another_run_is_not_overwritten_and_not_resumed_with_other_votes(run):
     _, out = run
     with pytest.raises(UserError, match="another run"):
         train_dpo.main(config(out))
-    with pytest.raises(UserError, match="pairs_sha256"):
+    with pytest.raises(UserError, match="ordered_pairs_sha256"):
         train_dpo.main(config(out, resume=True, ties="drop"))
 
 
