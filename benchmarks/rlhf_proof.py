@@ -8,11 +8,14 @@
     python benchmarks/rlhf_proof.py --small --out runs/proof-small          # the whole graph in minutes; its figures mean nothing
 
     prompts -> clips of the base -> votes through the rating app's HTTP -> snapshot -> reward -> PPO | DPO | best of n | SFT
-    -> held-out prompts -> the taste judges, in a process of its own -> OUT/report.md, plots, proof.json
+    -> held-out prompts -> the taste judges, in a process of its own -> OUT/final/report.md, plots, proof.json
 
-It may be killed at any moment and called again: finished cells are kept, a begun training run goes on from its checkpoint. Settings are
-part of a cell's name: change a constant below and only what hangs on it is done again. The code is not: after a change of a training
-script take another --out. --report-only tells what is there. Every program has one thread; --jobs runs so many side by side."""
+Experiments, tastes and seeds may be asked for in one call or in many: what is finished is written down in OUT/final/ledger.json, and the
+report shows all that stands there (results of settings that were changed since are left out, and counted). It may be killed at any
+moment and called again: finished cells are kept, a begun training run goes on from its checkpoint. Settings are part of a cell's name:
+change a constant below and only what hangs on it is done again. The code is not: after a change of a training script take another --out.
+--report-only tells what is there, --list what is left and an estimate of its minutes. Every program has one thread; --jobs runs so many
+side by side."""
 
 from __future__ import annotations
 
@@ -28,10 +31,12 @@ from itertools import product
 
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED
-from rlhf.proof.cells import closure, run_all
-from rlhf.proof.figures import collect_figures
+from rlhf.proof.cells import Cell, closure, run_all
+from rlhf.proof.ledger import remember
+from rlhf.proof.left import expected, seconds_left
 from rlhf.proof.page import sections, write_page
 from rlhf.proof.plan import METHODS, SMALL, Arguments, Builder, Plan, Sizes
+from rlhf.proof.tables import collect_figures
 
 TASTES = ("warm", "drive", "space")
 SEEDS = (3, 4, 5)
@@ -74,9 +79,11 @@ def build(args: argparse.Namespace) -> Plan:
     sizes, arguments = (SMALL, SMALL_ARGUMENTS) if args.small else (Sizes(), FULL_ARGUMENTS)
     if args.votes_main:
         sizes = dataclasses.replace(sizes, votes=args.votes_main)
+    if args.shuffles:
+        sizes = dataclasses.replace(sizes, shuffles=args.shuffles)
     builder = Builder(sizes, arguments, args.policy, args.tuning, args.tokens)
     plan = Plan()
-    tastes, seeds = args.tastes or [TASTES[0]], args.seeds or [0]  # of all but the main table
+    tastes, seeds = args.tastes or [TASTES[0]], args.seeds or [SEEDS[0]]  # of all but the main table, whose cells they share
     for experiment in args.experiments:
         if experiment == "main":
             builder.main_table(plan, args.tastes or TASTES, args.seeds or SEEDS, args.methods)
@@ -85,14 +92,23 @@ def build(args: argparse.Namespace) -> Plan:
             for taste, seed in product(tastes, seeds):
                 builder.curve(plan, taste, seed, args.methods, votes)
         elif experiment == "over_optimisation":
-            if len(tastes) * len(seeds) > 1:
-                got = f"over_optimisation with tastes {','.join(tastes)} and seeds {','.join(map(str, seeds))}"
-                raise UserError(got, "one taste and one seed", "run it by itself, with --tastes and --seeds of one each")
-            builder.over_optimisation(plan, tastes[0], seeds[0])
+            for taste, seed in product(tastes, seeds):
+                builder.over_optimisation(plan, taste, seed)
         else:
             for taste, seed in product(tastes, seeds):
                 builder.controls(plan, args.controls, taste, seed, [m for m in args.methods if m in ("ppo", "dpo")])
     return plan
+
+
+def list_cells(cells: list[Cell], root: Path, jobs: int) -> None:
+    """What is done, and what each of the others will take: an estimate, by finished cells of its kind or else by its weight."""
+    seconds = expected(cells, root)
+    left = [cell for cell in cells if not cell.is_done(root)]
+    for cell in cells:
+        print(f"{'done      ' if cell.is_done(root) else f'{seconds[cell.name] / 60:5.1f} min '} {cell.name}")
+    work = sum(seconds[cell.name] for cell in left) / 60
+    wall = seconds_left(left, seconds, jobs) / 60
+    print(f"{len(cells) - len(left)} of {len(cells)} done; left: an estimated {work:.0f} min of work, {wall:.0f} min with --jobs {jobs}")
 
 
 def words(allowed: tuple[str, ...]):  # type: ignore[no-untyped-def]
@@ -115,11 +131,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--policy", type=Path, default=PRETRAINED)
     parser.add_argument("--experiments", type=words(EXPERIMENTS), default=["main"], help=",".join(EXPERIMENTS))
     parser.add_argument("--tastes", type=words(TASTES), help="main table: all; other experiments: warm")
-    parser.add_argument("--seeds", type=integers, help="main table: 0,1,2; other experiments: 0")
+    parser.add_argument("--seeds", type=integers, help="main table: 3,4,5; other experiments: 3")
     parser.add_argument("--methods", type=words(METHODS), default=["ppo", "dpo"])
     parser.add_argument("--votes", type=integers, default=list(VOTES), help="points of the curve")
     parser.add_argument("--votes-main", type=int, help="votes of the main table and of the controls (default 2000)")
     parser.add_argument("--controls", type=words(CONTROLS), default=list(CONTROLS))
+    parser.add_argument("--shuffles", type=int, help="draws of shuffled votes a taste and seed (default 3)")
     parser.add_argument("--tuning", action="store_true", help="prompts and seeds that exist for choosing settings")
     parser.add_argument("--tokens", type=Path, help="the base's corpus, tokenised: measures the nearest training clip too")
     parser.add_argument("--jobs", type=int, default=1, help="programs side by side")
@@ -132,11 +149,13 @@ def main(argv: list[str] | None = None) -> int:
     root = args.out / "cells"
     plan = build(args)
     if args.list:
-        for cell in closure(plan.cells()):
-            print(f"{'done' if cell.is_done(root) else '    '} {cell.name}")
+        list_cells(closure(plan.cells()), root, args.jobs)
         return 0
     failed = {} if args.report_only else run_all(plan.cells(), root, args.jobs)
-    figures = {**collect_figures(plan, root), "failed": failed}
+    found = remember(plan, root, out)
+    results = len(found.plan.outcomes) + len(found.plan.trails) + len(found.plan.rewards)
+    counts = {"results": results, "asked": len(plan.cells()), "missing": sum(not cell.is_done(root) for cell in plan.cells())}
+    figures = {**collect_figures(found.plan, root), **counts, "left_out": found.left_out, "failed": failed}
     page = write_page(out, figures)
     for title, text, body in sections(figures):
         print(f"\n{title}. {text}\n{body}")

@@ -15,6 +15,7 @@ import os
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -23,14 +24,29 @@ from typing import Any
 
 from base_models.checkpoint import read_json, write_json
 from base_models.errors import UserError
+from rlhf.proof.left import expected, seconds_left
 
 HERE = "{here}"
 """Stands in a cell's arguments for its own folder."""
 TOP = Path(__file__).resolve().parents[2]
 
 
+class Kept(ABC):
+    """A folder of results by its name."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    def folder(self, root: Path) -> Path:
+        return root / self.name
+
+    def is_done(self, root: Path) -> bool:
+        return (self.folder(root) / "done.json").is_file()
+
+
 @dataclass(frozen=True)
-class Cell:
+class Cell(Kept):
     """One program. `argv` may hold HERE; folders of other cells stand in it as `cell.folder(root)` makes them."""
 
     label: str
@@ -40,7 +56,7 @@ class Cell:
     resume: tuple[str, ...] = ()
     """Added where an interrupted call has left something."""
     weight: float = 1.0
-    """Its usual seconds, for the time that is left."""
+    """Its usual seconds, where no finished cell tells better (rlhf.proof.left)."""
 
     @property
     def sha256(self) -> str:
@@ -50,11 +66,16 @@ class Cell:
     def name(self) -> str:
         return f"{self.label}-{self.sha256[:8]}"
 
-    def folder(self, root: Path) -> Path:
-        return root / self.name
 
-    def is_done(self, root: Path) -> bool:
-        return (self.folder(root) / "done.json").is_file()
+@dataclass(frozen=True)
+class Earlier(Kept):
+    """A cell of an earlier call, of which the name alone is known: to be read, not to be run."""
+
+    known_as: str
+
+    @property
+    def name(self) -> str:
+        return self.known_as
 
 
 ROOT = "{root}"
@@ -120,10 +141,19 @@ def run_all(cells: Sequence[Cell], root: Path, jobs: int = 1, tell: Callable[[st
     waiting = {cell.name: cell for cell in everything if not cell.is_done(root)}
     total, failed = len(everything), dict[str, str]()
     done = total - len(waiting)
-    spent, moved = 0.0, 0.0
-    tell(f"{total} cells, {done} of them done before")
+    begun: dict[str, float] = {}
+
+    def minutes() -> str:
+        """Of what is left, by what finished cells took; what has run of the running ones is taken off."""
+        left = [cell for cell in everything if cell.name in waiting or cell in running.values()]
+        seconds = expected(everything, root)
+        for name, since in begun.items():
+            seconds[name] = max(seconds[name] - (time.monotonic() - since), 0.0)
+        return f"about {seconds_left(left, seconds, jobs) / 60:.0f} min left"
+
     stop = threading.Event()
     running: dict[Future[float], Cell] = {}
+    tell(f"{total} cells, {done} of them done before; {minutes()}, an estimate")
     with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="cell") as pool:
         try:
             while waiting or running:
@@ -135,6 +165,7 @@ def run_all(cells: Sequence[Cell], root: Path, jobs: int = 1, tell: Callable[[st
                     elif len(running) < jobs and all(need.is_done(root) for need in cell.needs) and not stop.is_set():
                         del waiting[cell.name]
                         tell(f"      begin {cell.name}")
+                        begun[cell.name] = time.monotonic()
                         running[pool.submit(run_cell, cell, root, environment)] = cell
                 if not running:
                     continue
@@ -148,16 +179,14 @@ def run_all(cells: Sequence[Cell], root: Path, jobs: int = 1, tell: Callable[[st
                         tell(f"FAILED {cell.name}: {error}")
                         continue
                     done += 1
-                    spent, moved = spent + seconds, moved + cell.weight
-                    left = sum(c.weight for c in (*waiting.values(), *running.values())) * spent / max(moved, 1e-9) / jobs
-                    tell(f"[{done}/{total}] {cell.name}  {seconds:.0f} s; about {left / 60:.0f} min left")
+                    tell(f"[{done}/{total}] {cell.name}  {seconds:.0f} s; {minutes()}")
         except BaseException:
             stop.set()
             raise
     return failed
 
 
-def result(cell: Cell, root: Path, name: str = "figures.json") -> dict[str, Any]:
+def result(cell: Kept, root: Path, name: str = "figures.json") -> dict[str, Any]:
     """What a cell's program wrote. Raises UserError where the cell is not done."""
     if not cell.is_done(root):
         raise UserError(f"cell {cell.name}, which is not done", "a finished one", "run it first")

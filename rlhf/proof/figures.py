@@ -19,11 +19,14 @@ from scipy import stats
 
 from base_models.checkpoint import read_json
 from rlhf.metrics import mean_ci, paired_outcomes, win_rate
-from rlhf.proof.cells import Cell, result
+from rlhf.proof.cells import result
 from rlhf.proof.keep import FINAL
-from rlhf.proof.plan import Outcome, Plan, RewardRow, Trail
+from rlhf.proof.plan import METHODS, Outcome, RewardRow, Trail
 
 FIT = ("similarity", "tempo", "genre")
+COPIES = ("nearest_rated", "nearest_training")
+HALF = 0.5
+"""A clip that has more than this share of its coarse codes in common with one known clip counts as a copy."""
 Row = dict[str, Any]
 
 
@@ -70,74 +73,93 @@ def numbers(column: Sequence[float | None]) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in column], dtype=float)
 
 
-def fit(cell: Path, base: Path) -> Row:
-    """Prompt fit beside the base's, with the interval of the difference: not worse where it reaches 0."""
+def against_base(own: np.ndarray, base: np.ndarray, prompts: Sequence[str]) -> Row | None:
+    """A measure of clips beside the base's clips of the same prompts, with the interval of the difference by prompt; None where no clip
+    has one."""
+    difference = own - base
+    there = np.isfinite(difference)
+    if not there.any():
+        return None
+    change = mean_ci(difference[there], [prompt for prompt, use in zip(prompts, there) if use])
+    means = {"value": float(own[there].mean()), "base": float(base[there].mean())}
+    return {**means, "change": change.value, "ci": list(change.ci), "n": change.n}
+
+
+def fit(cell: Path, base: Path) -> dict[str, Row]:
+    """Prompt fit, by what is not trained on: not worse than the base's where the interval reaches 0."""
     own, other = read_json(cell / "clips.json"), read_json(base / "clips.json")
-    told: Row = {}
-    for name in FIT:
-        if name in own and name in other:
-            difference = numbers(own[name]) - numbers(other[name])
-            there = np.isfinite(difference)
-            if there.any():
-                clusters = [prompt for prompt, use in zip(own["prompt_id"], there) if use]
-                change = mean_ci(difference[there], clusters)
-                value, before = float(numbers(own[name])[there].mean()), float(numbers(other[name])[there].mean())
-                told[name] = {"value": value, "base": before, "change": change.value, "ci": list(change.ci), "n": len(clusters)}
-    return told
+    both = [name for name in FIT if name in own and name in other]
+    told = {name: against_base(numbers(own[name]), numbers(other[name]), own["prompt_id"]) for name in both}
+    return {name: row for name, row in told.items() if row}
 
 
-def row_of(outcome: Outcome, root: Path) -> Row:
-    """A row of a table, of one replication."""
+def copies(cell: Path, base: Path) -> dict[str, Row]:
+    """The share of clips that have more than half of their coarse codes in common with one known clip, beside the base's."""
+    own, other = read_json(cell / "clips.json"), read_json(base / "clips.json")
+    both = [name for name in COPIES if name in own and name in other]
+    told = {name: against_base(1.0 * (numbers(own[name]) > HALF), 1.0 * (numbers(other[name]) > HALF), own["prompt_id"]) for name in both}
+    return {name: row for name, row in told.items() if row}
+
+
+@dataclass(frozen=True)
+class Told:
+    """One replication: its row of a table, and the pairs behind it."""
+
+    row: Row
+    pairs: Pairs
+
+
+def tell(outcome: Outcome, root: Path) -> Told:
     pairs = read_pairs(outcome.gold.folder(root) / "gold.json", outcome.method)
     played, base = result(outcome.play, root), result(outcome.base, root)
-    told: Row = {"experiment": outcome.experiment, "method": outcome.method, "taste": outcome.taste, "seed": outcome.seed}
-    told |= {"votes": outcome.votes, **won(pairs), "kl": played.get("kl"), "cell": outcome.play.name}
-    told["diversity_ratio"] = played["diversity"] / base["diversity"] if "diversity" in played else None
-    told["fit"] = fit(outcome.play.folder(root), outcome.base.folder(root))
-    for name in ("nearest_rated_copied", "nearest_training_copied"):
-        if name in played:
-            told[name], told[f"{name}_base"] = played[name], base.get(name)
+    row: Row = {name: getattr(outcome, name) for name in ("experiment", "method", "taste", "seed", "votes", "draw", "settings")}
+    row |= {**won(pairs), "kl": played.get("kl"), "cell": outcome.play.name}
+    row["diversity_ratio"] = played["diversity"] / base["diversity"] if "diversity" in played else None
+    folders = outcome.play.folder(root), outcome.base.folder(root)
+    row |= {"fit": fit(*folders), "copies": copies(*folders)}
     if "proxy" in played:
         clips = read_json(outcome.play.folder(root) / "clips.json")
         proxy, beside = numbers(clips["proxy"]), numbers(clips["proxy_base"])
-        told["proxy_gain"] = float(np.nanmean(proxy - beside))
-        told["proxy_sees_gold"] = float(stats.spearmanr(proxy - beside, pairs.gold - pairs.base)[0]) if np.ptp(proxy - beside) else None
-    return told
+        row["proxy_gain"] = float(np.nanmean(proxy - beside))
+        row["proxy_sees_gold"] = float(stats.spearmanr(proxy - beside, pairs.gold - pairs.base)[0]) if np.ptp(proxy - beside) else None
+    return Told(row, pairs)
 
 
-def tables(plan: Plan, root: Path) -> dict[str, list[Row]]:
-    """experiment -> rows, of the outcomes that are finished."""
-    found: dict[str, list[Row]] = defaultdict(list)
-    for outcome in plan.outcomes:
-        if outcome.gold.is_done(root):
-            found[outcome.experiment].append(row_of(outcome, root))
-    return dict(found)
+def grouped(found: Sequence[Told], names: Sequence[str]) -> list[list[Told]]:
+    """Those that agree in `names`, together; groups in the order of tastes, methods as METHODS has them, votes."""
+    groups: dict[tuple[Any, ...], list[Told]] = defaultdict(list)
+    for told in found:
+        groups[tuple(told.row[name] for name in names)].append(told)
+
+    def place(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(METHODS.index(k) if name == "method" else k or 0 for name, k in zip(names, key))
+
+    return [groups[key] for key in sorted(groups, key=place)]
 
 
-def over_seeds(plan: Plan, root: Path, experiment: str) -> list[Row]:
-    """One row a taste and method: all seeds' pairs together, and the range over seeds."""
-    groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
-    for outcome in plan.outcomes:
-        if outcome.experiment == experiment and outcome.gold.is_done(root):
-            groups[outcome.taste, outcome.method].append(outcome)
-    rows = []
-    for (taste, method), members in groups.items():
-        each = [row_of(outcome, root) for outcome in members]
-        pairs = pooled([read_pairs(outcome.gold.folder(root) / "gold.json", method) for outcome in members])
-        rates = [row["win_rate"] for row in each]
-        row: Row = {"taste": taste, "method": method, "seeds": len(members), "votes": members[0].votes, **won(pairs)}
-        row |= {"lowest": min(rates), "highest": max(rates), "seed_sd": float(np.std(rates, ddof=1)) if len(rates) > 1 else None}
-        for name in ("kl", "diversity_ratio", "proxy_gain", "nearest_rated_copied", "nearest_training_copied"):
-            values = [r[name] for r in each if r.get(name) is not None]
-            row[name] = float(np.mean(values)) if values else None
-        for name in FIT:
-            changes = [r["fit"][name] for r in each if name in r["fit"]]
-            if changes:
-                row[f"{name}_change"] = float(np.mean([c["change"] for c in changes]))
-                half = [(c["ci"][1] - c["ci"][0]) / 2 for c in changes]
-                row[f"{name}_half_ci"] = float(np.sqrt(np.sum(np.square(half))) / len(half))
-        rows.append(row)
-    return rows
+def over_seeds(found: Sequence[Told], names: Sequence[str] = ("taste", "method", "votes")) -> list[Row]:
+    """One row a taste, method and number of votes: all seeds' (and draws') pairs together, and the range over them."""
+    return [together(members) for members in grouped(found, names)]
+
+
+def together(members: Sequence[Told]) -> Row:
+    """Several replications as one row. Its interval resamples prompts; it does not cover what differs from one replication to another."""
+    each = [told.row for told in members]
+    rates = [row["win_rate"] for row in each]
+    row: Row = {"taste": ", ".join(dict.fromkeys(r["taste"] for r in each)), "method": each[0]["method"], "votes": each[0]["votes"]}
+    row |= {"seeds": len(members), **won(pooled([told.pairs for told in members])), "lowest": min(rates), "highest": max(rates)}
+    row["seed_sd"] = float(np.std(rates, ddof=1)) if len(rates) > 1 else None
+    for name in ("kl", "diversity_ratio", "proxy_gain"):
+        values = [r[name] for r in each if r.get(name) is not None]
+        row[name] = float(np.mean(values)) if values else None
+    for kind, name in [("fit", name) for name in FIT] + [("copies", name) for name in COPIES]:
+        changes = [r[kind][name] for r in each if name in r[kind]]
+        if changes:
+            half = [(c["ci"][1] - c["ci"][0]) / 2 for c in changes]
+            row |= {f"{name}{end}": float(np.mean([c[key] for c in changes])) for end, key in (("", "value"), ("_base", "base"))}
+            row[f"{name}_change"] = float(np.mean([c["change"] for c in changes]))
+            row[f"{name}_half_ci"] = float(np.sqrt(np.sum(np.square(half))) / len(half))
+    return row
 
 
 def reward_row(entry: RewardRow, root: Path) -> Row:
@@ -190,24 +212,4 @@ def lost_after_the_best(rows: Sequence[Row]) -> Row:
         "proxy_rose": proxy[-1] - proxy[best],
         "last_kl": rows[-1]["kl"],
         "last_win_rate": rows[-1]["win_rate"],
-    }
-
-
-def collect_figures(plan: Plan, root: Path) -> dict[str, Any]:
-    """All of proof.json."""
-    found = tables(plan, root)
-    rewards = {entry.cell.name: entry for entry in plan.rewards if entry.cell.is_done(root)}
-    trails = {trail.arm: trail_rows(trail, root) for trail in plan.trails if trail.cell.is_done(root)}
-    cells: list[Cell] = plan.cells()
-    return {
-        "cells": len(cells),
-        "cells_done": sum(cell.is_done(root) for cell in cells),
-        "main": over_seeds(plan, root, "main"),
-        "main_by_seed": found.get("main", []),
-        "curve": found.get("curve", []),
-        "controls": {name: found[name] for name in ("shuffled", "reversed", "constant", "gold") if name in found},
-        "shuffled_together": over_seeds(plan, root, "shuffled"),
-        "rewards": [reward_row(entry, root) for entry in rewards.values()],
-        "trails": trails,
-        "over_optimisation": {arm: lost_after_the_best(rows) for arm, rows in trails.items() if rows},
     }

@@ -9,16 +9,20 @@ for choosing settings (`tuning`) 500, 600, 700 and 8000 + seed, and no held-out 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from base_models.policy import PRETRAINED
-from rlhf.proof.cells import HERE, Cell, place
+from rlhf.proof.cells import HERE, Cell, Kept, place
 
 PYTHON = sys.executable
 METHODS = ("ppo", "dpo", "best_of_n", "sft")
+SECONDS = {"ppo": 390, "dpo": 500, "sft": 200}
+"""What training takes of one core, roughly; finished cells tell better."""
 TUNED_ON = (0, 1, *range(8000, 8006))
 """Seeds of held-out prompts on which settings have been compared, in the demo's time and by `tuning`."""
 
@@ -83,10 +87,13 @@ class Outcome:
     taste: str
     seed: int
     votes: int | None
-    play: Cell
-    base: Cell
-    gold: Cell
-    reward: Cell | None = None
+    play: Kept
+    base: Kept
+    gold: Kept
+    settings: str
+    """Of all that trained it: results of other settings are never pooled with it."""
+    draw: int = 0
+    """Of shuffled votes."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,8 @@ class Trail:
     taste: str
     seed: int
     votes: int
-    cell: Cell
-    base: Cell
-    reward: Cell
+    cell: Kept
+    settings: str
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,8 @@ class RewardRow:
     taste: str
     seed: int
     votes: int
-    cell: Cell
+    cell: Kept
+    settings: str
 
 
 @dataclass
@@ -120,7 +127,8 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         """All that is to be done; what stands early is done early."""
-        return [o.gold for o in self.outcomes] + [r.cell for r in self.rewards] + [t.cell for t in self.trails]
+        results = [o.gold for o in self.outcomes] + [r.cell for r in self.rewards] + [t.cell for t in self.trails]
+        return [cell for cell in results if isinstance(cell, Cell)]
 
 
 def program(name: str) -> tuple[str, ...]:
@@ -137,6 +145,12 @@ class Builder:
     policy: Path = PRETRAINED
     tuning: bool = False
     tokens: Path | None = None
+
+    def settings(self, *arguments: Sequence[str]) -> str:
+        """A short name of what training was told and of how much there was of everything, but for votes, which every table names."""
+        counted = {k: v for k, v in asdict(self.sizes).items() if k not in ("votes", "weak_votes", "shuffles")}
+        told = [counted, str(self.policy), self.arguments.crew, *arguments]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
     # ---- clips and votes -----------------------------------------------------------------------------------------------
 
@@ -165,14 +179,14 @@ class Builder:
             "--out",
             f"{HERE}/samples",
         )
-        return Cell(f"samples/s{seed}", (*program("rlhf.cli"), "sample", *given, *how), (prompts,), weight=70)
+        return Cell(f"samples/s{seed}", (*program("rlhf.cli"), "sample", *given, *how), (prompts,), weight=120)
 
     def votes(self, taste: str, seed: int) -> Cell:
         samples = self.samples(seed)
         given = ("--manifest", place(samples, "samples", "manifest.jsonl"), "--out", HERE)
         size = ("--raters", str(self.sizes.raters), "--target-votes", str(self.sizes.target_votes))
         vote = ("--", "--taste", taste, "--seed", str(seed), *self.arguments.crew)
-        return Cell(f"votes/{taste}/s{seed}", (*program("rlhf.proof.collect"), *given, *size, *vote), (samples,), weight=90)
+        return Cell(f"votes/{taste}/s{seed}", (*program("rlhf.proof.collect"), *given, *size, *vote), (samples,), weight=80)
 
     def snapshot(self, taste: str, seed: int, votes: int, turn: str = "none", turn_seed: int = 0) -> Cell:
         parent = self.votes(taste, seed)
@@ -187,7 +201,7 @@ class Builder:
         given = ("--snapshot", place(snapshot, "snapshot"), "--policy", str(self.policy), "--out", f"{HERE}/reward")
         more = self.arguments.weak_reward if weak else self.arguments.reward
         label = snapshot.label.replace("snapshot/", "weak/" if weak else "reward/", 1)
-        return Cell(label, (*program("rlhf/train_reward.py"), *given, *more), (snapshot,), weight=40)
+        return Cell(label, (*program("rlhf/train_reward.py"), *given, *more), (snapshot,), weight=55)
 
     def trained(self, method: str, snapshot: Cell, reward: Cell, seed: int, more: Sequence[str] | None = None, arm: str = "") -> Cell:
         """The run of a training script; its adapter is <cell>/run/adapter."""
@@ -207,7 +221,7 @@ class Builder:
             given, needs = (*given, "--heldout-prompts", place(watch, "prompts.jsonl")), (*needs, watch)
         label = snapshot.label.replace("snapshot/", f"{arm or method}/", 1)
         script = (*program(f"rlhf/train_{method}.py"), *given, *own)
-        return Cell(label, script, needs, resume=("--resume",), weight=300)
+        return Cell(label, script, needs, resume=("--resume",), weight=SECONDS[method])
 
     def outside(self, judge: Sequence[str], label: str, seed: int, more: Sequence[str] = ()) -> Cell:
         """PPO whose reward is a program."""
@@ -234,7 +248,7 @@ class Builder:
     def probe(self, seed: int) -> Cell:
         samples = self.samples(seed)
         argv = (*program("rlhf.proof.play"), "--out", HERE, "--fit-probe", place(samples, "samples", "manifest.jsonl"))
-        return Cell(f"probe/s{seed}", argv, (samples,), weight=30)
+        return Cell(f"probe/s{seed}", argv, (samples,), weight=25)
 
     def how_to_play(self, seed: int, kind: str = "heldout") -> tuple[tuple[str, ...], tuple[Cell, ...]]:
         prompts, probe, samples = self.prompts(kind, seed), self.probe(seed), self.samples(seed)
@@ -248,7 +262,7 @@ class Builder:
 
     def base(self, seed: int, kind: str = "heldout") -> Cell:
         how, needs = self.how_to_play(seed, kind)
-        return Cell(f"base/{kind}/s{seed}", (*program("rlhf.proof.play"), "--out", HERE, *how), needs, weight=60)
+        return Cell(f"base/{kind}/s{seed}", (*program("rlhf.proof.play"), "--out", HERE, *how), needs, weight=43)
 
     def played(self, run: Cell, method: str, seed: int, proxy: Cell | None) -> Cell:
         how, needs = self.how_to_play(seed)
@@ -256,7 +270,7 @@ class Builder:
         given = ("--system", method, "--adapter", place(run, "run", "adapter"), "--out", HERE, "--beside", place(base))
         more = ("--proxy", place(proxy, "reward")) if proxy else ()
         needs = (*needs, run, base, *((proxy,) if proxy else ()))
-        return Cell(f"play/{run.label}", (*program("rlhf.proof.play"), *given, *more, *how), needs, weight=90)
+        return Cell(f"play/{run.label}", (*program("rlhf.proof.play"), *given, *more, *how), needs, weight=75)
 
     def best_of_n(self, reward: Cell, seed: int) -> Cell:
         how, needs = self.how_to_play(seed)
@@ -264,19 +278,19 @@ class Builder:
         given = ("--system", "best_of_n", "--out", HERE, "--beside", place(base), "--best-of", str(self.sizes.best_of))
         judged = ("--reward", place(reward, "reward"), "--proxy", place(reward, "reward"))
         label = f"play/{reward.label.replace('reward/', 'best_of_n/', 1)}"
-        return Cell(label, (*program("rlhf.proof.play"), *given, *judged, *how), (*needs, reward, base), weight=400)
+        return Cell(label, (*program("rlhf.proof.play"), *given, *judged, *how), (*needs, reward, base), weight=300)
 
     def gold(self, played: Cell, base: Cell, taste: str) -> Cell:
         manifests = [part for cell in (base, played) for part in ("--manifest", place(cell, "samples", "manifest.jsonl"))]
         argv = (*program("rlhf.simulation.judge"), *manifests, "--taste", taste, "--out", f"{HERE}/gold.json")
-        return Cell(played.label.replace("play/", "gold/", 1), argv, (played, base), weight=25)
+        return Cell(played.label.replace("play/", "gold/", 1), argv, (played, base), weight=6)
 
     def trail(self, run: Cell, reward: Cell, taste: str, seed: int) -> Cell:
         how, needs = self.how_to_play(seed, "trail")
         base = self.base(seed, "trail")
         given = ("--kept", place(run, "kept"), "--base", place(base), "--taste", taste, "--out", HERE)
         argv = (*program("rlhf.proof.trail"), *given, "--", "--proxy", place(reward, "reward"), *how)
-        return Cell(f"judged/{run.label}", argv, (*needs, run, reward, base), weight=600)
+        return Cell(f"judged/{run.label}", argv, (*needs, run, reward, base), weight=170)
 
     # ---- experiments --------------------------------------------------------------------------------------------------
 
@@ -289,18 +303,22 @@ class Builder:
         else:
             played = self.played(self.trained(method, snapshot, reward, seed), method, seed, reward)
         base = self.base(seed)
-        return Outcome(experiment, method, taste, seed, votes, played, base, self.gold(played, base, taste), reward)
+        settings = self.settings(self.arguments.reward, () if method == "best_of_n" else getattr(self.arguments, method))
+        return Outcome(experiment, method, taste, seed, votes, played, base, self.gold(played, base, taste), settings, turn_seed)
+
+    def reward_row(self, taste: str, seed: int, votes: int) -> RewardRow:
+        rewarded = self.reward(self.snapshot(taste, seed, votes))
+        return RewardRow(taste, seed, votes, rewarded, self.settings(self.arguments.reward))
 
     def main_table(self, plan: Plan, tastes: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
         for seed in seeds:
             for taste in tastes:
-                rewarded = self.reward(self.snapshot(taste, seed, self.sizes.votes))
-                plan.rewards.append(RewardRow(taste, seed, self.sizes.votes, rewarded))
+                plan.rewards.append(self.reward_row(taste, seed, self.sizes.votes))
                 plan.outcomes += [self.outcome("main", method, taste, seed, self.sizes.votes) for method in methods]
 
     def curve(self, plan: Plan, taste: str, seed: int, methods: Sequence[str], votes: Sequence[int]) -> None:
         for n in votes:
-            plan.rewards.append(RewardRow(taste, seed, n, self.reward(self.snapshot(taste, seed, n))))
+            plan.rewards.append(self.reward_row(taste, seed, n))
             plan.outcomes += [self.outcome("curve", method, taste, seed, n) for method in methods]
 
     def over_optimisation(self, plan: Plan, taste: str, seed: int) -> None:
@@ -309,7 +327,8 @@ class Builder:
         for arm, reward, more in arms:
             run = self.kept(arm, snapshot, reward, seed, more)
             trail = self.trail(run, reward, taste, seed)
-            plan.trails.append(Trail(arm, taste, seed, self.sizes.weak_votes, trail, self.base(seed, "trail"), reward))
+            settings = self.settings(self.arguments.weak_reward if arm == "free" else self.arguments.reward, more)
+            plan.trails.append(Trail(arm, taste, seed, self.sizes.weak_votes, trail, settings))
 
     def controls(self, plan: Plan, which: Sequence[str], taste: str, seed: int, methods: Sequence[str]) -> None:
         base, votes = self.base(seed), self.sizes.votes
@@ -322,6 +341,7 @@ class Builder:
             elif name in ("constant", "gold"):
                 judge = ("--constant", "0") if name == "constant" else ("--taste", taste)
                 alone = ("--weights", "human=1", "--hold", "") if name == "constant" else ()  # nothing else may move it
-                run = self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed, (*self.arguments.ppo, *alone))
-                played = self.played(run, "ppo", seed, None)
-                plan.outcomes.append(Outcome(name, "ppo", taste, seed, None, played, base, self.gold(played, base, taste)))
+                more = (*self.arguments.ppo, *alone)
+                played = self.played(self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed, more), "ppo", seed, None)
+                judged = self.gold(played, base, taste)
+                plan.outcomes.append(Outcome(name, "ppo", taste, seed, None, played, base, judged, self.settings(more)))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf.proof import page
-from rlhf.proof.figures import Pairs, fit, lost_after_the_best, pooled, read_pairs, won
+from rlhf.proof.figures import Pairs, copies, fit, lost_after_the_best, pooled, read_pairs, won
 
 
 def test_pairs_are_joined_by_clip_and_never_across_prompts(tmp_path):
@@ -51,6 +51,15 @@ def test_prompt_fit_is_told_as_a_change_where_both_were_measured(tmp_path):
     assert told["tempo"]["change"] == pytest.approx(1 / 3)
 
 
+def test_copies_are_counted_beside_the_bases_clips_of_the_same_prompts(tmp_path):
+    for name, values in (("own", [0.9, 0.1, 0.6, 0.5]), ("base", [0.9, 0.1, 0.1, 0.1])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "clips.json").write_text(json.dumps({"prompt_id": list("aabb"), "nearest_training": values}))
+    told = copies(tmp_path / "own", tmp_path / "base")["nearest_training"]
+    assert (told["value"], told["base"], told["change"]) == (0.5, 0.25, 0.25)
+    assert told["ci"] == [0.0, 0.5]
+
+
 def test_over_optimisation_is_gold_lost_while_the_proxy_rose():
     rows = [
         {"step": str(i), "gold_gain": g, "proxy_gain": p, "kl": 10.0 * i, "win_rate": 0.5}
@@ -77,8 +86,8 @@ def rows():
         "lowest": 0.78,
         "highest": 0.82,
         "seeds": 3,
-        "nearest_rated_copied": 0.01,
-        "nearest_training_copied": None,
+        "fit": {},
+        "copies": {"nearest_training": {"value": 0.05, "base": 0.07, "change": -0.02, "ci": [-0.05, 0.01], "n": 288}},
     }
     return [
         {**base, "method": method, "votes": votes, "similarity_change": 0.01, "similarity_half_ci": 0.02}
@@ -100,27 +109,44 @@ def figures():
         "ece": 0.03,
     }
     each = [{**row, "experiment": "gold"} for row in rows()]
+    control = {
+        **rows()[0],
+        "control": "gold",
+        "runs": 1,
+        "prompt_ci": [0.7, 0.9],
+        "judged_by": "prompt",
+        "must": "win",
+        "held": False,
+        "why": "",
+    }
+    other = [{**row, "taste": "space"} for row in rows()]
+    arms = {"free": trail, "braked": trail}
     return {
-        "cells": 4, "cells_done": 3, "main": rows(), "main_by_seed": each, "curve": rows(), "controls": {"gold": each},
-        "shuffled_together": [], "rewards": [reward], "trails": {"free": trail, "braked": trail},
-        "over_optimisation": {"free": lost_after_the_best(trail), "braked": lost_after_the_best(trail)},
+        "results": 9, "asked": 4, "missing": 1, "left_out": 0, "main": rows(), "main_by_seed": each, "curve": rows() + other,
+        "curve_by_seed": each, "controls": [control, {**control, "ci": None, "held": None}], "controls_by_seed": {"gold": each},
+        "rewards": [reward], "trails": {"warm, seed 3": arms, "drive, seed 3": arms},
+        "over_optimisation": {at: {arm: lost_after_the_best(trail) for arm in arms} for at in ("warm, seed 3", "drive, seed 3")},
     }  # fmt: skip
 
 
 def test_the_page_shows_what_is_there_and_leaves_out_what_is_not(tmp_path):
     text = page.write_page(tmp_path, figures()).read_text()
-    for name in ("main", "curve", "rewards", "trails"):
+    for name in ("main", "curve", "controls", "rewards", "trails-warm-seed-3", "trails-drive-seed-3"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
         assert f"({name}.png)" in text
-    assert "Control: gold" in text
-    assert "Control: reversed" not in text
-    assert "3 of 4 results" in text
-    empty = {key: [] for key in ("main", "main_by_seed", "curve", "shuffled_together", "rewards")}
-    nothing = {**empty, "cells": 4, "cells_done": 0, "controls": {}, "trails": {}, "over_optimisation": {}}
+    assert "Control by run: gold" in text
+    assert "Control by run: reversed" not in text
+    assert "4, of which 1 are missing" in text
+    assert "0.050 - 0.070 = -0.020" in text
+    assert [line.split("|")[-3].strip() for line in text.splitlines() if line.startswith("| gold    | warm")][:2] == ["NO", "not judged"]
+    empty = {key: [] for key in ("main", "main_by_seed", "curve", "curve_by_seed", "controls", "rewards")}
+    counts = {"results": 0, "asked": 4, "missing": 4, "left_out": 0}
+    nothing = {**empty, **counts, "controls_by_seed": {}, "trails": {}, "over_optimisation": {}}
     assert "##" not in page.write_page(tmp_path / "empty", nothing).read_text()
 
 
-def test_the_table_says_which_of_rate_interval_diversity_and_fit_was_missed():
+def test_the_table_says_which_of_rate_interval_diversity_fit_and_copies_was_missed():
     changes = [{}, {"win_rate": 0.79}, {"ci": [0.74, 0.86]}, {"diversity_ratio": 0.89}, {"tempo_change": -0.05, "tempo_half_ci": 0.04}]
-    told = [line.split("|")[-2].strip() for line in page.main_table([{**rows()[0], **more} for more in changes]).splitlines()[2:]]
-    assert told == ["nothing", "win rate", "interval", "diversity", "tempo"]
+    changes += [{"nearest_training_change": 0.05, "nearest_training_half_ci": half} for half in (0.04, 0.06)]
+    told = [page.missed({**rows()[0], **more}) for more in changes]
+    assert told == ["", "win rate", "interval", "diversity", "tempo", "copies training", ""]

@@ -1,0 +1,75 @@
+from base_models.checkpoint import write_json
+from rlhf.proof.cells import Cell, closure
+from rlhf.proof.ledger import merged, of_one_setting, remember
+from rlhf.proof.plan import SMALL, Arguments, Builder, Plan
+
+
+def planned(experiment, taste="warm", seed=3, **arguments):
+    plan, builder = Plan(), Builder(SMALL, Arguments(**arguments))
+    if experiment == "main":
+        builder.main_table(plan, [taste], [seed], ["ppo", "dpo"])
+    elif experiment == "curve":
+        builder.curve(plan, taste, seed, ["ppo", "sft"], [20, 60])
+    elif experiment == "over":
+        builder.over_optimisation(plan, taste, seed)
+    else:
+        builder.controls(plan, ["shuffled", "constant"], taste, seed, ["ppo"])
+    return plan
+
+
+def finish(plan, root):
+    for cell in closure(plan.cells()):
+        write_json(cell.folder(root) / "done.json", {"seconds": 1})
+
+
+def rows(found):
+    return sorted((o.experiment, o.taste, o.seed, o.method, o.votes, o.draw) for o in found.plan.outcomes)
+
+
+def test_calls_one_after_another_end_with_all_that_each_of_them_has_found(tmp_path):
+    root, out, plans = tmp_path / "cells", tmp_path / "final", []
+    for plan in (planned("main"), planned("curve"), planned("controls"), planned("over"), planned("main", "space", 4)):
+        finish(plan, root)
+        found = remember(plan, root, out)
+        plans.append(plan)
+    assert len(found.plan.outcomes) == sum(len(plan.outcomes) for plan in plans) == 2 + 4 + 3 + 2
+    assert {trail.arm for trail in found.plan.trails} == {"free", "braked"}
+    assert len(found.plan.rewards) == len({(r.taste, r.seed, r.votes) for plan in plans for r in plan.rewards})
+    assert {o.gold.name for o in found.plan.outcomes} == {o.gold.name for plan in plans for o in plan.outcomes}
+    assert rows(remember(plans[0], root, out)) == rows(found)
+
+
+def test_what_is_not_finished_or_was_deleted_is_not_told(tmp_path):
+    plan = planned("main")
+    assert remember(plan, tmp_path / "cells", tmp_path / "final").plan.outcomes == []
+    finish(plan, tmp_path / "cells")
+    assert len(remember(plan, tmp_path / "cells", tmp_path / "final").plan.outcomes) == 2
+    (plan.outcomes[0].gold.folder(tmp_path / "cells") / "done.json").unlink()
+    assert len(remember(Plan(), tmp_path / "cells", tmp_path / "final").plan.outcomes) == 1
+
+
+def test_results_of_other_settings_are_never_under_the_newest_ones(tmp_path):
+    root, out = tmp_path / "cells", tmp_path / "final"
+    old, old_too, new = planned("main"), planned("main", seed=4), planned("main", ppo=("--steps", "9"))
+    for plan in (old, old_too, new):
+        finish(plan, root)
+        found = remember(plan, root, out)
+    assert {(o.method, o.seed) for o in found.plan.outcomes} == {("ppo", 3), ("dpo", 3), ("dpo", 4)}
+    assert found.left_out == 2
+    back = remember(old, root, out)
+    assert {(o.method, o.seed) for o in back.plan.outcomes} == {("ppo", 3), ("ppo", 4), ("dpo", 3), ("dpo", 4)}
+
+
+def test_a_result_that_is_found_again_is_told_once_with_its_newest_cells():
+    one = {"experiment": "main", "method": "ppo", "seed": 3, "settings": "a", "gold": "gold/1"}
+    again = {**one, "gold": "gold/2"}
+    assert merged([one], [again]) == [again]
+    other = {**one, "settings": "b"}
+    assert of_one_setting(merged([one], [other])) == [other]
+
+
+def test_settings_say_nothing_of_seeds_votes_and_places_of_cells():
+    names = {o.settings for plan in (planned("main"), planned("main", "drive", 5)) for o in plan.outcomes if o.method == "ppo"}
+    assert len(names) == 1
+    assert names != {o.settings for o in planned("main", reward=("--members", "2")).outcomes if o.method == "ppo"}
+    assert isinstance(planned("main").cells()[0], Cell)
