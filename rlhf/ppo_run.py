@@ -1,33 +1,31 @@
-"""A PPO run: everything that a checkpoint holds, and the verbs of a round (play, judge, learn) and of a look.
+"""A PPO run: all that it remembers, and the verbs of a round (play, judge, learn).
 
-rlhf/train_ppo.py says in which order they are called, and what each setting means.
+rlhf/train_ppo.py says in which order they are called, and what each setting means; rlhf/ppo_look.py looks at held-out prompts,
+rlhf/ppo_checkpoint.py saves and restores.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 
-from adapters.lora import adapter_tensors, attach_lora, set_adapter_tensors, trainable_parameters
-from base_models.checkpoint import latest_training_state, load_training_state, save_training_state
+from adapters.lora import attach_lora, trainable_parameters
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.launch import asked_sharding, bf16_is_faster
 from base_models.lm import disable_functional_dropout
 from base_models.sharding import shard_frozen
-from rlhf.brake import Brake, Look
+from rlhf.brake import Brake
 from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer, leave_one_out
 from rlhf.dense import limited
 from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo_policy_loss, ppo_value_loss
-from rlhf.metrics import diversity
 from rlhf.ppo_dense import DenseTable, dense_table, sampled_log_ratio
 from rlhf.ppo_task import Task
 from rlhf.rewards import held_parts, parse_weights, weighted
@@ -82,8 +80,6 @@ class Run:
     def parameters(self) -> Iterator[nn.Parameter]:
         for group in self.groups:
             yield from group
-
-    # ---- a round -----------------------------------------------------------------------------------------------------
 
     def play(self) -> Rollout:
         """This process's contiguous share of the next `batch_size` clips of the run; not judged yet."""
@@ -309,113 +305,6 @@ class Run:
     def any_rank(self, flag: bool) -> bool:
         """Whether any process says so; all get the same answer."""
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum").item() > 0)
-
-    # ---- a look ------------------------------------------------------------------------------------------------------
-
-    @property
-    def look_is_due(self) -> bool:
-        """Whether the held-out prompts should be played now."""
-        return self.task.heldout is not None and self.step % self.cfg.look_every == 0
-
-    @torch.no_grad()
-    def look(self) -> dict[str, float]:
-        """Play the held-out prompts, with the seeds of every look; ask all parts of the reward; let the brake judge. Returns figures."""
-        cfg, heldout = self.cfg, self.task.heldout
-        assert heldout is not None
-        rows = [row for row in range(len(heldout)) for _ in range(cfg.heldout_clips)]
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        share = -(-len(rows) // world)  # every process plays as many: the last ones begin anew, and what is double is cut off
-        mine = [index % len(rows) for index in range(rank * share, (rank + 1) * share)]
-        table, chunk = heldout.table.to(self.accelerator.device), max(cfg.batch_size // world, 1)
-        seen: dict[str, list[Tensor]] = {"kl": [], "marks": [], "spread": [], "points": []}
-        examples: list[tuple[str, Tensor]] = []
-        for start in range(0, share, chunk):
-            part = mine[start : start + chunk]
-            cond, seeds = table.index([rows[index] for index in part]), [sample_seed(cfg.seed ^ 0x10C4, index) for index in part]
-            how: dict[str, Any] = {"temperature": cfg.temperature, "cfg_coef": cfg.cfg_coef, "bf16": self.bf16}
-            clips = play(self.lm, self.critic, cond, [rows[index] for index in part], seeds, cfg.n_frames, **how)
-            prompts = [heldout.texts[rows[index]] for index in part]
-            seen["kl"].append((clips.logps - clips.ref_logps).sum(1))
-            seen["marks"].append(self.reward.marks(clips.codes, prompts, everything=True))
-            nothing = clips.logps.new_full((len(part),), float("nan"))
-            seen["spread"].append(self.task.spread(clips.codes, prompts) if self.task.spread else nothing)
-            seen["points"].append(self.task.embed(clips.codes, prompts) if self.task.embed else nothing[:, None])
-            examples += [(prompts[i], clips.codes[i]) for i, index in enumerate(part) if index % cfg.heldout_clips == 0]
-        kl, marks, spread, points = (self.accelerator.gather(torch.cat(parts))[: len(rows)] for parts in seen.values())
-        if self.step == 0:
-            self.reward.measure(marks)
-        self.reward.hold(self.held, marks)
-        look = Look(
-            scores=self.reward.judge(marks, stated=True).total.cpu(),
-            prompt_ids=rows,
-            kl=kl.mean().item(),
-            spread=spread[torch.isfinite(spread)].mean().item(),
-            diversity=diversity(points.cpu(), rows) if cfg.heldout_clips > 1 else float("nan"),
-        )
-        reason = self.brake(self.step, look)
-        if self.brake.best_step == self.step:
-            self.best = adapter_tensors(self.lm)
-        if reason and cfg.brake != "off":
-            self.braked = reason
-        self.examples = examples[: cfg.listen]
-        return self.brake.figures(look) | {f"heldout_{name}": value for name, value in self.reward.figures(marks).items()}
-
-    def rewind(self) -> int:
-        """Put the adapter of the best look back; returns its step."""
-        set_adapter_tensors(self.lm, self.best)
-        return self.brake.best_step
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """A whole checkpoint or none. Seeds and minibatches follow from (seed, clips, step): there is no sampler to save."""
-        if self.accelerator.is_main_process:
-            save_training_state(
-                self.cfg.out,
-                self.step,
-                {"adapter": adapter_tensors(self.lm), "critic": self.critic.state_dict()} | ({"best": self.best} if self.best else {}),
-                {
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                    "controller": self.controller.state_dict(),
-                    "baseline": self.baseline.state_dict(),
-                    "normalizer": self.normalizer.state_dict(),
-                    "reward": self.reward.state_dict(),
-                    "brake": self.brake.state_dict(),
-                },
-                {**self._parents(), "clips": self.clips, "blind_rounds": self.blind_rounds, "braked": self.braked},
-            )
-        self.accelerator.wait_for_everyone()
-
-    def restore(self) -> None:
-        """Back to the newest checkpoint, if there is one. Raises UserError where base, reward or prompts are not those that it knew."""
-        newest = latest_training_state(self.cfg.out, self._parents())
-        if newest is None:
-            return
-        step, tensors, states, extra = load_training_state(newest)
-        set_adapter_tensors(self.lm, tensors["adapter"])
-        self.critic.load_state_dict(tensors["critic"])
-        self.optimizer.load_state_dict(states["optimizer"])
-        self.scheduler.load_state_dict(states["scheduler"])
-        self.controller.load_state_dict(states["controller"])
-        self.baseline.load_state_dict(states["baseline"])
-        self.normalizer.load_state_dict(states["normalizer"])
-        self.reward.load_state_dict(states["reward"])
-        self.brake.load_state_dict(states["brake"])
-        self.best = tensors.get("best", {})
-        self.braked = extra["braked"] if self.cfg.brake != "off" else None
-        self.step, self.clips, self.blind_rounds = step, extra["clips"], extra["blind_rounds"]
-
-    def _parents(self) -> dict[str, Any]:
-        heldout = self.task.heldout
-        return {
-            "base_sha256": self.task.base_sha256,
-            "reward_sha256": self.task.reward_sha256,
-            "prompts_sha256": hashlib.sha256("\n".join(self.task.prompts).encode()).hexdigest(),
-            "heldout_sha256": heldout and hashlib.sha256("\n".join(heldout.texts).encode()).hexdigest(),
-            "seed": self.cfg.seed,
-            "credit": self.credit,
-        }
 
 
 def without_slope(task: Task, trained: tuple[str, ...], frames: bool) -> list[str]:

@@ -42,6 +42,8 @@ from base_models.launch import check_processes, open_accelerator
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.journal import timed
+from rlhf.ppo_checkpoint import restore, save
+from rlhf.ppo_look import look, look_is_due, rewind
 from rlhf.ppo_run import Run, without_slope
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
@@ -217,11 +219,11 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         flat = ", ".join(without_slope(task, run.reward.trained, bool(cfg.frame_weight)))
         accelerator.print(f"credit by score, which needs ten times the clips of credit code by code: {flat} has no slope")
     if cfg.resume:
-        run.restore()
+        restore(run)
     told = Teller(cfg, task, run.step, accelerator.is_main_process)
     stopped, kl = "steps", float("nan")
-    if run.step == 0 and run.look_is_due:
-        told.first_look(run.look(), run.examples)
+    if run.step == 0 and look_is_due(run):
+        told.first_look(look(run), run.examples)
 
     while run.step < cfg.steps and run.braked is None:
         seconds: dict[str, float] = {}
@@ -239,9 +241,9 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
             figures |= run.learn(rollout)
         run.step += 1
         # 5. Look, now and then, at prompts that are never learnt from.
-        if run.look_is_due:
+        if look_is_due(run):
             with timed(seconds, "look"):
-                figures |= run.look()
+                figures |= look(run)
         # 6. Tell.
         told.step(run.step, figures, seconds, rollout.codes.numel(), run.examples)
         if run.blind_rounds >= PATIENCE:
@@ -252,14 +254,14 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
             stopped = f"{cfg.max_minutes:g} minutes are over"
             break
         if run.step % cfg.save_every == 0 and run.step < cfg.steps:
-            run.save()
+            save(run)
 
-    run.save()
+    save(run)
     result = {"steps": run.step, "clips": run.clips, "credit": run.credit, "stopped": run.braked or stopped, **told.summary()}
     if math.isfinite(kl):
         result["kl"] = round(kl, 4)
     if run.braked is not None and cfg.brake == "rewind":
-        result["rewound_to"] = run.rewind()
+        result["rewound_to"] = rewind(run)
         assert run.brake.best is not None
         result["kl"] = round(run.brake.best.kl, 4)
     result["reward_in_doubt"] = doubted is not None

@@ -31,6 +31,11 @@ def config(out: Path, **changes: Any) -> Config:
     return Config(**{**TOY, "out": out, "steps": 3, "batch_size": 32, **changes})
 
 
+def collapsing(out: Path, **changes: Any) -> Config:
+    """The toy's best clip is one code throughout: as it learns, clips of one prompt become alike."""
+    return config(out, **{"steps": 30, "look_every": 2, "heldout_clips": 8, "min_diversity": 0.8, "patience": 1, **changes})
+
+
 def judged_by(score: Score, heldout: Prompts | None = None, slope: Slope | None = None) -> Task:
     """The toy with another judge, of whose slope nothing is known unless it is given; without held-out prompts it is called once a round
     (by code-by-code credit the slope alone is)."""

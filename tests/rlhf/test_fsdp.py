@@ -23,6 +23,7 @@ from adapters.lora import adapter_tensors
 from base_models.sampling import generate
 from base_models.launch import open_accelerator
 from base_models.sharding import gathered, layers, local, share_held
+from rlhf.ppo_look import look
 from rlhf.ppo_run import Run
 from rlhf.ppo_task import toy_task
 from tests.rlhf.ppo_toys import config
@@ -39,7 +40,7 @@ def rounds(sharding, credit):
         told.append(figures | run.learn(rollout))
         run.step += 1
     run.step = 0
-    told.append(run.look())
+    told.append(look(run))
     return run, codes, told
 
 answer = {}

@@ -5,7 +5,7 @@ critic, which code-by-code credit does without: a gain is known at its place, no
 there; it enters by its slope, at every code) and the unit tests of 03, 07 and 14 whose subject is a step's one log-prob. 08 is the price
 that both pay; 12 and 14 have the other credit's loss beside PPO's.
 
-What goes beyond them stands in test_losses, test_dense, test_rollout, test_train_ppo and test_kill.
+What goes beyond them stands in test_losses, test_dense, test_rollout, test_train_ppo, test_ppo_look, test_ppo_checkpoint and test_kill.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""A look of a PPO run: the held-out prompts are played, all parts of the reward asked, and the brake judges; the best is remembered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.lora import adapter_tensors, set_adapter_tensors
+from rlhf.brake import Look
+from rlhf.metrics import diversity
+from rlhf.ppo_run import Run
+from rlhf.rollout import play, sample_seed
+
+
+def look_is_due(run: Run) -> bool:
+    """Whether the held-out prompts should be played now."""
+    return run.task.heldout is not None and run.step % run.cfg.look_every == 0
+
+
+@torch.no_grad()
+def look(run: Run) -> dict[str, float]:
+    """Play the held-out prompts, with the seeds of every look; ask all parts of the reward; let the brake judge. Returns figures."""
+    cfg, heldout = run.cfg, run.task.heldout
+    assert heldout is not None
+    rows = [row for row in range(len(heldout)) for _ in range(cfg.heldout_clips)]
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    share = -(-len(rows) // world)  # every process plays as many: the last ones begin anew, and what is double is cut off
+    mine = [index % len(rows) for index in range(rank * share, (rank + 1) * share)]
+    table, chunk = heldout.table.to(run.accelerator.device), max(cfg.batch_size // world, 1)
+    seen: dict[str, list[Tensor]] = {"kl": [], "marks": [], "spread": [], "points": []}
+    examples: list[tuple[str, Tensor]] = []
+    for start in range(0, share, chunk):
+        part = mine[start : start + chunk]
+        cond, seeds = table.index([rows[index] for index in part]), [sample_seed(cfg.seed ^ 0x10C4, index) for index in part]
+        how: dict[str, Any] = {"temperature": cfg.temperature, "cfg_coef": cfg.cfg_coef, "bf16": run.bf16}
+        clips = play(run.lm, run.critic, cond, [rows[index] for index in part], seeds, cfg.n_frames, **how)
+        prompts = [heldout.texts[rows[index]] for index in part]
+        seen["kl"].append((clips.logps - clips.ref_logps).sum(1))
+        seen["marks"].append(run.reward.marks(clips.codes, prompts, everything=True))
+        nothing = clips.logps.new_full((len(part),), float("nan"))
+        seen["spread"].append(run.task.spread(clips.codes, prompts) if run.task.spread else nothing)
+        seen["points"].append(run.task.embed(clips.codes, prompts) if run.task.embed else nothing[:, None])
+        examples += [(prompts[i], clips.codes[i]) for i, index in enumerate(part) if index % cfg.heldout_clips == 0]
+    kl, marks, spread, points = (run.accelerator.gather(torch.cat(parts))[: len(rows)] for parts in seen.values())
+    if run.step == 0:
+        run.reward.measure(marks)
+    run.reward.hold(run.held, marks)
+    now = Look(
+        scores=run.reward.judge(marks, stated=True).total.cpu(),
+        prompt_ids=rows,
+        kl=kl.mean().item(),
+        spread=spread[torch.isfinite(spread)].mean().item(),
+        diversity=diversity(points.cpu(), rows) if cfg.heldout_clips > 1 else float("nan"),
+    )
+    reason = run.brake(run.step, now)
+    if run.brake.best_step == run.step:
+        run.best = adapter_tensors(run.lm)
+    if reason and cfg.brake != "off":
+        run.braked = reason
+    run.examples = examples[: cfg.listen]
+    return run.brake.figures(now) | {f"heldout_{name}": value for name, value in run.reward.figures(marks).items()}
+
+
+def rewind(run: Run) -> int:
+    """Put the adapter of the best look back; returns its step."""
+    set_adapter_tensors(run.lm, run.best)
+    return run.brake.best_step
