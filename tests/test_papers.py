@@ -79,6 +79,13 @@ def test_the_values_on_the_page_are_the_defaults(section):
     assert wrong == {}
 
 
+def test_what_the_page_tells_of_rounds_is_the_presets():
+    in_rounds = {name: text.split("; ")[1] for name, text in told("DPO").items() if text.endswith(" in rounds")}
+    assert {"lr", "batch_size"} <= in_rounds.keys()
+    wrong = {name: text for name, text in in_rounds.items() if not says(text, train_dpo.PRESETS["rounds"][name])}
+    assert wrong == {}
+
+
 @pytest.mark.parametrize("section", DEMANDED)
 def test_the_defaults_of_which_one_would_ask_have_a_row(section):
     assert DEMANDED[section] - told(section).keys() == set()
