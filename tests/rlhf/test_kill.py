@@ -31,7 +31,8 @@ if name == "ppo":
     begins, settings = "play", {**TOY, "steps": 24, "batch_size": 4, "n_frames": 4, "minibatches": 1, "epochs": 1}
     settings |= {"look_every": 5, "heldout_clips": 2, "listen": 0}
 elif name == "sft":
-    from rlhf.train_sft import PRESETS, Config, Learner as Trained, main
+    from rlhf.sft_run import Learner as Trained
+    from rlhf.train_sft import PRESETS, Config, main
     begins, settings = "learn", {**PRESETS["smoke"], "steps": 24, "kl_clips": 2, "listen": 0, "look_every": 5}
 elif name == "grpo":
     from rlhf.flat_grpo import FlatGRPOTrainer as Trained

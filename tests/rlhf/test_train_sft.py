@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,9 @@ from base_models.policy import load_policy
 from rlhf import train_sft
 from rlhf.evaluate_models import evaluate
 from rlhf.sample_pairs import Settings, read_prompts
-from rlhf.train_sft import PRESETS, Config, Winner, by_length, main, split, toy_task, voted
+from rlhf.sft_run import Learner
+from rlhf.sft_task import toy_task
+from rlhf.train_sft import PRESETS, Config, main
 
 SCRIPT = Path(train_sft.__file__).resolve()
 
@@ -83,7 +84,7 @@ def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(learned, tmp_pat
     out, _ = learned
     n = len(steps(out))
 
-    real = train_sft.Learner.learn
+    real = Learner.learn
 
     def dies(self):
         if self.step == 25:
@@ -91,7 +92,7 @@ def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(learned, tmp_pat
         return real(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sft.Learner, "learn", dies)
+        patch.setattr(Learner, "learn", dies)
         with pytest.raises(KilledError):
             main(config(tmp_path / "run", save_every=10, look_every=20))
     with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as rows:
@@ -118,13 +119,6 @@ def test_microbatches_and_two_processes_change_nothing(tmp_path):
     assert told["two"] == pytest.approx(told["one"], abs=1e-4)
 
 
-def test_winners_weigh_what_their_votes_say_and_ties_nothing(snapshot_dir, policy_dir):
-    task = voted(Config(policy=policy_dir), snapshot_dir)
-    assert len(task.winners) == 5
-    assert sum(winner.weight for winner in task.winners) == pytest.approx(5)
-    assert task.snapshot_sha256 == json.loads((snapshot_dir / "snapshot.json").read_text())["sha256"]
-
-
 def test_sft_on_votes_and_on_the_best_of_n_runs_in_the_harness_of_ppo_and_dpo(snapshot_dir, reward_dir, policy_dir, tmp_path):
     (tmp_path / "p.txt").write_text("sad piano\ncalm folk\ndark rock\n")
     common = {"policy": policy_dir, "steps": 4, "r": 4, "lr": 5e-2, "kl_clips": 2}
@@ -138,21 +132,6 @@ def test_sft_on_votes_and_on_the_best_of_n_runs_in_the_harness_of_ppo_and_dpo(sn
     figures = evaluate(load_policy(policy_dir), systems, read_prompts(tmp_path / "p.txt"), tmp_path / "e", settings)
     assert figures.keys() == {"base", "voted", "picked"}
     assert all(figures[name]["kl"] != 0 for name in systems)
-
-
-def test_clips_of_several_lengths_are_never_padded():
-    winners = [Winner(torch.zeros(2, length, dtype=torch.long), 0, str(i), 1.0) for i, length in enumerate([5, 9, 5, 5, 9])]
-    groups = by_length(winners, 2)
-    assert [len({w.codes.shape for w in group}) for group in groups] == [1] * len(groups)
-    assert sorted(w.prompt_id for group in groups for w in group) == list("01234")
-    assert max(len(group) for group in groups) == 2
-
-
-def test_held_out_winners_share_no_prompt_with_trained_ones():
-    task = toy_task(0)
-    train, held_out = split(task.winners, 0.2, {})
-    assert not {w.prompt_id for w in train} & {w.prompt_id for w in held_out}
-    assert len(train) + len(held_out) == len(task.winners)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from adapters.library import read_adapter
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
-from rlhf import dpo_task, train_dpo, train_sft
+from rlhf import dpo_task, sft_task, train_dpo, train_sft
 from rlhf.flat_kto import bad_clips
 from rlhf.preferences import load_snapshot, pairs_sha256, split_by_prompt, training_pairs
 from rlhf.snapshot import content_sha256
@@ -81,8 +81,8 @@ def test_prompts_of_one_artist_are_held_out_together(tmp_path):
         train, held_out = split_by_prompt(voted.pairs, 0.1, seed, voted.groups)
         assert held_out
         assert not {voted.groups[p.prompt_id] for p in train} & {voted.groups[p.prompt_id] for p in held_out}
-    winners = [train_sft.Winner(torch.from_numpy(p.chosen_codes), 0, p.prompt_id, 1.0) for p in voted.pairs]
-    one, two = train_sft.split(winners, 0.1, voted.groups)
+    winners = [sft_task.Winner(torch.from_numpy(p.chosen_codes), 0, p.prompt_id, 1.0) for p in voted.pairs]
+    one, two = sft_task.split(winners, 0.1, voted.groups)
     assert not {voted.groups[w.prompt_id] for w in one} & {voted.groups[w.prompt_id] for w in two}
     with pytest.raises(UserError, match="--held-out 0"):
         split_by_prompt(voted.pairs, 0.1, 0, dict.fromkeys(voted.groups, "one"))
@@ -124,7 +124,7 @@ def train(script: str, folder: Path, out: Path, monkeypatch, card: int = 32, **c
     """One step of DPO, KTO or fine-tuning on a snapshot."""
     common = {"out": out, "snapshot": folder, "steps": 1, "r": 2, "kl_clips": 0, **changes}
     if script == "sft":
-        monkeypatch.setattr(train_sft, "load_policy", lambda path: toy_policy(card))
+        monkeypatch.setattr(sft_task, "load_policy", lambda path: toy_policy(card))
         return train_sft.main(train_sft.Config(**common))
     monkeypatch.setattr(dpo_task, "load_policy", lambda path: toy_policy(card))
     return train_dpo.main(train_dpo.Config(loss="kto" if script == "kto" else "sigmoid", precision="fp32", **common))
