@@ -23,7 +23,7 @@ from rlhf.proof.cells import result
 from rlhf.proof.keep import FINAL
 from rlhf.proof.plan import METHODS, Outcome, RewardRow, Trail
 
-FIT = ("similarity", "tempo", "genre")
+FIT = ("similarity", "tempo", "genre", "genre_real")
 COPIES = ("nearest_rated", "nearest_training")
 HALF = 0.5
 """A clip that has more than this share of its coarse codes in common with one known clip counts as a copy."""

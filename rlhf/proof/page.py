@@ -15,6 +15,8 @@ from rlhf.proof.plots import NAMES, TARGET, plot_controls, plot_curve, plot_main
 Row = dict[str, Any]
 DIVERSE, LOWEST = 0.9, 0.75
 """What was to be reached beside TARGET: diversity as a share of the base's, and the lower end of the win rate's interval."""
+FIT_NAMES = {"genre_real": "genre by real music"}
+"""The other judge of genre is fitted on the base's clips."""
 COPIED = {"nearest_rated": "copies rated", "nearest_training": "copies training"}
 
 
@@ -47,13 +49,13 @@ def missed(row: Row) -> str:
     short = [] if row["win_rate"] >= TARGET else ["win rate"]
     short += [] if row["ci"][0] > LOWEST else ["interval"]
     short += ["diversity"] if (row["diversity_ratio"] or 0) < DIVERSE else []
-    short += [name for name in FIT if row.get(f"{name}_change", 0) + row.get(f"{name}_half_ci", 0) < 0]
+    short += [FIT_NAMES.get(name, name) for name in FIT if row.get(f"{name}_change", 0) + row.get(f"{name}_half_ci", 0) < 0]
     return ", ".join(short + [COPIED[name] for name in COPIES if row.get(f"{name}_change", 0) - row.get(f"{name}_half_ci", 0) > 0])
 
 
 def main_table(rows: Sequence[Row]) -> str:
-    head = ("taste", "method", "seeds", "votes", "win rate", "95 % by prompt", "seeds from-to", "decided", "KL", "diversity", *FIT,
-            *COPIED.values(), "missed")  # fmt: skip
+    head = ("taste", "method", "seeds", "votes", "win rate", "95 % by prompt", "seeds from-to", "decided", "KL", "diversity",
+            *(FIT_NAMES.get(name, name) for name in FIT), *COPIED.values(), "missed")  # fmt: skip
     body = []
     for row in rows:
         body.append((

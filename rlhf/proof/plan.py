@@ -47,6 +47,8 @@ class Sizes:
     best_of: int = 8
     weak_votes: int = 50
     shuffles: int = 3
+    known_clips: int = 600
+    """Renderings of real melodies that the second judge of genre is fitted on."""
 
     @property
     def n_frames(self) -> int:
@@ -55,7 +57,7 @@ class Sizes:
 
 SMALL = Sizes(
     train_prompts=24, clips=3, raters=6, target_votes=1, votes=60, play_prompts=12, watch_prompts=6, heldout_prompts=12, trail_prompts=12,
-    duration_s=1.0, best_of=2, weak_votes=40, shuffles=2,
+    duration_s=1.0, best_of=2, weak_votes=40, shuffles=2, known_clips=60,
 )  # fmt: skip
 """The same graph in minutes, to see that it runs. Its figures mean nothing."""
 
@@ -169,16 +171,8 @@ class Builder:
     def samples(self, seed: int) -> Cell:
         prompts = self.prompts("train", seed)
         given = ("--policy", str(self.policy), "--prompts", place(prompts, "prompts.jsonl"), "-n", str(self.sizes.clips))
-        how = (
-            "--seed",
-            str(seed + 50 * self.tuning),
-            "--duration",
-            str(self.sizes.duration_s),
-            "--system",
-            "base",
-            "--out",
-            f"{HERE}/samples",
-        )
+        to = ("--system", "base", "--out", f"{HERE}/samples")
+        how = ("--seed", str(seed + 50 * self.tuning), "--duration", str(self.sizes.duration_s), *to)
         return Cell(f"samples/s{seed}", (*program("rlhf.cli"), "sample", *given, *how), (prompts,), weight=120)
 
     def votes(self, taste: str, seed: int) -> Cell:
@@ -227,12 +221,8 @@ class Builder:
         """PPO whose reward is a program."""
         prompts = self.prompts("play", seed)
         given = ("--policy", str(self.policy), "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
-        judged = (
-            "--score-command",
-            " ".join((PYTHON, "-m", "rlhf.simulation.serve", *judge)),
-            "--prompts",
-            place(prompts, "prompts.jsonl"),
-        )
+        command = " ".join((PYTHON, "-m", "rlhf.simulation.serve", *judge))
+        judged = ("--score-command", command, "--prompts", place(prompts, "prompts.jsonl"))
         how = ("--n-frames", str(self.sizes.n_frames), *(more or self.arguments.ppo), "--credit", "score")  # a program has no slope
         script = (*program("rlhf/train_ppo.py"), *given, *judged, *how)
         return Cell(label, script, (prompts,), resume=("--resume",), weight=400)
@@ -250,15 +240,19 @@ class Builder:
         argv = (*program("rlhf.proof.play"), "--out", HERE, "--fit-probe", place(samples, "samples", "manifest.jsonl"))
         return Cell(f"probe/s{seed}", argv, (samples,), weight=25)
 
+    def known(self) -> Cell:
+        how = ("--policy", str(self.policy), "--n", str(self.sizes.known_clips), "--duration", str(self.sizes.duration_s), "--out", HERE)
+        return Cell("known", (*program("rlhf.proof.known"), *how), weight=40)
+
     def how_to_play(self, seed: int, kind: str = "heldout") -> tuple[tuple[str, ...], tuple[Cell, ...]]:
-        prompts, probe, samples = self.prompts(kind, seed), self.probe(seed), self.samples(seed)
+        prompts, probe, samples, known = self.prompts(kind, seed), self.probe(seed), self.samples(seed), self.known()
         n = self.sizes.heldout_clips if kind == "heldout" else 1
         how = (
             "--policy", str(self.policy), "--prompts", place(prompts, "prompts.jsonl"), "-n", str(n), "--seed", str(10_000 + seed),
-            "--duration", str(self.sizes.duration_s), "--probe", place(probe, "probe.npz"),
+            "--duration", str(self.sizes.duration_s), "--probe", place(probe, "probe.npz"), "--real-probe", place(known, "probe.npz"),
             "--rated", place(samples, "samples", "manifest.jsonl"), *(("--tokens", str(self.tokens)) if self.tokens else ()),
         )  # fmt: skip
-        return how, (prompts, probe, samples)
+        return how, (prompts, probe, samples, known)
 
     def base(self, seed: int, kind: str = "heldout") -> Cell:
         how, needs = self.how_to_play(seed, kind)

@@ -1,12 +1,13 @@
 """Play held-out prompts with one system and measure all that needs no judge.
 
     python -m rlhf.proof.play --policy DIR --prompts heldout.jsonl --out DIR --system ppo [--adapter DIR | --best-of 8 --reward DIR]
-        [--beside BASE_DIR] [--proxy REWARD_DIR] [--probe probe.npz] [--rated samples/manifest.jsonl] [--tokens DIR]
+        [--beside BASE_DIR] [--proxy REWARD_DIR] [--probe probe.npz] [--real-probe probe.npz] [--rated manifest.jsonl] [--tokens DIR]
 
     prompts -> clips (seeds shared with the base) -> per clip: KL, text-audio similarity, tempo, genre, nearest training clip, proxy
             -> figures.json {mean figures} and clips.json {the same clip by clip}
 
-The genre's probe is fitted once, on the base's own clips of training prompts (`--fit-probe`): it has heard nothing of what it judges.
+Genre has two judges, and no reward hears either: one is fitted once on the base's own clips of training prompts (`--fit-probe`), and so
+knows the base's notion of a genre; the other on renderings of real melodies (rlhf.proof.known). Neither has heard what it judges.
 The nearest clip is looked for among the clips that were rated (they are what fine-tuning could copy) and, where tokens of the corpus are
 given, among the base's training clips. The proxy is the reward model's opinion: it is told to be seen beside gold, never as proof."""
 
@@ -68,9 +69,10 @@ def measure(args: argparse.Namespace, policy: Policy, manifest: Path) -> dict[st
     found["tempo"] = np.array(
         [np.nan if bpm is None else float(tempo_matches(estimate_tempo(wav, sample_rate), bpm)) for wav, bpm in zip(wavs, stated)]
     )
-    if args.probe:
-        heard = GenreProbe.load(args.probe).predict(wavs, sample_rate)
-        found["genre"] = np.array([float(guess == row["genre"]) for guess, row in zip(heard, rows)])
+    for name, probe in (("genre", args.probe), ("genre_real", args.real_probe)):
+        if probe:
+            heard = GenreProbe.load(probe).predict(wavs, sample_rate)
+            found[name] = np.array([float(guess == row["genre"]) for guess, row in zip(heard, rows)])
     if args.rated:
         found["nearest_rated"] = nearest_training_clip(codes, read_codes(args.rated, read_jsonl(args.rated))).numpy()
     if args.tokens:
@@ -137,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reward", type=Path)
     parser.add_argument("--beside", type=Path, help="the cell in which the base played the same prompts")
     parser.add_argument("--proxy", type=Path, help="a reward model whose opinion is told beside the others")
-    parser.add_argument("--probe", type=Path)
+    parser.add_argument("--probe", type=Path, help="of genre, fitted on the base's own clips (--fit-probe)")
+    parser.add_argument("--real-probe", type=Path, help="of genre, fitted on renderings of real melodies (rlhf.proof.known)")
     parser.add_argument("--rated", type=Path, help="the manifest of the clips that were rated")
     parser.add_argument("--tokens", type=Path, help="the base's corpus, tokenised")
     parser.add_argument("-n", type=int, default=2)

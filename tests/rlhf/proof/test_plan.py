@@ -100,3 +100,12 @@ def test_the_weak_reward_is_weak_and_both_arms_keep_their_checkpoints():
     assert "--kl-coef 0" in texts["trail-free/warm/s0/n50"]
     assert "--brake rewind" in texts["trail-braked/warm/s0/n50"]
     assert all("rlhf.proof.keep" in texts[f"trail-{arm}/warm/s0/n50"] for arm in ("free", "braked"))
+
+
+def test_every_play_asks_both_judges_of_genre_and_the_second_has_heard_no_clip_of_the_base():
+    cells = closure(main_plan().cells())
+    known = [cell for cell in cells if cell.label == "known"]
+    assert len(known) == 1
+    assert known[0].needs == ()
+    plays = [cell for cell in cells if cell.label.split("/")[0] in ("play", "base")]
+    assert all({"--probe", "--real-probe"} <= set(cell.argv) and known[0] in cell.needs for cell in plays)
