@@ -42,7 +42,6 @@ def training_arguments(cfg: Config, n_rows: int) -> DPOConfig:
         learning_rate=cfg.lr,
         lr_scheduler_type="cosine",
         warmup_steps=cfg.warmup_steps,
-        weight_decay=cfg.weight_decay,
         max_grad_norm=1.0,
         per_device_train_batch_size=cfg.batch_size,
         per_device_eval_batch_size=cfg.batch_size,
@@ -73,7 +72,7 @@ def kto_arguments(cfg: Config, args: DPOConfig) -> KTOConfig:
         "max_length",
     )
     shared += ("remove_unused_columns", "precompute_ref_log_probs", "beta", "learning_rate", "lr_scheduler_type", "warmup_steps")
-    shared += ("weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
+    shared += ("max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
     shared += ("max_steps", "logging_steps", "logging_first_step", "save_strategy", "save_steps", "report_to", "dataloader_pin_memory")
     shared += ("seed", "data_seed")
     return KTOConfig(**{name: getattr(args, name) for name in shared} | own)

@@ -33,7 +33,7 @@ from trl.trainer.kto_config import KTOConfig
 from adapters.lora import adapter_tensors, lora_config, set_adapter_tensors
 from base_models.checkpoint import load_training_state, save_training_state
 from base_models.lm import MusicLM
-from rlhf.flat_policy import FlatCausalLM, flat_order, make_tokenizer, use_native_heads
+from rlhf.flat_policy import ExpectedEdits, FlatCausalLM, flat_order, make_tokenizer, use_native_heads
 from rlhf.losses import dpo_loss, ipo_loss, simpo_loss
 from rlhf.preferences import Preference, Spans
 
@@ -122,6 +122,8 @@ class PreferenceCollator(DataCollatorForPreference):
             if (mask := row.get(f"{side}_mask")) is not None:
                 start = len(row["prompt_ids"])
                 batch["completion_mask"][place, start : start + len(mask)] *= torch.tensor(mask)
+        if "slope" in examples[0]:
+            batch["slope"] = torch.stack([row["slope"] for row in examples])
         return batch | {name: torch.tensor([float(row[name]) for row in examples]) for name in EXTRA_COLUMNS}
 
 
@@ -214,9 +216,15 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         callbacks: list[Any] | None = None,
         loss: PairLoss = "sigmoid",
         gamma: float = 0.5,
+        kl_weight: float = 0.0,
+        codebooks: Tensor | None = None,
+        edit_price: float = 0.0,
     ) -> None:
-        """`args.loss_type` begins with TRL's name of `loss`, or with "sigmoid" where TRL has none (simpo). gamma: SimPO's margin."""
-        self.pair_loss, self.gamma = loss, gamma
+        """`args.loss_type` begins with TRL's name of `loss`, or with "sigmoid" where TRL has none (simpo). gamma: SimPO's margin.
+        kl_weight: what a nat of divergence from the reference costs (`_anchor`). codebooks [K, V, D], edit_price: of rows that bring the
+        slope of a score instead of a second clip (`_expected`)."""
+        self.pair_loss, self.gamma, self.kl_weight = loss, gamma, kl_weight
+        self.codebooks, self.edit_price = codebooks, edit_price
         self.lm: MusicLM = flat.trunk.lm
         live = train_rows if isinstance(train_rows, LiveRows) else None
         known = [{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}] if live else list(train_rows)  # type: ignore[arg-type]
@@ -242,10 +250,12 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
         p_chosen, weight = inputs.pop("p_chosen"), inputs.pop("weight")
+        if "slope" in inputs:
+            return self._expected(model, inputs, p_chosen, weight)
         heard: list[Any] = []
 
         def listening(**kwargs: Any) -> Any:
-            heard.append(model(**kwargs))
+            heard.append(model(**kwargs, anchored=self.kl_weight > 0))
             return heard[-1]
 
         loss = super()._compute_loss(listening, inputs, return_outputs)
@@ -261,7 +271,35 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         elif self.pair_loss == "simpo":
             ours = simpo_loss(chosen, rejected, n_chosen, n_rejected, self.beta, self.gamma, p_chosen)
         self._tell(weight * ours, plain, reward_chosen, reward_rejected, p_chosen)
-        return loss + (weight * ours - trl).mean()
+        return loss + (weight * ours - trl).mean() + self._anchor(heard[0].kl)
+
+    def _expected(self, model: Any, inputs: dict[str, Tensor], p_chosen: Tensor, weight: Tensor) -> Tensor:
+        """DPO's loss where a pair is all edits of a clip for the better against all for the worse: their expected log-ratios stand for
+        those of a draw. Both sides are the clip as it was played; `slope` says how they would be edited."""
+        assert self.codebooks is not None
+        clips = slice(len(p_chosen))
+        ids, mask = inputs["input_ids"][clips], inputs["attention_mask"][clips]
+        labels = ids.masked_fill(inputs["completion_mask"][clips] == 0, -100)
+        edits = ExpectedEdits(inputs["slope"], self.codebooks.to(ids.device), self.edit_price)
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, anchored=self.kl_weight > 0, edits=edits)
+        nothing = torch.zeros_like(out.margin)
+        loss, better, worse = dpo_loss(out.margin, nothing, nothing, nothing, self.beta, p_chosen)
+        self._tell(weight * loss, dpo_loss(out.margin, nothing, nothing, nothing, self.beta)[0], better, worse, p_chosen)
+        figures = self._figures()
+        figures["rewards/margins"].append(self.accelerator.gather(self.beta * out.margin.detach()).mean().item())
+        return (weight * loss).mean() + self._anchor(out.kl)
+
+    def _anchor(self, kl: Tensor | None) -> Tensor | float:
+        """What departure from the reference costs: kl_weight * mean KL(policy || reference) [nats a clip] over the pairs' clips.
+
+        A pair says which of two clips is to become likelier, and nothing of all that they have in common: there a step's noise moves
+        the policy, and no later pair moves it back. (A sequential KL beside the pairs, as in token-level DPO: Zeng et al. 2024,
+        arXiv:2404.11999; here of both clips, with its gradient.)
+        """
+        if kl is None:
+            return 0.0
+        self._figures()["dpo/kl_of_pairs"].append(kl.detach().mean().item())
+        return self.kl_weight * kl.mean()
 
     def _tell(self, loss: Tensor, hard: Tensor, reward_chosen: Tensor, reward_rejected: Tensor, p_chosen: Tensor) -> None:
         """Figures that TRL does not log, over all processes."""
@@ -270,10 +308,14 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         drift = -(reward_chosen + reward_rejected) / (2 * self.beta)
         local = torch.stack([loss.sum(), hard.sum(), right, decided.sum(), drift.sum(), torch.ones_like(drift).sum()])
         total = self.accelerator.reduce(local.detach().double(), "sum")
-        assert self.model is not None
-        figures = self._metrics["train" if self.model.training else "eval"]
+        figures = self._figures()
         figures["dpo/loss"].append((total[0] / total[5]).item())
         figures["dpo/loss_hard_labels"].append((total[1] / total[5]).item())
         if total[3] > 0:
             figures["dpo/accuracy_decided"].append((total[2] / total[3]).item())
         figures["dpo/kl_reference_to_policy"].append((total[4] / total[5]).item())
+
+    def _figures(self) -> Any:
+        """TRL's lists of figures, of what is going on: training or evaluation."""
+        assert self.model is not None
+        return self._metrics["train" if self.model.training else "eval"]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,8 +32,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
+from adapters.lora import adapter_disabled
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM, disable_functional_dropout
+from rlhf.edits import expected_difference
+from rlhf.losses import kl_full
 
 PAD, EOS, N_SPECIAL = 0, 1, 2
 IMPOSSIBLE = -1.0e4
@@ -175,6 +179,27 @@ class BlockHead(nn.Module):
         return nn.functional.linear(states, self.weight)
 
 
+@dataclass
+class ExpectedEdits:
+    """How clips are to be edited for the better and for the worse: slope [B, D, T] of a score at them, in its own standard deviations;
+    codebooks [K, V, D]; price of a nat (rlhf.edits)."""
+
+    slope: Tensor
+    codebooks: Tensor
+    price: float
+
+
+@dataclass
+class AnchoredOutput(FusedCausalLMOutput):
+    """What was asked for over the whole vocabulary, at every code of a sequence, whatever its labels; nats a clip [B].
+
+    kl: KL(policy || policy without its adapter). margin: what edits differ by in log-ratio (rlhf.edits.expected_difference).
+    """
+
+    kl: Tensor | None = None
+    margin: Tensor | None = None
+
+
 class FlatCausalLM(PreTrainedModel):
     """A `MusicLM` under the interface of a causal LM. It shares the LM's tensors; adapters injected here stand in the LM."""
 
@@ -217,31 +242,50 @@ class FlatCausalLM(PreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         fused_lm_head: bool = False,
+        anchored: bool = False,
+        edits: ExpectedEdits | None = None,
         **_: Any,
     ) -> CausalLMOutput | FusedCausalLMOutput:
-        """Flat ids [B, L] -> logits [B, L, 2 + K * V], or with `fused_lm_head` log-probs of the labels, both in nats."""
+        """Flat ids [B, L] -> logits [B, L, 2 + K * V], or with `fused_lm_head` log-probs of the labels, both in nats; `anchored` adds the
+        divergence from the policy without its adapter, `edits` what edits of the clips would differ by."""
         if fused_lm_head:
             assert labels is not None
-            return self._native(input_ids, attention_mask, labels)
+            return self._native(input_ids, attention_mask, labels, anchored, edits)
         logits = self.head(self.trunk(input_ids, attention_mask).last_hidden_state)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def _native(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> FusedCausalLMOutput:
-        """TRL's fused output through the K heads themselves. The figures beside log_probs carry no gradient."""
+    def _native(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, anchored: bool, edits: ExpectedEdits | None
+    ) -> AnchoredOutput:
+        """TRL's fused output through the K heads themselves. The figures beside log_probs and kl carry no gradient."""
         trunk, lm = self.trunk, self.trunk.lm
         codes, cond, frames = trunk.read(input_ids, attention_mask)
+        reference = None
+        if anchored or edits is not None:
+            with torch.no_grad(), adapter_disabled(lm):
+                reference = lm.hidden(codes, cond)
         hidden = lm.hidden(codes, cond)
         T_max = codes.shape[2]
         per_code: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        kl, margin = hidden.new_zeros((2, len(codes)), dtype=torch.float32)
+        sounds = torch.arange(T_max, device=hidden.device) < torch.tensor(frames, device=hidden.device)[:, None]
         for k, head in enumerate(lm.decoder.lm_heads):
             logits = head(hidden[:, k : k + T_max]).float() / trunk.temperature
             target = codes[:, k].clamp(max=lm.card - 1)
             normaliser = logits.logsumexp(-1)
             picked = logits.gather(-1, target[..., None])[..., 0]
             logps = picked - normaliser
+            if reference is not None:
+                with torch.no_grad():
+                    base = head(reference[:, k : k + T_max]).float() / trunk.temperature
+                if anchored:
+                    kl = kl + (kl_full(logits, base) * sounds).sum(1)
+                if edits is not None:
+                    gain = edits.slope.transpose(1, 2) @ edits.codebooks[k].T
+                    margin = margin + (expected_difference(logits, base, gain, edits.price) * sounds).sum(1)
             with torch.no_grad():
                 plain = logits.detach()
                 entropy = normaliser - ((plain - normaliser[..., None]).exp_().mul_(plain)).sum(-1)
@@ -249,13 +293,15 @@ class FlatCausalLM(PreTrainedModel):
         mask = labels[:, 1:] != -100
         fields = [self._flat(torch.stack(field, 1), frames, mask) for field in zip(*per_code)]
         log_probs, entropy, mean_logits, is_top1 = fields
-        return FusedCausalLMOutput(
+        return AnchoredOutput(
             loss=-log_probs.sum() / mask.sum().clamp(min=1),
             log_probs=log_probs,
             entropy=entropy,
             mean_logits=mean_logits,
             is_top1=is_top1.bool(),
             label_mask=mask,
+            kl=kl if anchored else None,
+            margin=None if edits is None else margin,
         )
 
     def _flat(self, values: Tensor, frames: Sequence[int], mask: Tensor) -> Tensor:

@@ -158,6 +158,12 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.expm1(log_r) - log_r
 
 
+def kl_full(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(policy || reference) of whole distributions, not of a draw from them: logits [..., V] twice -> nats [...]."""
+    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def entropy(logits: Tensor) -> Tensor:
     """H = -sum_v p_v log p_v of softmax(logits), in nats and in float32. Args: logits [..., V]. Returns: [...]."""
     log_p = F.log_softmax(logits.float(), dim=-1)

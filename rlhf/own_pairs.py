@@ -18,128 +18,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import TrainerCallback
 
 from adapters.lora import adapter_disabled
 from base_models.checkpoint import read_json, write_json
-from base_models.conditions import Conditions
-from base_models.lm import MusicLM
-from base_models.sampling import generate
 from rlhf.dense import limited
-from rlhf.dpo_report import NothingLeftError, Recorder
 from rlhf.edits import Edits, antithetic_edits
-from rlhf.flat_dpo import LiveRows, PreferenceCollator, reference_logps, smoothed
-from rlhf.flat_policy import FlatCausalLM, flat_order
-from rlhf.journal import speeds, timed
+from rlhf.flat_dpo import PreferenceCollator, reference_logps, smoothed
+from rlhf.flat_policy import FlatCausalLM
+from rlhf.journal import timed
 from rlhf.played import kl_by_book, kl_figures
 from rlhf.rewards import Mixed, Score
 from rlhf.rollout import prompt_of, sample_seed
+from rlhf.round_plan import Plan
+from rlhf.round_rows import Judged, Made, edited_codes, label, pair_up, play_and_judge
 
-Pairing = Literal["best_worst", "all", "edits"]
-Labels = Literal["hard", "soft"]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Clips with a score: codes [B, K, T]; rows [B], of the prompt table; code_logps [B, K, T], nats, the sampler's; score [B]."""
-
-    codes: Tensor
-    rows: list[int]
-    code_logps: Tensor
-    score: Tensor
-
-
-def play_and_judge(
-    lm: MusicLM,
-    table: Conditions,
-    prompts: Sequence[str],
-    rows: Sequence[int],
-    seeds: Sequence[int],
-    score: Score | None,
-    n_frames: int,
-    temperature: float,
-    batch_size: int,
-    seconds: dict[str, float],
-) -> Judged:
-    """Play one clip for each row of the table, `batch_size` at once, and judge it.
-
-    Args: table, prompts: the same prompts as conditions and as words. rows, seeds [B]: one clip each. score: None leaves the scores
-        NaN, where they come with the slopes. seconds: what `play` and `judge` take is added there.
-    """
-    codes, logps, scores = [], [], []
-    cond = table.to(next(lm.parameters()).device)
-    for start in range(0, len(rows), batch_size):
-        part = list(rows[start : start + batch_size])
-        with timed(seconds, "play"):
-            made = generate(lm, cond.index(part), n_frames, seeds=seeds[start : start + batch_size], temperature=temperature)
-            codes.append(made.codes.cpu())
-            logps.append(made.code_logps.cpu())
-        with timed(seconds, "judge"):
-            judged = score(made.codes, [prompts[row] for row in part]).detach() if score else torch.full((len(part),), math.nan)
-            scores.append(judged.float().cpu())
-    return Judged(torch.cat(codes), list(rows), torch.cat(logps), torch.cat(scores))
-
-
-def pair_up(score: Tensor, pairing: Pairing) -> list[tuple[int, int]]:
-    """Scores of one prompt's clips [n] -> (chosen, rejected) places; clips whose score is not finite are left out.
-
-    best_worst: one pair, the largest gap. all: every pair, which costs n - 1 times the training and tells more of the middle.
-    Equal scores order nothing.
-    """
-    order = [place for place in torch.argsort(score, descending=True, stable=True).tolist() if math.isfinite(score[place])]
-    pairs = [(order[0], order[-1])] if pairing == "best_worst" and order else [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
-    return [(chosen, rejected) for chosen, rejected in pairs if score[chosen] > score[rejected]]
-
-
-def edited_codes(better: Tensor, worse: Tensor) -> list[int]:
-    """codes [K, T] of a clip's two edits -> 1 where they differ, else 0, in flat order [K * T]; all 1 where they are the same."""
-    book, frame = flat_order(*better.shape)
-    differ = (better != worse)[book, frame]
-    return (differ if differ.any() else torch.ones_like(differ)).int().tolist()
-
-
-def label(difference: float, labels: Labels) -> float:
-    """How probably the better clip is preferred: 1 (hard), or sigmoid(score difference) as the reward model is calibrated (soft)."""
-    return 1.0 if labels == "hard" else 1.0 / (1.0 + math.exp(-difference))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a round is made; `rlhf.train_dpo.Config` says what each figure means."""
-
-    n_prompts: int
-    n_clips: int
-    n_rated: int
-    pairing: Pairing
-    labels: Labels
-    label_smoothing: float
-    n_frames: int
-    temperature: float
-    sample_batch: int
-    score_batch: int
-    held_out_clips: int
-    kl_budget: float
-    edit_price: float
-    seed: int
-    held: tuple[str, ...] = ()
-    """Parts of the reward that stay at the base's level (rlhf.rewards.Reward.hold)."""
-
-    @property
-    def pairs_per_prompt(self) -> int:
-        if self.pairing == "edits":
-            return self.n_clips
-        return 1 if self.pairing == "best_worst" else self.n_clips * (self.n_clips - 1) // 2
-
-    @property
-    def n_rows(self) -> int:
-        return self.n_prompts * self.pairs_per_prompt + self.n_rated
+VERIFY = 4
+"""Of so many edited clips the reward is asked about one where labels are hard: of 160 edits a round it orders 0 to 6 otherwise than meant
+(shipped base, five runs), and to ask about all of them would double what judging costs."""
 
 
 class OwnPairs:
@@ -178,50 +79,69 @@ class OwnPairs:
         indices = range(number * size, (number + 1) * size)
         rows = [self.learnt[i] for i in prompt_of(indices, len(self.learnt), plan.n_clips, plan.seed)]
         mine = [i for i in range(size) if (i // plan.n_clips) % world == rank]
-        by_slope = plan.pairing == "edits"
         seeds = [sample_seed(plan.seed, indices[i]) for i in mine]
-        judged = self._play([rows[i] for i in mine], seeds, self.seconds, not by_slope)
+        judged = self._play([rows[i] for i in mine], seeds, self.seconds, not plan.by_slope)
+        numbers = [indices[i] for i in mine]
         with timed(self.seconds, "judge"):
-            edits, own_scores = self._edits(judged, [indices[i] for i in mine]) if by_slope else (None, judged.score)
-            pairs = self._pairs(judged, [indices[i] for i in mine], edits)
-        made: list[tuple[int, dict[str, Any]]] = []
-        gaps, unused = [], 0
-        for index, row, better, worse, gap in pairs:
-            used = gap is not None
-            unused += not used
-            gaps += [gap] if gap is not None else []
-            p = 0.5 if gap is None else label(gap, plan.labels)
-            prompt, chosen = self.flat.sequence(row, better)
-            _, rejected = self.flat.sequence(row, worse)
-            soft = {"p_chosen": smoothed(p, plan.label_smoothing), "weight": float(used)}
-            row_of_pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **soft}
-            if by_slope:  # the sides differ where they were edited, and only there one is better
-                differ = edited_codes(better, worse)
-                row_of_pair |= {"chosen_mask": differ, "rejected_mask": differ}
-            made.append((index, row_of_pair))
+            slope, own_scores = self._slopes(judged) if plan.by_slope else (None, judged.score)
+            made, gaps, unused = (
+                self._expected(judged, numbers, slope) if plan.pairing == "expected" else self._sampled(judged, numbers, slope)
+            )
         told = [(own_scores.tolist(), gaps, unused)]
         if world > 1:
             made, told = gather_object(made), gather_object(told)
         fresh = [row for _, row in sorted(made, key=lambda pair: pair[0])]
-        with timed(self.seconds, "judge"), adapter_disabled(self.lm):
-            fresh = reference_logps(self.flat, fresh, self.args, self.collator, plan.score_batch)
+        if plan.pairing != "expected":
+            with timed(self.seconds, "judge"), adapter_disabled(self.lm):
+                fresh = reference_logps(self.flat, fresh, self.args, self.collator, plan.score_batch)
         turn = [self.rated[(number * plan.n_rated + i) % len(self.rated)] for i in range(plan.n_rated)]
         scores = torch.tensor([x for part, _, _ in told for x in part])
         scores, all_gaps = scores[torch.isfinite(scores)], [x for _, part, _ in told for x in part]
         return fresh + turn, {
             "own/score": scores.mean().item() if len(scores) else float("nan"),
-            "own/gap": sum(all_gaps) / max(len(all_gaps), 1),
-            "own/pairs": float(len(all_gaps)),
+            **({"own/gap": sum(all_gaps) / len(all_gaps)} if all_gaps else {}),
+            "own/pairs": float(sum(row["weight"] > 0 for row in fresh)),
             "own/pairs_unordered": float(sum(n for _, _, n in told)),
         }
 
+    def _sampled(self, judged: Judged, indices: Sequence[int], slope: Tensor | None) -> tuple[Made, list[float], int]:
+        """Rows of pairs of clips, numbered; the gaps in score that are known; how many pairs are not to be used."""
+        plan, made, gaps, unused = self.plan, Made(), list[float](), 0
+        edits = None if slope is None else self._edits(judged, indices, slope)
+        for index, row, better, worse, gap in self._pairs(judged, indices, edits):
+            used = gap is not None
+            unused += not used
+            gaps += [gap] if gap is not None and math.isfinite(gap) else []
+            p = 0.5 if gap is None else label(gap, plan.labels)
+            prompt, chosen = self.flat.sequence(row, better)
+            _, rejected = self.flat.sequence(row, worse)
+            soft = {"p_chosen": smoothed(p, plan.label_smoothing), "weight": float(used)}
+            row_of_pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **soft}
+            if edits is not None:  # the sides differ where they were edited, and only there one is better
+                differ = edited_codes(better, worse)
+                row_of_pair |= {"chosen_mask": differ, "rejected_mask": differ}
+            made.append((index, row_of_pair))
+        return made, gaps, unused
+
+    def _expected(self, judged: Judged, indices: Sequence[int], slope: Tensor | None) -> tuple[Made, list[float], int]:
+        """The same where all edits of a clip for the better are one side and all for the worse the other: the clip with its slope."""
+        assert slope is not None
+        made, moved = Made(), slope.flatten(1).any(1).tolist()
+        unit = self._unit()
+        for index, row, codes, d_score, used in zip(indices, judged.rows, judged.codes, slope.cpu(), moved, strict=True):
+            prompt, ids = self.flat.sequence(row, codes)
+            sides = {"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+            label = {"p_chosen": smoothed(1.0, self.plan.label_smoothing), "weight": float(used)}
+            made.append((index, sides | label | {"slope": d_score / unit}))
+        return made, [], len(moved) - sum(moved)
+
     def _pairs(self, judged: Judged, indices: Sequence[int], edits: Edits | None) -> list[tuple[int, int, Tensor, Tensor, float | None]]:
         """(place in the run, row of the table, better, worse: codes [K, T], gap in score), `pairs_per_prompt` a prompt; the gap is None
-        where a pair is not to be used."""
+        where a pair is not to be used, NaN where nobody asked."""
         plan, n = self.plan, self.plan.n_clips
         if edits is not None:
             found = zip(indices, judged.rows, edits.better, edits.worse, edits.gap.tolist())
-            return [(i, row, a, b, gap if math.isfinite(gap) and gap > 0 else None) for i, row, a, b, gap in found]
+            return [(i, row, a, b, None if gap <= 0 else gap) for i, row, a, b, gap in found]
         pairs: list[tuple[int, int, Tensor, Tensor, float | None]] = []
         for start in range(0, len(indices), n):
             codes, score = judged.codes[start : start + n], judged.score[start : start + n]
@@ -233,21 +153,29 @@ class OwnPairs:
                 pairs.append((indices[start], judged.rows[start], codes[a], codes[b], gap))
         return pairs
 
-    def _edits(self, judged: Judged, indices: Sequence[int]) -> tuple[Edits, Tensor]:
-        """Every clip edited both ways by the policy as it is, and the clips' scores [B]; slopes are limited by the median of all
-        processes' clips."""
-        plan, device = self.plan, self.args.device
+    def _slopes(self, judged: Judged) -> tuple[Tensor, Tensor]:
+        """Slope of the score at every clip [B, D, T], limited by the median of all processes' clips, and the scores [B]."""
+        device = self.args.device
         assert isinstance(self.score, Mixed)
-        table, parts = self.flat.trunk.table.to(device), [slice(i, i + plan.score_batch) for i in range(0, len(indices), plan.score_batch)]
         names = [self.prompts[row] for row in judged.rows]
-        found = [self.score.slope(judged.codes[p].to(device), names[p]) for p in parts]
+        found = [self.score.slope(judged.codes[p].to(device), names[p]) for p in self._parts(len(names))]
         slope, score = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
         everywhere = slope.flatten(1).norm(dim=1).tolist()
         typical = float(torch.tensor(gather_object(everywhere) if self.args.world_size > 1 else everywhere).nanmedian())
-        slope = limited(slope, typical=typical)
+        return limited(slope, typical=typical), score.float().cpu()
+
+    def _unit(self) -> float:
+        """A standard deviation of the base's scores."""
+        assert isinstance(self.score, Mixed)
         assert self.base_scores is not None
         spread = float(self.base_scores[torch.isfinite(self.base_scores)].std())
-        unit = max(spread, self.score.reward.least, 1e-6)
+        return max(spread, self.score.reward.least, 1e-6)
+
+    def _edits(self, judged: Judged, indices: Sequence[int], slope: Tensor) -> Edits:
+        """Every clip edited both ways by the policy as it is."""
+        plan, device = self.plan, self.args.device
+        assert isinstance(self.score, Mixed)
+        table, names = self.flat.trunk.table.to(device), [self.prompts[row] for row in judged.rows]
         made = [
             antithetic_edits(
                 self.lm,
@@ -257,14 +185,17 @@ class OwnPairs:
                 table.index(judged.rows[p]),
                 names[p],
                 [sample_seed(plan.seed ^ 0xED17, index) for index in indices[p]],
-                unit,
+                self._unit(),
                 plan.edit_price,
                 plan.temperature,
+                torch.tensor([plan.labels == "soft" or index % VERIFY == 0 for index in indices[p]]),
             )
-            for p in parts
+            for p in self._parts(len(names))
         ]
-        edits = Edits(*(torch.cat([getattr(part, name).cpu() for part in made]) for name in ("better", "worse", "gap")))
-        return edits, score.float().cpu()
+        return Edits(*(torch.cat([getattr(part, name).cpu() for part in made]) for name in ("better", "worse", "gap")))
+
+    def _parts(self, n: int) -> list[slice]:
+        return [slice(i, i + self.plan.score_batch) for i in range(0, n, self.plan.score_batch)]
 
     @torch.no_grad()
     def measure(self, number: int = 0) -> dict[str, float]:
@@ -327,63 +258,3 @@ class OwnPairs:
         names = [self.prompts.get(row, "") for row in range(len(table))]
         how = (self.score if judged else None, plan.n_frames, plan.temperature, plan.sample_batch)
         return play_and_judge(self.lm, table, names, rows, seeds, *how, seconds)
-
-
-class Rounds(TrainerCallback):
-    """Between rounds: measure; stop where the KL budget is spent; else play, judge and hand the next rows to the trainer."""
-
-    def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, recorder: Recorder) -> None:
-        self.own, self.live, self.epochs, self.recorder = own, live, epochs, recorder
-        self.seconds: dict[str, float] = {}
-        """Of the round that is being learnt."""
-        recorder.by_step = False
-        self.stopped = ""
-        self.last: dict[str, float] = {}
-        self.number = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._next(state, control)
-        if self.stopped:
-            raise NothingLeftError  # a resumed run that had stopped: the trainer would take a step before it asks
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if int(state.epoch + 1e-6) % self.epochs == 0 or control.should_training_stop:
-            self._next(state, control)
-
-    def _next(self, state: Any, control: Any) -> None:
-        number = int((state.epoch or 0) + 1e-6) // self.epochs
-        figures = self.own.measure(number)
-        kl = figures["held_out/kl"]
-        if not kl <= self.own.plan.kl_budget:  # NaN too
-            self.stopped = f"kl {kl:.1f} nats a clip exceeds the budget of {self.own.plan.kl_budget:g}"
-            control.should_training_stop = True
-        if not control.should_training_stop and state.global_step < state.max_steps:
-            rows, more = self.own.round(number)
-            self.live.fill(rows)
-            figures |= more
-        self.last = figures
-        self.number = number
-        self.recorder.tell(state.global_step, {"round": float(number), **figures, **self._speeds()})
-        heard = self.own.heard
-        assert heard is not None
-        self.recorder.play(state.global_step, [(self.own.prompts[row], codes) for row, codes in zip(heard.rows, heard.codes)])
-
-    def _speeds(self) -> dict[str, float]:
-        """Seconds of what has just been played and judged, and of learning in the round before, whose speed is known now."""
-        lm, plan = self.own.lm, self.own.plan
-        codes = plan.n_prompts * plan.n_clips * lm.n_q * plan.n_frames
-        before, self.seconds = self.seconds | self.recorder.seconds, dict(self.own.seconds)
-        self.recorder.seconds.clear()
-        self.own.seconds.clear()
-        told = speeds(before, codes) if "learn" in before else {}
-        return {name: told[name] for name in ("seconds_learn", "tokens_per_second") if name in told} | speeds(self.seconds, codes)
-
-    def summary(self) -> dict[str, Any]:
-        """First and last held-out figures, and why it ended."""
-        names = ("held_out/score", "held_out/preferred_to_base", "held_out/kl")
-        told = {name.replace("/", "_"): round(self.last[name], 4) for name in names}
-        return {
-            "rounds": self.number,
-            "stopped": self.stopped or "rounds",
-            "held_out_score_base": round(self.last["held_out/score_base"], 4),
-        } | told

@@ -18,9 +18,9 @@ raters marked as bad in its rejected clip.
 
 From rated pairs alone it is not on-policy: what it learns is what was rated, and a thousand pairs generalise hardly at all. With
 --reward it goes in rounds: the policy as it is plays --round-clips clips of --round-prompts prompts, and each is edited for the
-better and for the worse by the slope of the reward (`rlhf.edits`; or the best and the worst of each prompt are the pairs). Rated
-pairs may be mixed in. The reference stays the base; between rounds reward and KL are measured on held-out prompts, and --kl-budget
-ends the run. It is the reward that limits it then: judge the result by listeners, not by the score.
+better and for the worse by the slope of the reward (`rlhf.edits`; drawn, or in expectation; or the best and the worst of each prompt
+are the pairs). Rated pairs may be mixed in. The reference stays the base; between rounds reward and KL are measured on held-out
+prompts, and --kl-budget ends the run. It is the reward that limits it then: judge the result by listeners, not by the score.
 
 Papers: Rafailov et al. 2023, arXiv:2305.18290 (DPO). Mitchell 2023, "A note on DPO with noisy preferences" (soft labels). Pang et
 al. 2024, arXiv:2404.19733 (the likelihood term that keeps the chosen clips likely). Liu et al. 2023, arXiv:2309.06657 (pairs from the
@@ -31,7 +31,6 @@ policy, ordered by a reward). Azar et al. 2023, arXiv:2310.12036 (IPO). Ethayara
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -46,8 +45,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run to its makers otherwise
 
-from transformers import ProgressCallback, TrainerCallback
-from trl.trainer.dpo_config import DPOConfig
+from transformers import ProgressCallback
 
 from adapters.library import Manifest, save_adapter
 from base_models.checkpoint import latest_training_state, read_json, refuse_another_run
@@ -55,17 +53,19 @@ from base_models.errors import UserError
 from base_models.launch import check_processes, check_sharding
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
-from rlhf.dpo_arguments import kto_arguments, training_arguments
+from rlhf.dpo_arguments import training_arguments
 from rlhf.dpo_report import NothingLeftError, Recorder
 from rlhf.dpo_task import Task, load_task, toy_task
-from rlhf.flat_dpo import FlatDPOTrainer, LiveRows, PreferenceCollator, preference_rows, reference_logps
-from rlhf.flat_kto import FlatKTOTrainer, JudgementCollator, judgement_rows, judgements, reference_judgements
-from rlhf.flat_policy import PAD, FlatCausalLM
-from rlhf.own_pairs import OwnPairs, Plan, Rounds
+from rlhf.dpo_trainers import kto_trainer, pair_trainer
+from rlhf.flat_dpo import FlatDPOTrainer
+from rlhf.flat_kto import FlatKTOTrainer
+from rlhf.flat_policy import FlatCausalLM
 from rlhf.played import kl_figures, play_now
 from rlhf.preferences import Preference, decided, demand_decided, shuffled, split_by_prompt
 from rlhf.reward_gates import doubt
 from rlhf.rewards import HUMAN, Mixed, held_parts, parse_weights
+from rlhf.round_plan import BY_SLOPE, Labels, Pairing, round_plan
+from rlhf.rounds import Rounds
 from rlhf.tracking import Kind
 from rlhf.trusted import WeightsBy
 
@@ -103,6 +103,9 @@ class Config:
     multiplies nats a code by it: with clips of 400 codes about 20 for ipo (10 nats a clip) and 400 times DPO's for simpo."""
     gamma: float = 0.5
     """simpo: the margin that is asked for, nats of beta times the log-probs a code."""
+    kl_weight: float = 0.0
+    """What a nat of divergence from the reference costs in the loss, over the whole vocabulary at every code of a pair's clips: pairs say
+    nothing of what both clips share, and noise moves that; this draws it back. Not for kto."""
     marks: Literal["ignore", "mask"] = "ignore"
     """Whether a pair acts only on the codes at the times that raters marked as bad in its rejected clip, where they marked any."""
     label_smoothing: float = 0.0
@@ -117,9 +120,6 @@ class Config:
     """Scale of the adapter: alpha / r."""
     lr: float = 2e-4
     """Peak learning rate (AdamW, linear warmup, cosine to 0)."""
-    weight_decay: float = 0.0
-    """How fast the adapter forgets (AdamW, decoupled: a share of lr * weight_decay a step). Towards 0 is towards the base: what is noise
-    should decay, and what each batch asks for again stay. Not shown to help."""
     batch_size: int = 8
     """Pairs a step and process."""
     accumulation: int = 1
@@ -142,17 +142,18 @@ class Config:
     """Clips of a prompt; with --pairing best_worst take 8, of which the best and the worst are learnt from."""
     round_epochs: int = 1
     """Passes over a round's pairs."""
-    pairing: Literal["best_worst", "all", "edits"] = "edits"
+    pairing: Pairing = "edits"
     """Which pairs: each clip edited for the better against the same clip edited for the worse, by the slope of the reward (rlhf/edits.py);
-    the extremes of a prompt's clips; or every pair of them (which costs more time than it tells)."""
+    the same with the mean over all such edits for a draw of them (expected, with --loss sigmoid); the extremes of a prompt's clips; or
+    every pair of them (which costs more time than it tells)."""
     edit_price: float = 0.04
-    """edits: a nat of departure from the policy is worth so many standard deviations of the base's scores; the less it is, the more
-    codes change."""
+    """edits, expected: a nat of departure from the policy is worth so many standard deviations of the base's scores; the less it is, the
+    more codes change."""
     weights: str = f"{HUMAN}=1"
     """What a spread of each part of the reward is worth, as in train_ppo.py: human=1,similarity=0.3 keeps the prompt in sight."""
     hold: str = ""
     """Parts that are to stay at the base's level, as in train_ppo.py; their weights move between rounds."""
-    labels: Literal["hard", "soft"] = "hard"
+    labels: Labels = "hard"
     """What is said of an own pair: that the better one wins, or how probably, by the reward model's calibration."""
     rated_share: float = 0.25
     """Share of a round's pairs that are rated ones, in turn, where --snapshot is given."""
@@ -200,9 +201,15 @@ TOY_ROUNDS: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "rounds": {
-        "lr": 7e-4,
-        "rounds": 8,
-        "round_prompts": 80,
+        "lr": 1.5e-3,
+        "beta": 0.03,
+        "kl_weight": 8e-4,
+        "pairing": "expected",
+        "edit_price": 0.2,
+        "rated_share": 0.0,
+        "rounds": 16,
+        "round_prompts": 40,
+        "round_epochs": 2,
         "batch_size": 16,
         "held_out_clips": 64,
         "weights": f"{HUMAN}=1,similarity=0.35,tempo=0.25,genre=0.15",
@@ -227,8 +234,8 @@ def main(cfg: Config) -> dict[str, Any]:
         demand_decided(train)
     if cfg.shuffle_votes is not None:
         train = shuffled(train, cfg.shuffle_votes)
-    if task.own and cfg.pairing == "edits" and not isinstance(task.own.score, Mixed):
-        raise UserError("--pairing edits with a reward without a slope", "a reward model", "use --pairing best_worst")
+    if task.own and cfg.pairing in BY_SLOPE and not isinstance(task.own.score, Mixed):
+        raise UserError(f"--pairing {cfg.pairing} with a reward without a slope", "a reward model", "use --pairing best_worst")
     plan = round_plan(cfg, len(train))
     args = training_arguments(cfg, plan.n_rows if task.own else len(train))
     check_processes(args.world_size, cfg.processes)
@@ -309,53 +316,6 @@ def main(cfg: Config) -> dict[str, Any]:
 # ---- the pieces ------------------------------------------------------------------------------------------------------
 
 
-def pair_trainer(
-    cfg: Config,
-    task: Task,
-    flat: FlatCausalLM,
-    args: DPOConfig,
-    train: list[Preference],
-    held_out: list[Preference],
-    plan: Plan,
-    recorder: Recorder,
-) -> tuple[FlatDPOTrainer, Rounds | None]:
-    """The reference scores what was rated; then the trainer over that, or over rounds of own clips."""
-    collator = PreferenceCollator(pad_token_id=PAD, max_length=None)
-    scored = []
-    for part in (train, held_out):
-        marks_at = task.frame_rate if cfg.marks == "mask" else None
-        rows = preference_rows(flat, part, [task.row_of(pair) for pair in part], cfg.label_smoothing, marks_at)
-        rows = rows if cfg.weight_pairs else [{**row, "weight": 1.0} for row in rows]
-        scored.append(reference_logps(flat, rows, args, collator, cfg.batch_size))
-    callbacks: list[TrainerCallback] = [recorder]
-    rows_to_learn: list[dict[str, Any]] | LiveRows = scored[0]
-    rounds = None
-    if task.own is not None:
-        rated = [{**row, "weight": row["weight"] * cfg.rated_weight} for row in scored[0]]
-        own = OwnPairs(flat, args, plan, task.own.prompts, task.own.first_row, task.own.held_out, task.own.score, rated)
-        rows_to_learn = LiveRows(plan.n_rows)
-        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder)
-        callbacks.insert(0, rounds)  # it measures, also where the recorder has nothing left to do
-    assert cfg.loss != "kto"
-    return FlatDPOTrainer(flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks, cfg.loss, cfg.gamma), rounds
-
-
-def kto_trainer(
-    cfg: Config, task: Task, flat: FlatCausalLM, args: DPOConfig, train: list[Preference], held_out: list[Preference], recorder: Recorder
-) -> FlatKTOTrainer:
-    """The same with clips one by one; those that were called bad under a held-out prompt are held out too."""
-    groups = task.voted.groups if task.voted else {}
-    kept = {groups.get(pair.prompt_id, pair.prompt_id) for pair in held_out}
-    loose = [clip for clip in task.bad if groups.get(clip.prompt_id, clip.prompt_id) not in kept]
-    bad = [(task.rows[clip.prompt_id], clip.codes, clip.weight) for clip in loose]
-    pairs = train if cfg.weight_pairs else [dataclasses.replace(pair, weight=1.0) for pair in train]
-    found = judgements(pairs, [task.row_of(pair) for pair in pairs], bad)
-    kto = kto_arguments(cfg, args)
-    rows = judgement_rows(flat, found, cfg.batch_size, cfg.seed)
-    rows = reference_judgements(flat, rows, kto, JudgementCollator(pad_token_id=PAD, max_length=None), cfg.batch_size)
-    return FlatKTOTrainer(flat, kto, rows, cfg.r, cfg.alpha, [recorder])
-
-
 def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str, Any]:
     """What a resumed run has to find again: the base, the votes and their pairs in order, the reward, the prompts to play, loss, seed."""
     pairs = [(p.chosen_sha256, p.rejected_sha256, p.prompt_id, p.p, p.weight) for p in train]
@@ -375,8 +335,12 @@ def check(cfg: Config) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     refuse_another_run(cfg.out, cfg.resume)
     check_sharding()
-    if cfg.loss == "kto" and (cfg.marks == "mask" or cfg.sft_weight):
-        raise UserError("--loss kto with --marks mask or --sft-weight", "a loss over pairs for those", "leave them out, or choose another")
+    if cfg.kl_weight < 0:
+        raise UserError(f"--kl-weight {cfg.kl_weight}", "0 or more", "a nat has a price, or none")
+    if cfg.loss == "kto" and (cfg.marks == "mask" or cfg.sft_weight or cfg.kl_weight):
+        raise UserError(
+            "--loss kto with --marks mask, --sft-weight or --kl-weight", "a loss over pairs for those", "leave them out, or choose another"
+        )
     held_parts(cfg.hold, parse_weights(cfg.weights))
     if cfg.hold and cfg.reward is None:
         raise UserError(f"--hold {cfg.hold} without --reward", "a reward of several parts", "give --reward and --prompts, or leave it out")
@@ -392,37 +356,6 @@ def check(cfg: Config) -> None:
         raise UserError("--loss kto with --reward", "a loss over pairs", "the policy's own clips come in pairs: take sigmoid, ipo or simpo")
     if (cfg.reward is None) != (cfg.prompts is None):
         raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", "both or neither", "give the prompts that the policy is to play")
-
-
-def round_plan(cfg: Config, n_rated: int) -> Plan:
-    """How a round is made. Raises UserError for sizes that make no pair."""
-    least = 1 if cfg.pairing == "edits" else 2
-    if (
-        min(cfg.rounds, cfg.round_prompts, cfg.round_epochs, cfg.n_frames, cfg.sample_batch, cfg.held_out_clips) < 1
-        or cfg.round_clips < least
-    ):
-        raise UserError("a size too small", f"1 or more everywhere, and {least} or more --round-clips", "correct the sizes of the rounds")
-    if not 0 <= cfg.rated_share < 1:
-        raise UserError(f"--rated-share {cfg.rated_share}", "0 to less than 1", "to learn from rated pairs alone leave --reward out")
-    plan = Plan(
-        n_prompts=cfg.round_prompts,
-        n_clips=cfg.round_clips,
-        n_rated=0,
-        pairing=cfg.pairing,
-        labels=cfg.labels,
-        label_smoothing=cfg.label_smoothing,
-        n_frames=cfg.n_frames,
-        temperature=cfg.temperature,
-        sample_batch=cfg.sample_batch,
-        score_batch=2 * cfg.batch_size,
-        held_out_clips=cfg.held_out_clips,
-        kl_budget=cfg.kl_budget,
-        edit_price=cfg.edit_price,
-        seed=cfg.seed,
-        held=held_parts(cfg.hold, parse_weights(cfg.weights)),
-    )
-    share = cfg.rated_share / (1 - cfg.rated_share) if n_rated else 0.0
-    return dataclasses.replace(plan, n_rated=round(plan.n_rows * share))
 
 
 if __name__ == "__main__":

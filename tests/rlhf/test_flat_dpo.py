@@ -20,6 +20,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
 from adapters.library import read_adapter
+from adapters.lora import adapter_disabled
 from base_models.errors import UserError
 from rlhf import train_dpo
 from rlhf.dpo_arguments import kto_arguments, training_arguments
@@ -29,6 +30,7 @@ from rlhf.flat_kto import BadClip, JudgementCollator, bad_clips, judgement_rows,
 from rlhf.flat_policy import PAD, FlatCausalLM, flat_order
 from rlhf.losses import ipo_loss, kto_loss, simpo_loss
 from rlhf.preferences import Preference, Spans, content_sha256, load_snapshot
+from rlhf.rollout import code_logits
 from rlhf.train_dpo import PRESETS, Config
 
 K, T = 4, 12
@@ -254,6 +256,41 @@ def test_marks_change_what_is_learnt_and_the_first_loss_is_still_log_2(tmp_path)
     assert rows[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["logps/rejected"] == pytest.approx(-3 * K * math.log(32), rel=0.1)  # three frames of codes, not twelve
     assert rows[-1]["dpo/loss"] < math.log(2) - 0.005
+
+
+# -- the anchor
+
+
+def test_the_anchor_is_the_kl_of_whole_distributions_zero_at_first_and_draws_a_moved_policy_back(tmp_path):
+    task = toy_task(Config(), n_pairs=8)
+    task = dataclasses.replace(task, pairs=[dataclasses.replace(p, weight=0.0) for p in task.pairs])  # the pairs themselves say nothing
+    trainer, rows = trainer_of(task, tmp_path, mask=False)
+    trainer.kl_weight = 0.5
+
+    def loss() -> Tensor:
+        with torch.enable_grad():
+            return trainer._compute_loss(trainer.model, trainer.data_collator(rows))
+
+    assert loss().item() == 0.0  # the same policy twice, bit by bit
+    adapter = [p for p in trainer.lm.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    codes = torch.stack([torch.as_tensor(c) for side in ("chosen_codes", "rejected_codes") for c in (getattr(p, side) for p in task.pairs)])
+    cond = task.table.index([task.row_of(p) for p in task.pairs] * 2)
+    moved = code_logits(trainer.lm, codes.long(), cond)[0].log_softmax(-1)
+    with adapter_disabled(trainer.lm):
+        base = code_logits(trainer.lm, codes.long(), cond)[0].log_softmax(-1)
+    kl = (moved.exp() * (moved - base)).sum((1, 2, 3)).mean()
+    assert kl > 0.5
+    assert loss().item() == pytest.approx(0.5 * kl.item(), rel=1e-4)
+    optimiser = torch.optim.SGD(adapter, lr=0.5)
+    for _ in range(5):
+        optimiser.zero_grad()
+        loss().backward()
+        optimiser.step()
+    assert loss().item() < 0.8 * 0.5 * kl.item()
 
 
 # -- refusals

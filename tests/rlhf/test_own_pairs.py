@@ -17,12 +17,16 @@ from adapters.library import read_adapter
 from adapters.lora import attach_lora
 from base_models.errors import UserError
 from rlhf import train_dpo
+from rlhf.dense import redraw
 from rlhf.dpo_arguments import training_arguments
 from rlhf.dpo_task import Task, held_out_prompts, toy_task
+from rlhf.edits import expected_difference
 from rlhf.flat_policy import FlatCausalLM, flat_order, unflatten_ids
-from rlhf.own_pairs import OwnPairs, edited_codes, label, pair_up
+from rlhf.own_pairs import VERIFY, OwnPairs
 from rlhf.rewards import HOLD_LEAST, HOLD_MOST, HOLD_RATE, Mixed, Part, Reward
-from rlhf.train_dpo import PRESETS, Config, round_plan
+from rlhf.round_plan import round_plan
+from rlhf.round_rows import edited_codes, label, pair_up
+from rlhf.train_dpo import PRESETS, Config
 
 K, V, T = 4, 32, 12
 
@@ -266,6 +270,37 @@ def test_edits_of_a_clip_do_not_depend_on_the_clips_beside_it(tmp_path):
     own.plan = dataclasses.replace(own.plan, score_batch=3)
     parts, _ = own.round(0)
     assert [row["chosen_ids"] for row in parts] == [row["chosen_ids"] for row in whole]
+    assert [row["weight"] for row in parts] == [row["weight"] for row in whole]
+
+
+@pytest.mark.parametrize(("labels", "one_in"), [("hard", VERIFY), ("soft", 1)])
+def test_of_hard_labels_every_fourth_edit_is_judged_and_of_soft_ones_all(tmp_path, labels, one_in):
+    task = toy_task(config(tmp_path))
+    assert task.own is not None
+    parts, asked = task.own.score.reward.parts, list[int]()
+    judge = parts["human"].score
+
+    def counting(codes: Tensor, prompts: list[str]) -> Tensor:
+        asked.append(len(codes))
+        return judge(codes, prompts)
+
+    parts["human"] = dataclasses.replace(parts["human"], score=counting)
+    own = own_pairs(tmp_path, task, pairing="edits", labels=labels)
+    own.measure()
+    asked.clear()
+    own.round(0)
+    assert sum(asked) == 2 * own.plan.n_prompts * own.plan.n_clips // one_in  # slopes bring their scores with them
+
+
+def test_a_flat_reward_edits_nothing_and_its_pairs_weigh_nothing(tmp_path):
+    task = toy_task(config(tmp_path))
+    assert task.own is not None
+    flat = task.own.score.slopes["human"]
+    task.own.score.slopes["human"] = lambda codes, prompts: (torch.zeros_like(flat(codes, prompts)[0]), flat(codes, prompts)[1])
+    own = own_pairs(tmp_path, task, pairing="edits")
+    own.measure()
+    rows, _ = own.round(0)
+    assert {row["weight"] for row in rows} == {0.0}
 
 
 def test_rounds_of_edits_raise_the_held_out_score(tmp_path):
@@ -307,3 +342,56 @@ def test_held_weights_move_between_rounds_from_where_the_round_before_had_left_t
     further = own.measure(2)
     assert further["held_out/score"] == moved["held_out/score"]  # judged by the weights of the start
     assert abs(further["held_out/weight_even"] - 0.5) >= abs(moved["held_out/weight_even"] - 0.5)
+
+
+# -- edits in expectation
+
+
+def test_the_expected_difference_is_the_mean_over_edits_that_are_drawn():
+    """One place of 12 codes: the mean log-ratio of 20,000 better and worse redraws against the closed form."""
+    generator = torch.Generator().manual_seed(3)
+    logits, ref_logits, gain = (torch.randn(1, 1, 1, 12, generator=generator) for _ in range(3))
+    log_probs, log_ratio = logits.log_softmax(-1), (logits.log_softmax(-1) - ref_logits.log_softmax(-1))[0, 0, 0]
+    n = 20_000
+    codes = torch.multinomial(log_probs.exp().flatten(), n, replacement=True, generator=generator).view(n, 1, 1)
+    many = log_probs.expand(n, 1, 1, 12)
+    sides = [redraw(codes, many, sign * gain.expand(n, 1, 1, 12), 0.7, generator) for sign in (1, -1)]
+    better, worse = (log_ratio[side.flatten()] for side in sides)
+    error = float((better - worse).std() / n**0.5)
+    assert float(expected_difference(logits, ref_logits, gain, 0.7)) == pytest.approx(float((better - worse).mean()), abs=4 * error)
+
+
+def test_learning_from_expected_edits_follows_the_gain_and_leaves_the_edits_themselves_alone():
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    gain = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    margin = expected_difference(logits, logits.detach(), gain, 0.5)
+    assert margin.abs().max() == 0  # policy and reference are one
+    margin.sum().backward()
+    apart = (logits.detach() + 2 * gain).softmax(-1) - (logits.detach() - 2 * gain).softmax(-1)
+    assert torch.allclose(logits.grad, apart, atol=1e-6)
+    assert (logits.grad * gain).sum(-1).min() > 0
+
+
+def test_a_round_of_expected_edits_is_the_clips_with_their_slopes(tmp_path):
+    task = toy_task(config(tmp_path))
+    own = own_pairs(tmp_path, task, pairing="expected", rated_share=0.0)
+    own.measure()
+    rows, figures = own.round(0)
+    assert len(rows) == own.plan.n_rows == own.plan.n_prompts * own.plan.n_clips == figures["own/pairs"]
+    assert all(row["chosen_ids"] == row["rejected_ids"] for row in rows)
+    codes = torch.cat([unflatten_ids(torch.tensor([row["chosen_ids"]]), K, V) for row in rows[:4]])
+    slope, _ = task.own.score.slope(codes, [own.prompts[row["prompt_ids"][0] - 2 - K * V] for row in rows[:4]])
+    mine = torch.stack([row["slope"] for row in rows[:4]])
+    assert torch.nn.functional.cosine_similarity(mine.flatten(1), slope.flatten(1)).min() > 0.999
+
+
+def test_rounds_of_expected_edits_raise_the_held_out_score_from_a_first_loss_of_log_2(tmp_path):
+    figures = train_dpo.main(config(tmp_path, pairing="expected", edit_price=0.3, round_clips=2, rated_share=0.0))
+    assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert figures["held_out_score"] > figures["held_out_score_base"] + 1.0
+
+
+@pytest.mark.parametrize("changes", [{"loss": "ipo"}, {"labels": "soft"}, {"rated_share": 0.5}])
+def test_expected_edits_are_refused_where_there_are_two_clips_to_compare(tmp_path, changes):
+    with pytest.raises(UserError, match="--pairing expected"):
+        round_plan(config(tmp_path, **{"pairing": "expected", "rated_share": 0.0, **changes}), 10)

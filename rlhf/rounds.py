@@ -1,0 +1,72 @@
+"""Between the rounds of a DPO run: measure; stop where the KL budget is spent; else play, judge and hand the trainer its next rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from rlhf.dpo_report import NothingLeftError, Recorder
+from rlhf.flat_dpo import LiveRows
+from rlhf.journal import speeds
+from rlhf.own_pairs import OwnPairs
+
+
+class Rounds(TrainerCallback):
+    """Between rounds: measure; stop where the KL budget is spent; else play, judge and hand the next rows to the trainer."""
+
+    def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, recorder: Recorder) -> None:
+        self.own, self.live, self.epochs, self.recorder = own, live, epochs, recorder
+        self.seconds: dict[str, float] = {}
+        """Of the round that is being learnt."""
+        recorder.by_step = False
+        self.stopped = ""
+        self.last: dict[str, float] = {}
+        self.number = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._next(state, control)
+        if self.stopped:
+            raise NothingLeftError  # a resumed run that had stopped: the trainer would take a step before it asks
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if int(state.epoch + 1e-6) % self.epochs == 0 or control.should_training_stop:
+            self._next(state, control)
+
+    def _next(self, state: Any, control: Any) -> None:
+        number = int((state.epoch or 0) + 1e-6) // self.epochs
+        figures = self.own.measure(number)
+        kl = figures["held_out/kl"]
+        if not kl <= self.own.plan.kl_budget:  # NaN too
+            self.stopped = f"kl {kl:.1f} nats a clip exceeds the budget of {self.own.plan.kl_budget:g}"
+            control.should_training_stop = True
+        if not control.should_training_stop and state.global_step < state.max_steps:
+            rows, more = self.own.round(number)
+            self.live.fill(rows)
+            figures |= more
+        self.last = figures
+        self.number = number
+        self.recorder.tell(state.global_step, {"round": float(number), **figures, **self._speeds()})
+        heard = self.own.heard
+        assert heard is not None
+        self.recorder.play(state.global_step, [(self.own.prompts[row], codes) for row, codes in zip(heard.rows, heard.codes)])
+
+    def _speeds(self) -> dict[str, float]:
+        """Seconds of what has just been played and judged, and of learning in the round before, whose speed is known now."""
+        lm, plan = self.own.lm, self.own.plan
+        codes = plan.n_prompts * plan.n_clips * lm.n_q * plan.n_frames
+        before, self.seconds = self.seconds | self.recorder.seconds, dict(self.own.seconds)
+        self.recorder.seconds.clear()
+        self.own.seconds.clear()
+        told = speeds(before, codes) if "learn" in before else {}
+        return {name: told[name] for name in ("seconds_learn", "tokens_per_second") if name in told} | speeds(self.seconds, codes)
+
+    def summary(self) -> dict[str, Any]:
+        """First and last held-out figures, and why it ended."""
+        names = ("held_out/score", "held_out/preferred_to_base", "held_out/kl")
+        told = {name.replace("/", "_"): round(self.last[name], 4) for name in names}
+        return {
+            "rounds": self.number,
+            "stopped": self.stopped or "rounds",
+            "held_out_score_base": round(self.last["held_out/score_base"], 4),
+        } | told
