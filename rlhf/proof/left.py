@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # run_all, beside Cell, asks here
 NAMED_BY_TWO = ("play", "base", "gold", "judged", "prompts")
 """Steps whose cost hangs on what they are done for."""
 
+TRUST = 300.0
+"""Seconds of work by which weights are believed: a few short cells on a busy machine say little of long ones."""
+
 
 def kind_of(label: str) -> str:
     """What cells of one cost have in common: ppo/warm/s3/n2000 -> ppo, play/best_of_n/warm/s3 -> play/best_of_n."""
@@ -42,8 +45,8 @@ def expected(cells: Sequence[Cell], root: Path) -> dict[str, float]:
         times[kind_of(label)].append(seconds)
     measured = {kind: median(values) for kind, values in times.items()}
     known = [cell for cell in cells if kind_of(cell.label) in measured]
-    weight = sum(cell.weight for cell in known)
-    scale = sum(measured[kind_of(cell.label)] for cell in known) / weight if weight else 1.0
+    taken = sum(measured[kind_of(cell.label)] for cell in known)
+    scale = (taken + TRUST) / (sum(cell.weight for cell in known) + TRUST)
     return {cell.name: measured.get(kind_of(cell.label), cell.weight * scale) for cell in cells}
 
 

@@ -166,7 +166,7 @@ class Builder:
         }[kind]
         named = ("--n", str(n), "--split", split, "--seed", str(first + seed), "--name", f"{kind}{seed}", "--out", f"{HERE}/prompts.jsonl")
         avoid = ("--avoid", *map(str, TUNED_ON)) if split == "heldout" and not self.tuning else ()
-        return Cell(f"prompts/{kind}/s{seed}", (*program("rlhf.proof.prompts"), *named, *avoid))
+        return Cell(f"prompts/{kind}/s{seed}", (*program("rlhf.proof.prompts"), *named, *avoid), weight=6)
 
     def samples(self, seed: int) -> Cell:
         prompts = self.prompts("train", seed)
@@ -187,7 +187,7 @@ class Builder:
         given = ("--snapshot", place(parent, "snapshot"), "--out", f"{HERE}/snapshot", "--votes", str(votes))
         label = f"snapshot/{taste}/s{seed}/n{votes}" + ("" if turn == "none" else f"-{turn}{turn_seed}")
         how = ("--turn", turn, "--seed", str(seed if turn == "none" else turn_seed))
-        return Cell(label, (*program("rlhf.proof.snapshots"), *given, *how), (parent,))
+        return Cell(label, (*program("rlhf.proof.snapshots"), *given, *how), (parent,), weight=3)
 
     # ---- training --------------------------------------------------------------------------------------------------------
 

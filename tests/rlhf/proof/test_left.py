@@ -2,7 +2,7 @@ import pytest
 
 from base_models.checkpoint import write_json
 from rlhf.proof.cells import Cell
-from rlhf.proof.left import expected, finished, kind_of, seconds_left
+from rlhf.proof.left import TRUST, expected, finished, kind_of, seconds_left
 
 
 def finish(cell, root, seconds):
@@ -29,7 +29,7 @@ def test_a_cell_is_expected_to_take_what_others_of_its_kind_took_and_unmeasured_
     assert sorted(finished(tmp_path)) == [("ppo/warm/s0", 150), ("ppo/warm/s1", 200), ("ppo/warm/s2", 900)]
     told = expected([*cells, sft], tmp_path)
     assert told[cells[3].name] == 200
-    assert told[sft.name] == pytest.approx(20)
+    assert told[sft.name] == pytest.approx(10 * (800 + TRUST) / (400 + TRUST))
 
 
 def test_time_left_is_shared_work_or_the_longest_chain():
