@@ -12,23 +12,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adapters.library import read_adapter
-from base_models.conditions import Conditions
 from base_models.errors import UserError
-from base_models.lm import MusicLM
 from rlhf import dpo_task, train_dpo
 from rlhf.dpo_task import toy_task
 from rlhf.flat_dpo import smoothed
 from rlhf.losses import dpo_loss
 from rlhf.preferences import content_sha256
 from rlhf.train_dpo import PRESETS, Config
+from tests.rlhf.vote_toys import ToyPolicy, write_snapshot
 
 ROOT = Path(train_dpo.__file__).resolve().parents[1]
 
@@ -269,39 +266,10 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(launched, run
 
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
-    """A frozen snapshot on disk: 12 prompts with one pair each, three votes a pair, of the toy base."""
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
+    """A frozen snapshot on disk: 12 pairs of the toy base, each with three votes, two of them for the same clip."""
+    votes = [(pair, f"r{rater}", choice, {}) for pair in range(12) for rater, choice in enumerate("xxy")]
     task = toy_task(Config())
-    votes, clips = [], []
-    for i, pair in enumerate(task.pairs[:12]):
-        common = {"prompt_id": f"p{i}", "prompt": f"toy prompt {i}"}
-        for side, codes in (("low", pair.chosen_codes), ("high", pair.rejected_codes)):
-            np.save(folder / f"{side}{i}.npy", codes.astype(np.int16))
-            clip = {"sha256": f"{side}{i}", "codes_uri": f"{side}{i}.npy", "policy_sha256": task.base_sha256}
-            clips.append({**common, **clip, "tempo_bpm": 120.0})
-        for rater, choice in enumerate(("x", "x", "y")):
-            vote = {"vote_id": f"{i}.{rater}", "pair_id": f"{i}", "rater": f"r{rater}", "choice": choice}
-            votes.append({**common, **vote, "clip_x": f"low{i}", "clip_y": f"high{i}", "split": "train"})
-    for name, rows in (("votes.jsonl", votes), ("clips.jsonl", clips)):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    content = {"name": "toy", "sha256": content_sha256(folder)}
-    (folder / "snapshot.json").write_text(json.dumps(content))
-    return folder
-
-
-@dataclasses.dataclass
-class ToyPolicy:
-    """What the script asks of a policy."""
-
-    lm: MusicLM
-    sha256: str
-    codec: SimpleNamespace = dataclasses.field(default_factory=lambda: SimpleNamespace(frame_rate=25.0))
-
-    def conditions(self, prompts: list[str], tempo_bpm: list[float | None]) -> Conditions:
-        assert tempo_bpm == [120.0] * len(prompts)
-        text = torch.randn(len(prompts), 4, self.lm.config.text_dim, generator=torch.Generator().manual_seed(0))
-        return Conditions(text, torch.ones(text.shape[:2], dtype=torch.bool), torch.full((len(prompts),), 120.0))
+    return write_snapshot(tmp_path / "snapshot", votes, 12, task.base_sha256, n_q=task.lm.n_q)
 
 
 def test_votes_of_a_snapshot_become_soft_labels_and_the_manifest_names_it(snapshot, tmp_path, monkeypatch):

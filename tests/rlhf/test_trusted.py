@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 import torch
 
 from adapters.library import read_adapter
-from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from rlhf import dpo_task, sft_task, train_dpo, train_sft
@@ -21,7 +18,7 @@ from rlhf.flat_kto import bad_clips
 from rlhf.preferences import load_snapshot, pairs_sha256, split_by_prompt, training_pairs
 from rlhf.snapshot import content_sha256
 from rlhf.trusted import trusted
-from tests.rlhf.vote_toys import clip, write_snapshot
+from tests.rlhf.vote_toys import ToyPolicy, clip, write_snapshot
 
 N_PAIRS = 24
 Row = tuple[int, str, str, dict[str, Any]]
@@ -101,23 +98,11 @@ def rewritten(folder: Path, file: str, **changes: Any) -> Path:
     return folder
 
 
-@dataclasses.dataclass
-class ToyPolicy:
-    """What the scripts ask of a policy whose codec has 2 books of 32."""
-
-    lm: MusicLM
-    sha256: str
-    codec: SimpleNamespace = dataclasses.field(default_factory=lambda: SimpleNamespace(frame_rate=25.0))
-
-    def conditions(self, prompts: list[str], tempo_bpm: list[float | None]) -> Conditions:
-        text = torch.randn(len(prompts), 4, 16, generator=torch.Generator().manual_seed(0))
-        return Conditions(text, torch.ones(text.shape[:2], dtype=torch.bool), torch.full((len(prompts),), 120.0))
-
-
 def toy_policy(card: int = 32) -> ToyPolicy:
+    """Its codec has 2 books."""
     torch.manual_seed(0)
     lm = MusicLM(MusicLMConfig(n_q=2, card=card, d_model=32, n_layers=1, n_heads=2, d_ff=64, text_dim=16)).eval()
-    return ToyPolicy(lm, "b" * 64)
+    return ToyPolicy(lm)
 
 
 def train(script: str, folder: Path, out: Path, monkeypatch, card: int = 32, **changes: Any) -> dict[str, Any]:

@@ -1,29 +1,35 @@
-"""Snapshots of a few votes, written as `encore ratings export` writes them."""
+"""Snapshots of a few votes, written as `encore ratings export` writes them, and a policy that could have played their clips."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
+from base_models.conditions import Conditions
+from base_models.lm import MusicLM
 from rlhf.snapshot import content_sha256
 
 BASE = "b" * 64
+TEMPO_BPM = 120.0
 
 
 def write_snapshot(
-    folder: Path, votes: Sequence[tuple[int, str, str, dict[str, Any]]], n_pairs: int = 4, base: str = BASE, card: int = 32
+    folder: Path, votes: Sequence[tuple[int, str, str, dict[str, Any]]], n_pairs: int = 4, base: str = BASE, card: int = 32, n_q: int = 2
 ) -> Path:
     """A folder from (pair, rater, choice, extra) rows; pair p compares clips 2p and 2p + 1 of prompt p // 2."""
     (folder / "codes").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     clips = []
     for number in range(2 * n_pairs):
-        codes = rng.integers(0, card, (2, 5)).astype(np.int16)
+        codes = rng.integers(0, card, (n_q, 5)).astype(np.int16)
         np.save(folder / "codes" / f"{number}.npy", codes)
         clips.append(
             {
@@ -32,7 +38,7 @@ def write_snapshot(
                 "prompt_id": f"p{number // 4}",
                 "prompt": f"prompt {number // 4}",
                 "policy_sha256": base,
-                "tempo_bpm": 120.0,
+                "tempo_bpm": TEMPO_BPM,
             }
         )
     rows = [
@@ -60,3 +66,17 @@ def write_snapshot(
 def clip(number: int) -> str:
     """A clip's hash."""
     return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+@dataclass
+class ToyPolicy:
+    """What the training scripts ask of the policy whose clips were rated."""
+
+    lm: MusicLM
+    sha256: str = BASE
+    codec: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(frame_rate=25.0))
+
+    def conditions(self, prompts: list[str], tempo_bpm: list[float | None]) -> Conditions:
+        assert tempo_bpm == [TEMPO_BPM] * len(prompts)
+        text = torch.randn(len(prompts), 4, self.lm.config.text_dim, generator=torch.Generator().manual_seed(0))
+        return Conditions(text, torch.ones(text.shape[:2], dtype=torch.bool), torch.full((len(prompts),), TEMPO_BPM))
