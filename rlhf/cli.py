@@ -11,10 +11,8 @@ and exit code 2; nothing half-written is left. Each command imports what it need
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 from base_models.errors import UserError
 from db.errors import StoreError
+from rlhf import commands
 
 DEMO_DB = "sqlite:///runs/demo/encore.db"
 LOOP = """Online rounds; each is
@@ -61,22 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """All options; rlhf/commands.py has what each command does."""
     parser = argparse.ArgumentParser(prog="encore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    top = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    corpus = commands.add_parser("corpus", help="import or build a corpus").add_subparsers(required=True, metavar="ACTION")
-    p = _command(corpus, "import", corpus_import, "check and import a folder of audio (HF audiofolder layout)")
+    corpus = top.add_parser("corpus", help="import or build a corpus").add_subparsers(required=True, metavar="ACTION")
+    p = _command(corpus, "import", commands.corpus_import, "check and import a folder of audio (HF audiofolder layout)")
     p.add_argument("folder", type=Path)
     p.add_argument("--out", type=Path, default=Path(".cache/imported"))
     p.add_argument("--sample-rate", type=int, default=16000)
     p.add_argument("--strict-genres", action="store_true", help="leave out clips whose genre is not a known one")
-    p = _command(corpus, "build", corpus_build, "build the demo corpus from public-domain melodies")
+    p = _command(corpus, "build", commands.corpus_build, "build the demo corpus from public-domain melodies")
     p.add_argument("--out", type=Path, default=Path(".cache/corpus"))
     p.add_argument("--n-clips", type=int, default=6000)
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--stems", action="store_true")
 
-    p = _command(commands, "sample", sample, "sample clips for prompts, and put them up for rating")
+    p = _command(top, "sample", commands.sample, "sample clips for prompts, and put them up for rating")
     _policy_arguments(p)
     p.add_argument("--prompts", type=Path, required=True, help=".jsonl with {prompt, ...} or .txt, one a line")
     p.add_argument("-n", type=int, default=2, help="clips a prompt")
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--db", default=DEMO_DB)
     p.add_argument("--target-votes", type=int, default=3)
 
-    p = _command(commands, "app", app, "serve the rating page")
+    p = _command(top, "app", commands.app, "serve the rating page")
     p.add_argument("--db", default=DEMO_DB)
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=int, default=7860)
@@ -100,25 +100,27 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--consent-of-everyone", action="store_true", help="ask raters added by hand for consent too")
 
     # Whatever follows is the rating app's to understand, its options and --help too.
-    p = commands.add_parser("owners", help="invite, pause, rules, leaderboard, audit ...", prefix_chars="\0", add_help=False)
-    p.set_defaults(run=owners)
+    p = top.add_parser("owners", help="invite, pause, rules, leaderboard, audit ...", prefix_chars="\0", add_help=False)
+    p.set_defaults(run=commands.owners)
     p.add_argument("arguments", nargs="*")
 
-    ratings = commands.add_parser("ratings", help="export, import or count votes").add_subparsers(required=True, metavar="ACTION")
-    p = _command(ratings, "export", ratings_export, "freeze a campaign's votes as a hashed snapshot")
+    ratings = top.add_parser("ratings", help="export, import or count votes").add_subparsers(required=True, metavar="ACTION")
+    p = _command(ratings, "export", commands.ratings_export, "freeze a campaign's votes as a hashed snapshot")
     p.add_argument("--format", choices=["snapshot", "trl"], default="snapshot", help="our own rows, or a TRL preference dataset")
     p.add_argument("--db", default=DEMO_DB)
     p.add_argument("--campaign", required=True)
     p.add_argument("--out", type=Path, default=Path("runs/snapshots"))
     p.add_argument("--name", required=True)
-    p = _command(ratings, "import", ratings_import, "take in votes given elsewhere: a snapshot, CSV, JSON lines, Music Arena's logs")
+    p = _command(
+        ratings, "import", commands.ratings_import, "take in votes given elsewhere: a snapshot, CSV, JSON lines, Music Arena's logs"
+    )
     p.add_argument("file", type=Path, help="a .csv, .jsonl or .json file, or a snapshot's folder")
     p.add_argument("--db", default=DEMO_DB)
     p.add_argument("--campaign", required=True)
-    p = _command(ratings, "stats", ratings_stats, "count pairs, raters and votes")
+    p = _command(ratings, "stats", commands.ratings_stats, "count pairs, raters and votes")
     p.add_argument("--db", default=DEMO_DB)
 
-    p = _command(commands, "generate", generate, "a prompt becomes a mastered track")
+    p = _command(top, "generate", commands.generate, "a prompt becomes a mastered track")
     p.add_argument("prompt")
     _policy_arguments(p)
     p.add_argument("--seed", type=int, default=0)
@@ -127,13 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--mono", action="store_true")
     p.add_argument("--out", type=Path, default=Path("track.wav"))
 
-    adapters = commands.add_parser("adapters", help="look into a library of adapters").add_subparsers(required=True, metavar="ACTION")
-    p = _command(adapters, "list", adapters_list, "every adapter below a folder")
+    adapters = top.add_parser("adapters", help="look into a library of adapters").add_subparsers(required=True, metavar="ACTION")
+    p = _command(adapters, "list", commands.adapters_list, "every adapter below a folder")
     p.add_argument("root", type=Path, nargs="?", default=Path("runs"))
-    p = _command(adapters, "show", adapters_show, "one adapter's manifest")
+    p = _command(adapters, "show", commands.adapters_show, "one adapter's manifest")
     p.add_argument("folder", type=Path)
 
-    p = _command(commands, "evaluate", evaluate, "play held-out prompts with a base and its adapters; KL and diversity")
+    p = _command(top, "evaluate", commands.evaluate, "play held-out prompts with a base and its adapters; KL and diversity")
     _policy_arguments(p)
     p.add_argument("--prompts", type=Path, required=True)
     p.add_argument("-n", type=int, default=2)
@@ -142,14 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     _best_arguments(p)
     p.add_argument("--out", type=Path, required=True)
 
-    p = _command(commands, "lineage", lineage, "what an adapter was made from: reward, snapshot, base, votes")
+    p = _command(top, "lineage", commands.lineage, "what an adapter was made from: reward, snapshot, base, votes")
     p.add_argument("folder", type=Path, nargs="?", help="an adapter's")
     p.add_argument("--rater", metavar="NAME", help="list what was trained on this person's votes instead; needs --db")
     p.add_argument("--snapshot", metavar="SHA256", action="append", default=[], help="list what was trained on this snapshot; repeatable")
     p.add_argument("--db", help="database URL")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where parents and children are looked for")
 
-    p = _command(commands, "loop", loop, "rounds of sampling, votes, learning, blind verdict; `loop status` tells how far", LOOP)
+    p = _command(top, "loop", commands.loop, "rounds of sampling, votes, learning, blind verdict; `loop status` tells how far", LOOP)
     p.add_argument("action", nargs="?", choices=["run", "status"], default="run", help="run (default), or tell how far it is and who won")
     p.add_argument("--out", type=Path, default=Path("runs/loop"), help="the loop's folder; a later call needs nothing else")
     p.add_argument("--rounds", type=int, default=3, help="rounds in all, those that are done included; default 3")
@@ -182,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--accounts", type=int, default=12, help="how many accounts {accounts} holds; default 12")
     g.add_argument("--poll", type=float, default=5.0, help="seconds between two looks for votes; default 5")
 
-    p = _command(commands, "demo", demo, "the whole loop, from prompts to a report")
+    p = _command(top, "demo", commands.demo, "the whole loop, from prompts to a report")
     p.add_argument("--out", type=Path, default=Path("runs/demo"))
     p.add_argument("--policy", type=Path, help="default: the base that ships with Encore")
     return parser
@@ -205,176 +207,6 @@ def _policy_arguments(parser: argparse.ArgumentParser) -> None:
 def _best_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--best-of", type=int, default=1, metavar="N", help="keep the best of N candidates for each clip")
     parser.add_argument("--reward", type=Path, help="folder of the reward model that says which is best")
-
-
-def _policy_dir(args: argparse.Namespace) -> Path:
-    from base_models.policy import PRETRAINED
-
-    return args.policy or PRETRAINED
-
-
-def corpus_import(args: argparse.Namespace) -> None:
-    from base_models.corpus.importer import import_folder
-
-    report = import_folder(args.folder, args.out, sample_rate=args.sample_rate, strict_genres=args.strict_genres)
-    print(report.summary())
-
-
-def corpus_build(args: argparse.Namespace) -> None:
-    from base_models.corpus.build import build_corpus
-
-    print(build_corpus(args.out, n_clips=args.n_clips, workers=args.workers, stems=args.stems))
-
-
-def sample(args: argparse.Namespace) -> int:
-    from rlhf.sample_pairs import Settings, sample_folder
-
-    settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
-    best = {"n_best": args.best_of, "reward_dir": args.reward}
-    manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight, **best)
-    print(manifest)
-    if args.campaign:
-        wanted = ["--db", args.db, "--name", args.campaign, "--manifest", str(manifest), "--target-votes", str(args.target_votes)]
-        return _app_module("campaigns", *wanted)
-    return 0
-
-
-def app(args: argparse.Namespace) -> int:
-    wanted = ["--db", args.db, "--host", args.host, "--port", str(args.port)]
-    for option, value in (("--rater", args.rater), ("--owner", args.owner), ("--state-dir", args.state_dir)):
-        wanted += [f"{option}={value}"] if value is not None else []
-    wanted += [f"--data-root={root}" for root in args.data_root]
-    wanted += ["--consent-of-everyone"] if args.consent_of_everyone else []
-    return _app_module("app", *wanted)
-
-
-def owners(args: argparse.Namespace) -> int:
-    return _app_module("owners", *args.arguments)
-
-
-def _app_module(name: str, *arguments: str) -> int:
-    """The rating app is a program of its own: it stands beside rlhf, loads no torch, and is started, never imported."""
-    return subprocess.run([sys.executable, "-m", f"feedback_app.{name}", *arguments], check=False).returncode
-
-
-def ratings_export(args: argparse.Namespace) -> None:
-    from db.export import export_preferences, export_snapshot
-    from db.store import open_store
-
-    export = export_preferences if args.format == "trl" else export_snapshot
-    with open_store(args.db) as store:
-        snapshot = export(store, args.campaign, args.out, args.name)
-    print(json.dumps({"folder": str(args.out / args.name), **snapshot}, indent=2, default=str))
-
-
-def ratings_import(args: argparse.Namespace) -> None:
-    import dataclasses
-
-    from db.imports import import_votes
-    from db.store import open_store
-
-    with open_store(args.db) as store:
-        print(json.dumps(dataclasses.asdict(import_votes(store, args.file, args.campaign)), indent=2))
-
-
-def ratings_stats(args: argparse.Namespace) -> None:
-    import dataclasses
-
-    from db.store import open_store
-
-    with open_store(args.db) as store:
-        print(json.dumps(dataclasses.asdict(store.stats()), indent=2, default=str))
-
-
-def generate(args: argparse.Namespace) -> None:
-    from adapters.library import load_adapter
-    from base_models.pipeline import MusicPipeline, check_prompt
-    from base_models.policy import load_policy
-
-    check_prompt(args.prompt)
-    policy = load_policy(_policy_dir(args))
-    if args.adapter:
-        load_adapter(policy, args.adapter, args.weight)
-    track = MusicPipeline(policy).generate(
-        args.prompt, duration_s=args.duration, seed=args.seed, sample_rate=args.sample_rate, stereo=not args.mono
-    )
-    track.save(args.out)
-    print(f"{args.out}: {track.lufs:.1f} LUFS, true peak {track.true_peak_dbfs:.1f} dBFS, seed {args.seed}")
-
-
-def adapters_list(args: argparse.Namespace) -> None:
-    from adapters.library import list_adapters
-
-    found = list_adapters(args.root)
-    for manifest in found:
-        print(f"{manifest.name:20} {manifest.method:8} base {manifest.base_sha256[:12]}  {manifest.created_at}")
-    print(f"{len(found)} adapters below {args.root}")
-
-
-def adapters_show(args: argparse.Namespace) -> None:
-    import dataclasses
-
-    from adapters.library import read_adapter
-
-    print(json.dumps(dataclasses.asdict(read_adapter(args.folder).manifest), indent=2))
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    from adapters.library import read_adapter
-    from base_models.policy import load_policy
-    from rlhf.best_of_n import BestOf, best_of
-    from rlhf.evaluate_models import evaluate as run
-    from rlhf.sample_pairs import Settings, read_prompts
-
-    policy = load_policy(_policy_dir(args))
-    systems: dict[str, Path | BestOf] = {read_adapter(folder).manifest.name: folder for folder in args.adapter}
-    if len(systems) < len(args.adapter):
-        raise UserError("two adapters of one name", "different names", "rename one of the folders' manifests")
-    settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
-    if args.best_of != 1 or args.reward is not None:
-        systems[f"best-of-{args.best_of}"] = best_of(args.best_of, args.reward, policy)
-    figures = run(policy, systems, read_prompts(args.prompts), args.out, settings)
-    print(json.dumps(figures, indent=2))
-
-
-def lineage(args: argparse.Namespace) -> None:
-    from db.owners import trained_on
-    from db.store import open_store
-    from rlhf.lineage import descendants, trace
-
-    if args.folder is not None:
-        lines = trace(args.folder, args.runs)
-    elif args.rater and args.db:
-        with open_store(args.db) as store:
-            found = trained_on(store, args.rater)
-        lines = descendants((snapshot.sha256 for snapshot in found), args.runs) or [f"no frozen snapshot holds votes of {args.rater}"]
-    elif args.snapshot:
-        lines = descendants(args.snapshot, args.runs)
-    else:
-        raise UserError("nothing to trace", "an adapter's folder, --rater NAME --db URL, or --snapshot SHA256", "name one")
-    for line in lines:
-        print(line)
-
-
-def loop(args: argparse.Namespace) -> None:
-    from rlhf.collecting import Collecting
-    from rlhf.loop import NAMES, Loop, settings
-    from rlhf.loop_report import status, write_report
-
-    if args.action == "status":
-        print("\n".join(status(args.out)))
-        return
-    cfg = settings({name: getattr(args, name) for name in NAMES})
-    how = Collecting(args.serve, args.port, tuple(args.rater), args.raters, args.accounts, poll_s=args.poll)
-    Loop(cfg, how).run(args.rounds)
-    print("\n".join(write_report(args.out)))
-
-
-def demo(args: argparse.Namespace) -> int:
-    from rlhf.demo import DemoConfig
-    from rlhf.demo import main as run
-
-    return run(DemoConfig(_policy_dir(args), args.out))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 from adapters.library import read_adapter
 from base_models.settings import parse
 from feedback_app import campaigns
-from rlhf import cli
+from rlhf import cli, commands
 from rlhf.stages import ROOT, accounts_file
 
 PAGE = ROOT / "docs" / "first-votes.md"
@@ -99,7 +99,7 @@ def test_the_guides_commands_lead_from_votes_to_an_adapter(policy_dir, tmp_path,
 def test_the_loop_of_the_guide_is_one_that_the_command_line_knows():
     lines = next(content for _, note, content in blocks() if note == "loop").splitlines()
     args = cli._parser().parse_args(shlex.split(lines[0])[1:])
-    assert args.run is cli.loop
+    assert args.run is commands.loop
     assert args.serve
     assert cli._parser().parse_args(shlex.split(lines[1])[1:]).action == "status"
 

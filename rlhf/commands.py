@@ -1,0 +1,181 @@
+"""What each command of `encore` does (rlhf/cli.py has their options). Each imports what it needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from base_models.errors import UserError
+
+
+def _policy_dir(args: argparse.Namespace) -> Path:
+    from base_models.policy import PRETRAINED
+
+    return args.policy or PRETRAINED
+
+
+def corpus_import(args: argparse.Namespace) -> None:
+    from base_models.corpus.importer import import_folder
+
+    report = import_folder(args.folder, args.out, sample_rate=args.sample_rate, strict_genres=args.strict_genres)
+    print(report.summary())
+
+
+def corpus_build(args: argparse.Namespace) -> None:
+    from base_models.corpus.build import build_corpus
+
+    print(build_corpus(args.out, n_clips=args.n_clips, workers=args.workers, stems=args.stems))
+
+
+def sample(args: argparse.Namespace) -> int:
+    from rlhf.sample_pairs import Settings, sample_folder
+
+    settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
+    best = {"n_best": args.best_of, "reward_dir": args.reward}
+    manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight, **best)
+    print(manifest)
+    if args.campaign:
+        wanted = ["--db", args.db, "--name", args.campaign, "--manifest", str(manifest), "--target-votes", str(args.target_votes)]
+        return _app_module("campaigns", *wanted)
+    return 0
+
+
+def app(args: argparse.Namespace) -> int:
+    wanted = ["--db", args.db, "--host", args.host, "--port", str(args.port)]
+    for option, value in (("--rater", args.rater), ("--owner", args.owner), ("--state-dir", args.state_dir)):
+        wanted += [f"{option}={value}"] if value is not None else []
+    wanted += [f"--data-root={root}" for root in args.data_root]
+    wanted += ["--consent-of-everyone"] if args.consent_of_everyone else []
+    return _app_module("app", *wanted)
+
+
+def owners(args: argparse.Namespace) -> int:
+    return _app_module("owners", *args.arguments)
+
+
+def _app_module(name: str, *arguments: str) -> int:
+    """The rating app is a program of its own: it stands beside rlhf, loads no torch, and is started, never imported."""
+    return subprocess.run([sys.executable, "-m", f"feedback_app.{name}", *arguments], check=False).returncode
+
+
+def ratings_export(args: argparse.Namespace) -> None:
+    from db.export import export_preferences, export_snapshot
+    from db.store import open_store
+
+    export = export_preferences if args.format == "trl" else export_snapshot
+    with open_store(args.db) as store:
+        snapshot = export(store, args.campaign, args.out, args.name)
+    print(json.dumps({"folder": str(args.out / args.name), **snapshot}, indent=2, default=str))
+
+
+def ratings_import(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from db.imports import import_votes
+    from db.store import open_store
+
+    with open_store(args.db) as store:
+        print(json.dumps(dataclasses.asdict(import_votes(store, args.file, args.campaign)), indent=2))
+
+
+def ratings_stats(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from db.store import open_store
+
+    with open_store(args.db) as store:
+        print(json.dumps(dataclasses.asdict(store.stats()), indent=2, default=str))
+
+
+def generate(args: argparse.Namespace) -> None:
+    from adapters.library import load_adapter
+    from base_models.pipeline import MusicPipeline, check_prompt
+    from base_models.policy import load_policy
+
+    check_prompt(args.prompt)
+    policy = load_policy(_policy_dir(args))
+    if args.adapter:
+        load_adapter(policy, args.adapter, args.weight)
+    track = MusicPipeline(policy).generate(
+        args.prompt, duration_s=args.duration, seed=args.seed, sample_rate=args.sample_rate, stereo=not args.mono
+    )
+    track.save(args.out)
+    print(f"{args.out}: {track.lufs:.1f} LUFS, true peak {track.true_peak_dbfs:.1f} dBFS, seed {args.seed}")
+
+
+def adapters_list(args: argparse.Namespace) -> None:
+    from adapters.library import list_adapters
+
+    found = list_adapters(args.root)
+    for manifest in found:
+        print(f"{manifest.name:20} {manifest.method:8} base {manifest.base_sha256[:12]}  {manifest.created_at}")
+    print(f"{len(found)} adapters below {args.root}")
+
+
+def adapters_show(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from adapters.library import read_adapter
+
+    print(json.dumps(dataclasses.asdict(read_adapter(args.folder).manifest), indent=2))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from adapters.library import read_adapter
+    from base_models.policy import load_policy
+    from rlhf.best_of_n import BestOf, best_of
+    from rlhf.evaluate_models import evaluate as run
+    from rlhf.sample_pairs import Settings, read_prompts
+
+    policy = load_policy(_policy_dir(args))
+    systems: dict[str, Path | BestOf] = {read_adapter(folder).manifest.name: folder for folder in args.adapter}
+    if len(systems) < len(args.adapter):
+        raise UserError("two adapters of one name", "different names", "rename one of the folders' manifests")
+    settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
+    if args.best_of != 1 or args.reward is not None:
+        systems[f"best-of-{args.best_of}"] = best_of(args.best_of, args.reward, policy)
+    figures = run(policy, systems, read_prompts(args.prompts), args.out, settings)
+    print(json.dumps(figures, indent=2))
+
+
+def lineage(args: argparse.Namespace) -> None:
+    from db.owners import trained_on
+    from db.store import open_store
+    from rlhf.lineage import descendants, trace
+
+    if args.folder is not None:
+        lines = trace(args.folder, args.runs)
+    elif args.rater and args.db:
+        with open_store(args.db) as store:
+            found = trained_on(store, args.rater)
+        lines = descendants((snapshot.sha256 for snapshot in found), args.runs) or [f"no frozen snapshot holds votes of {args.rater}"]
+    elif args.snapshot:
+        lines = descendants(args.snapshot, args.runs)
+    else:
+        raise UserError("nothing to trace", "an adapter's folder, --rater NAME --db URL, or --snapshot SHA256", "name one")
+    for line in lines:
+        print(line)
+
+
+def loop(args: argparse.Namespace) -> None:
+    from rlhf.collecting import Collecting
+    from rlhf.loop import NAMES, Loop, settings
+    from rlhf.loop_report import status, write_report
+
+    if args.action == "status":
+        print("\n".join(status(args.out)))
+        return
+    cfg = settings({name: getattr(args, name) for name in NAMES})
+    how = Collecting(args.serve, args.port, tuple(args.rater), args.raters, args.accounts, poll_s=args.poll)
+    Loop(cfg, how).run(args.rounds)
+    print("\n".join(write_report(args.out)))
+
+
+def demo(args: argparse.Namespace) -> int:
+    from rlhf.demo import DemoConfig
+    from rlhf.demo import main as run
+
+    return run(DemoConfig(_policy_dir(args), args.out))
