@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.ppo_sides import FlatPolicy
+from benchmarks.ppo_trl import FlatPolicy
 from rlhf.flat_policy import prompt_id
 from rlhf.ppo_task import toy_task
 
