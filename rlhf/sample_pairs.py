@@ -144,7 +144,7 @@ def sample(
     frames = policy.n_frames(settings.duration_s)
     how: dict[str, Any] = {"temperature": settings.temperature, "top_k": settings.top_k, "cfg_coef": settings.cfg_coef}
     bar = tqdm(total=len(prompts) * settings.n, initial=len(done), desc=f"sampling {system}", unit="clip", dynamic_ncols=True)
-    with open(partial, "a", encoding="utf-8") as rows:
+    with open(partial, "a", encoding="utf-8") as rows, bar:  # a trouble is told on a line of its own
         for start in range(0, len(jobs), settings.batch_size):
             part = jobs[start : start + settings.batch_size]
             chosen = [prompts[i] for i, _ in part]
@@ -168,7 +168,6 @@ def sample(
                 rows.flush()
                 done[row["file"]] = row
                 bar.update()
-    bar.close()
     ordered = [done[f"{i:06d}_{k}.wav"] for i in range(len(prompts)) for k in range(settings.n)]
     write_prompts(manifest, ordered)
     partial.unlink()
@@ -203,7 +202,7 @@ def _read_done(partial: Path, out: Path) -> dict[str, dict[str, Any]]:
     done: dict[str, dict[str, Any]] = {}
     if not partial.is_file():
         return done
-    for line in io.StringIO(partial.read_text(encoding="utf-8")):
+    for line in io.StringIO(partial.read_text(encoding="utf-8", errors="replace")):  # it may end in half a letter
         try:
             row = json.loads(line)
         except ValueError:

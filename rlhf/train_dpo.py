@@ -342,7 +342,7 @@ def check(cfg: Config) -> None:
             "--loss kto with --marks mask, --sft-weight or --kl-weight", "a loss over pairs for those", "leave them out, or choose another"
         )
     held_parts(cfg.hold, parse_weights(cfg.weights))
-    if cfg.hold and cfg.reward is None:
+    if cfg.hold and cfg.reward is None and not cfg.toy_reward:
         raise UserError(f"--hold {cfg.hold} without --reward", "a reward of several parts", "give --reward and --prompts, or leave it out")
     if cfg.toy:
         return

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adapters.library import read_adapter
 from adapters.lora import attach_lora
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM, MusicLMConfig
-from rlhf.ppo_task import Prompts, Task, toy_task
-from rlhf.rewards import HUMAN, Score, Slope
+from rlhf import dpo_task, train_dpo
+from rlhf.ppo_task import Prompts, Task, share_of_code_3, share_of_code_5, toy_task
+from rlhf.rewards import HUMAN, Mixed, Score, Slope, parse_weights, weighted
 from rlhf.rollout import Critic, Rollout, play
 from rlhf.train_ppo import TOY, Config
 
@@ -40,6 +42,47 @@ def judged_by(score: Score, heldout: Prompts | None = None, slope: Slope | None 
     """The toy with another judge, of whose slope nothing is known unless it is given; without held-out prompts it is called once a round
     (by code-by-code credit the slope alone is)."""
     return dataclasses.replace(toy_task(0), score=score, slopes={} if slope is None else {HUMAN: slope}, heldout=heldout)
+
+
+def two_slopes() -> Task:
+    """The toy whose check of code 5 has a slope as well: latents [B, 2, T] that count code 3 and code 5."""
+    toy = toy_task(0)
+    counts = F.one_hot(torch.tensor([3, 5]), toy.lm.card).float().T.expand(toy.lm.n_q, -1, -1)
+
+    def along(axis: int, score: Score) -> Slope:
+        def slope(codes: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+            told = score(codes, prompts)  # NaN where code 5 is not asked for
+            unit = F.one_hot(torch.tensor(axis), 2).float()[None, :, None].expand(len(codes), -1, codes.shape[2])
+            return unit / codes[0].numel() * (1 + 0 * told)[:, None, None], told
+
+        return slope
+
+    slopes = {HUMAN: along(0, share_of_code_3), "code_5": along(1, share_of_code_5)}
+    return dataclasses.replace(toy, slopes=slopes, codebooks=counts)
+
+
+def even_too(cfg: train_dpo.Config) -> dpo_task.Task:
+    """DPO's toy of own clips with a second part of the reward, `even`: the share of even codes, which has a slope as well."""
+    toy = dpo_task.toy_task(cfg)
+    assert toy.own is not None
+    assert isinstance(toy.own.score, Mixed)
+    low = toy.own.score
+
+    def even(codes: Tensor, prompts: list[str]) -> Tensor:
+        return (codes % 2 == 0).float().mean((1, 2))
+
+    def along_low(codes: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        slope, score = low.slopes[HUMAN](codes, prompts)
+        return torch.cat([slope, torch.zeros_like(slope)], 1), score
+
+    def along_even(codes: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        slope = torch.full((len(codes), 1, codes.shape[2]), 1 / codes[0].numel())
+        return torch.cat([torch.zeros_like(slope), slope], 1), even(codes, prompts)
+
+    parts = weighted(parse_weights(cfg.weights), low.reward.parts[HUMAN].score, {"even": even})
+    evens = (torch.arange(toy.lm.card) % 2 == 0).float()[None, :, None].expand(toy.lm.n_q, -1, -1)
+    judge = Mixed(parts, {HUMAN: along_low, "even": along_even}, torch.cat([low.codebooks, evens], -1))
+    return dataclasses.replace(toy, own=dataclasses.replace(toy.own, score=judge))
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

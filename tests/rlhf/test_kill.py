@@ -25,11 +25,16 @@ root, name, least = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 from base_models import atomic
 from base_models.checkpoint import latest_training_state, load_tensors, load_training_state, tensors_sha256
 
-if name == "ppo":
+held = {"ppo held": "code_5", "rounds held": "even"}.get(name)
+if name.startswith("ppo"):
     from rlhf.ppo_run import Run as Trained
     from rlhf.train_ppo import TOY, Config, main
     begins, settings = "play", {**TOY, "steps": 24, "batch_size": 4, "n_frames": 4, "minibatches": 1, "epochs": 1}
     settings |= {"look_every": 5, "heldout_clips": 2, "listen": 0}
+    if held:
+        from tests.rlhf.ppo_toys import CODES, two_slopes
+        settings |= {**CODES, "weights": "human=1,code_5=0.1", "hold": held, "look_every": 1}
+        train, main = main, lambda cfg: train(cfg, two_slopes())
 elif name == "sft":
     from rlhf.sft_run import Learner as Trained
     from rlhf.train_sft import PRESETS, Config, main
@@ -39,12 +44,17 @@ elif name == "grpo":
     from rlhf.train_grpo import PRESETS, Config, main
     begins, settings = "play", {**PRESETS["smoke"], "steps": 14, "batch_size": 8, "microbatch": 4, "n_frames": 4, "listen": 0}
 else:
+    from rlhf import train_dpo
     from rlhf.train_dpo import PRESETS, Config, main
     settings = {"precision": "fp32", "listen": 0, "kl_clips": 2}
-    if name == "rounds":
+    if name.startswith("rounds"):
         from rlhf.own_pairs import OwnPairs as Trained
         settings = {**PRESETS["smoke_reward"], **settings, "rounds": 14, "round_prompts": 4, "n_frames": 4, "held_out_clips": 4}
         begins, settings = "measure", settings | {"batch_size": 2}
+        if held:
+            from tests.rlhf.ppo_toys import even_too
+            train_dpo.toy_task = even_too
+            settings |= {"pairing": "edits", "round_clips": 1, "rounds": 10, "weights": "human=1,even=0.1", "hold": held}
     else:
         from rlhf.flat_dpo import FlatDPOTrainer
         from rlhf.flat_kto import FlatKTOTrainer
@@ -108,7 +118,7 @@ def whole(out):
     """Every folder that counts as a checkpoint can be read, and so can an adapter."""
     for folder in (out / "checkpoints").glob("step_*"):
         step = load_training_state(folder, restore_rng=False)[0]
-        if name not in ("ppo", "sft"):
+        if name != "sft" and not name.startswith("ppo"):
             assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step
     if (out / "adapter").exists():
         load_tensors(out / "adapter" / "adapter_model.safetensors")
@@ -117,9 +127,16 @@ def timeless(row):
     return {k: v for k, v in row.items() if "second" not in k and "time" not in k}
 
 def result(out):
-    """The weights, and what was told on the way to them, as one hash; a word said twice or left out would show."""
+    """The weights, what was told on the way to them (a word said twice or left out would show), and what a held part weighed: all along
+    by DPO's held.json, at last by PPO's checkpoint."""
     rows = [timeless(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [tensors_sha256(load_tensors(out / "adapter" / "adapter_model.safetensors")), rows]
+    now = []
+    if held and name.startswith("ppo"):
+        now = [row[f"heldout_reward_{held}_weight"] for row in rows if f"heldout_reward_{held}_weight" in row]
+        now += [load_training_state(latest_training_state(out), restore_rng=False)[2]["reward"]["now"][held]]
+    elif held:
+        now = [weight[held] for weight in json.loads((out / "held.json").read_text()).values()]
+    return [tensors_sha256(load_tensors(out / "adapter" / "adapter_model.safetensors")), rows, now]
 
 began = time.monotonic()
 process = child(root / "whole", 0)
@@ -147,12 +164,13 @@ odd = [(a, b) for final in finals for a, b in zip(final[1], want[1]) if a != b][
 print(json.dumps({
     "kills": kills, "during_saves": during, "checkpoints": len(set(seen) - {""}), "finals": len(finals),
     "same_weights": all(final[0] == want[0] for final in finals), "same_words": all(final[1] == want[1] for final in finals),
+    "same_held": all(final[2] == want[2] for final in finals), "held": want[2],
     "odd": odd, "undisturbed": undisturbed, "seconds": time.monotonic() - began,
 }))
 '''
 
 
-@pytest.mark.parametrize(("trainer", "kills"), [("ppo", 20), ("dpo", 10), ("rounds", 10), ("sft", 5)])
+@pytest.mark.parametrize(("trainer", "kills"), [("ppo", 20), ("ppo held", 10), ("dpo", 10), ("rounds", 10), ("rounds held", 5), ("sft", 5)])
 def test_killed_again_and_again_a_run_ends_with_the_weights_and_the_words_of_the_undisturbed_one(
     trainer: str, kills: int, tmp_path: Path
 ) -> None:
@@ -167,3 +185,5 @@ def test_killed_again_and_again_a_run_ends_with_the_weights_and_the_words_of_the
     assert told["checkpoints"] >= 3  # the kills fell at several places of the run
     assert told["same_weights"], told
     assert told["same_words"], told["odd"]
+    assert told["same_held"]
+    assert len(set(told["held"])) >= 3 or "held" not in trainer  # the weight of what is held has moved
