@@ -11,8 +11,9 @@
     10 other pairs, "sad piano" among them -> base and adapter play them with the same seeds -> how sure the judges are of the mood and
     of the instrument, clip by clip, the interval by pair; diversity and KL beside
 
-The checks live in the audio-text space, and a policy that is trained on it alone may fool it. The judges share no network with it, only the
-corpus's melodies, soundfont and codec: what fools the one has no reason to fool the others.
+The checks are ears on the codec's latents (rlhf/ears.py) and the audio-text space, and a policy that is trained on them may fool them.
+The judges hear waveforms by other features, fitted on other melodies: theirs are of `val`, told on `test`; those of ears are of `train`.
+They share the soundfont, the codec and the way clips are made, and so perhaps some of what can be fooled.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ import torch
 
 from base_models.audio import read_audio
 from base_models.checkpoint import read_json, read_jsonl, write_json
+from base_models.corpus.known import LEADS, OTHER
 from base_models.corpus.styles import GENRE_NAMES, MOODS
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, Policy, load_policy
 from base_models.settings import run
-from benchmarks.consistency_judges import LEADS, OTHER, Judges, Known, above, known_clips, load_clips, save_clips, sound_features
+from benchmarks.consistency_judges import Judges, Known, above, known_clips, load_clips, save_clips, sound_features
 from rlhf import train_ppo
 from rlhf.asked import asked_keys, asked_tempo
 from rlhf.consistency import checks
@@ -89,7 +91,7 @@ class Config:
     """Codec frames of a clip."""
     clips: int = 4
     """Clips of each prompt that is judged."""
-    asked_clips: int = 24
+    asked_clips: int = 48
     """Clips of "sad piano" alone."""
     seeds: tuple[int, ...] = (0,)
     """Training runs of each kind."""
@@ -147,9 +149,10 @@ def asked(prompt: str) -> tuple[str, str]:
 
 
 def sources(cfg: Config) -> list[tuple[int, tuple[str, ...], int, bool]]:
-    """(clips, which melodies, seed, whether any lead plays in any genre): to fit, to test, and as the corpus has them."""
-    apart, usual = (cfg.test_clips, ("val", "test"), 2, True), (cfg.test_clips // 2, ("val", "test"), 3, False)
-    return [(cfg.fit_clips, ("train",), 1, True), apart, usual]
+    """(clips, which melodies, seed, whether any lead plays in any genre): to fit, to test, and as the corpus has them. Ears of the reward
+    are fitted on `train`: what its judges learn from and are told by are other melodies."""
+    apart, usual = (cfg.test_clips, ("test",), 2, True), (cfg.test_clips // 2, ("test",), 3, False)
+    return [(cfg.fit_clips, ("val",), 1, True), apart, usual]
 
 
 def known(cfg: Config, policy: Policy, n: int, bucket: tuple[str, ...], seed: int, swap: bool) -> list[Known]:

@@ -1,18 +1,17 @@
 """Judges of mood and instrument that no reward has heard of: fitted on real melodies whose mood, lead and genre are drawn apart.
 
-    tune x genre x mood x lead, each drawn by itself -> arranged, rendered -> through the codec and back
+    clips of which everything is known (base_models.corpus.known) -> through the codec and back
     -> what it sounds like [F] (base_models.measures: timbre, movement, harmony), its mode, its pace -> logistic regression
 
-In the demo corpus a piano plays jazz or lo-fi and never techno, so a probe of its clips may hear the genre and call it the instrument.
-Here any lead plays in any genre and any mood, and what remains to be heard is the lead. The codec stands between, because that is how
-the clips sound that are judged later. Melodies that are fitted on and melodies that are told accuracy of are kept apart, as in the corpus.
+The codec stands between, because that is how the clips sound that are judged later. Melodies that are fitted on and melodies that are told
+accuracy of are kept apart, as in the corpus, and both from those that the reward's ears were fitted on (rlhf/train_ears.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +20,16 @@ from tqdm import tqdm
 
 from base_models.atomic import atomic_file
 from base_models.codec import Codec
-from base_models.corpus.arrange import arrange, fits, flip_mode, key_name, valence_of
-from base_models.corpus.build import piece_bucket
-from base_models.corpus.render import Synth, render
-from base_models.corpus.styles import BANDS, GENRES, MOODS, Instrument, draw_tempo
-from base_models.corpus.tunes import Tune, load_tunes
+from base_models.corpus.known import CHOIR, LEADS, MORE_LEADS, OTHER, Player, lead_name
+from base_models.corpus.styles import GENRES, MOODS
 from base_models.errors import UserError
 from base_models.measures import GenreProbe, chroma, estimate_tempo, probe_features
 from rlhf.descriptors import MAJOR, MINOR
 
-LEADS: dict[str, tuple[int, ...]] = {
-    "piano": (0, 1),
-    "organ": (16, 19),
-    "vibraphone": (11,),
-    "guitar": (24, 25, 26, 27),
-    "violin": (40,),
-    "trumpet": (56, 59),
-    "saxophone": (65, 66),
-    "flute": (73,),
-    "choir": (52, 53),
-    "synth": (80, 81, 88),
-}
-"""What a prompt may ask for, and the General MIDI programs that are it."""
-OTHER = "other"
-OTHERS = (4, 5, 6, 21, 22, 29, 30, 42, 60, 61, 68, 71)
-"""Electric piano, harpsichord, accordion, harmonica, overdriven guitars, cello, horn, brass, oboe, clarinet: none of those above."""
+OTHERS = tuple(program for programs in MORE_LEADS.values() for program in programs)
+"""Leads that no prompt of the benchmark asks for, and that are none of those it does."""
+JUDGED_GENRES = tuple(genre for genre in GENRES if genre != CHOIR)
+"""A choir sings all its voices itself: it has no lead that could be exchanged."""
 
 
 @dataclass(frozen=True)
@@ -64,43 +48,11 @@ class Known:
 # ---- clips of which everything is known ------------------------------------------------------------------------------
 
 
-class Player:
-    """Plays a real melody as asked; the same numbers give the same samples."""
-
-    def __init__(self, sample_rate: int, duration_s: float, bucket: Sequence[str]) -> None:
-        """bucket: which melodies, of 'train', 'val' and 'test' (base_models.corpus.build has them in groups of near duplicates)."""
-        self.synth, self.duration_s = Synth(sample_rate), duration_s
-        self.pools: dict[str, list[Tune]] = {}
-        tunes = [tune for tune in load_tunes() if piece_bucket(tune.group) in bucket]
-        for genre in GENRES:
-            self.pools[genre] = [tune for tune in tunes if fits(genre, tune)]
-
-    def play(self, mood: str, lead: int | None, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, object]]:
-        """(wav [L] in [-1, 1], facts). lead: a General MIDI program, or None for the band's own."""
-        genre = str(rng.choice([genre for genre in GENRES if genre != "choral"]))  # a choir sings all its voices itself
-        band = BANDS[genre][int(rng.integers(len(BANDS[genre])))]
-        if lead is not None:
-            band = replace(band, lead=Instrument(lead, "lead"))
-        pool, style = self.pools[genre], MOODS[mood]
-        native = [tune for tune in pool if valence_of(tune) == style.valence]
-        chosen = native if native and rng.random() < 2 / 3 else pool  # mostly melodies that are in that mode by themselves
-        tune = flip_mode(chosen[int(rng.integers(len(chosen)))], style.valence)
-        tempo = draw_tempo(band, style, rng)
-        piece = arrange(tune, band, style, rng, tempo_bpm=tempo, key=int(rng.integers(12)), duration_s=self.duration_s)
-        wav = render(piece, band, style, self.synth, rng).mix.astype(np.float32) / 32768
-        return wav, {"genre": genre, "tempo_bpm": float(tempo), "key": key_name(piece), "lead": lead_name(band.lead.program)}
-
-
-def lead_name(program: int) -> str:
-    """The word for a program, or `other`."""
-    return next((name for name, programs in LEADS.items() if program in programs), OTHER)
-
-
 def known_clips(codec: Codec, n: int, bucket: Sequence[str], n_frames: int, seed: int, swap: bool = True) -> list[Known]:
     """n clips, each of a mood and a lead by chance. swap: any lead in any genre; without it bands play as they do in the corpus."""
     if n < 1:
         raise UserError(f"{n} clips", "at least 1", "ask for more")
-    player = Player(codec.sample_rate, n_frames / codec.frame_rate, bucket)
+    player = Player(codec.sample_rate, n_frames / codec.frame_rate, bucket, JUDGED_GENRES)
     return list(tqdm(_known(codec, player, n, n_frames, seed, swap), total=n, desc=f"known clips ({', '.join(bucket)})", unit="clip"))
 
 
@@ -114,7 +66,9 @@ def _known(codec: Codec, player: Player, n: int, n_frames: int, seed: int, swap:
         with torch.no_grad():
             codes = codec.encode(torch.from_numpy(wav)[None, None])[:, :, :n_frames]
             heard = codec.decode(codes)[0].numpy()
-        yield Known(mood=mood, codes=codes[0], features=sound_features(heard, codec.sample_rate), **facts)  # type: ignore[arg-type]
+        lead_heard = lead_name(facts.program)
+        sound = sound_features(heard, codec.sample_rate)
+        yield Known(mood, lead_heard, facts.genre, facts.tempo_bpm, facts.key, codes[0], sound)
 
 
 FACTS = ("mood", "lead", "genre", "tempo_bpm", "key")

@@ -14,6 +14,7 @@ from functools import cache
 from base_models.conditions import parse_tempo
 from base_models.corpus.captions import TEMPO_WORDS
 from base_models.corpus.harmony import PITCH_NAMES
+from base_models.corpus.known import LEADS, MORE_LEADS, OTHER, lead_name
 from base_models.corpus.styles import BANDS, GENRE_NAMES, MOODS
 
 TEMPO_TOLERANCE = 0.08
@@ -37,8 +38,9 @@ def mood_versions(prompt: str) -> tuple[list[str], list[bool]] | None:
 
 
 def instrument_versions(prompt: str) -> tuple[list[str], list[bool]] | None:
-    """The prompt with its first instrument exchanged for one of each family; its own family counts as what it says."""
-    found = _first(prompt, instrument_words())
+    """The prompt with its first instrument exchanged for one of each family; its own family counts as what it says. "Guitar rock" is a
+    genre."""
+    found = _first(prompt, instrument_words(), genre_words())
     if found is None:
         return None
     start, stop, word = found
@@ -56,6 +58,25 @@ def genre_versions(prompt: str) -> tuple[list[str], list[bool]] | None:
     genre = genre_words()[word]
     options = [(genre, word)] + [(name, names[0]) for name, names in GENRE_NAMES.items() if name != genre]
     return [prompt[:start] + other + prompt[stop:] for _, other in options], [name == genre for name, _ in options]
+
+
+def asked_mood(prompt: str) -> str | None:
+    """The mood that a prompt names, or None."""
+    found = _first(prompt, mood_words(), instrument_words())
+    return None if found is None else mood_words()[found[2]]
+
+
+def asked_genre(prompt: str) -> str | None:
+    """The genre that a prompt names, or None."""
+    found = _first(prompt, genre_words(), instrument_words())
+    return None if found is None else genre_words()[found[2]]
+
+
+def asked_lead(prompt: str) -> str | None:
+    """The instrument that a prompt names first, by the name that base_models.corpus.known has for it ("tenor sax" is a saxophone); None
+    where it names none, or one without a name there."""
+    found = _first(prompt, instrument_words(), genre_words())
+    return None if found is None else lead_words().get(found[2])
 
 
 FAMILIES: Mapping[str, str] = {
@@ -77,13 +98,25 @@ FAMILIES: Mapping[str, str] = {
 def instrument_words() -> dict[str, str]:
     """Every instrument of the demo's bands and the families' own words -> its family; longer names first. Bass and drums, which
     nearly every band has, are left out: hearing them says little."""
-    names = {name for bands in BANDS.values() for band in bands for name in (band.lead.name, band.comp.name)} | set(FAMILIES)
+    names = {name for bands in BANDS.values() for band in bands for name in (band.lead.name, band.comp.name)} | {
+        *FAMILIES,
+        *LEADS,
+        *MORE_LEADS,
+    }
     known = {}
     for name in sorted(names, key=lambda name: (-len(name), name)):
         family = next((family for family, words in FAMILIES.items() if re.search(rf"\b(?:{words})\b", name)), None)
         if family is not None:
             known[name] = family
     return known
+
+
+@cache
+def lead_words() -> dict[str, str]:
+    """Every instrument of the demo's bands that leads are known by, and these names themselves -> the name."""
+    leads = {**LEADS, **MORE_LEADS}
+    played = {part.name: lead_name(part.program, leads) for bands in BANDS.values() for band in bands for part in (band.lead, band.comp)}
+    return {word: name for word, name in ({name: name for name in leads} | played).items() if name != OTHER}
 
 
 @cache
@@ -99,11 +132,12 @@ def genre_words() -> dict[str, str]:
 
 
 def _first(prompt: str, words: Mapping[str, str], inside: Mapping[str, str] | None = None) -> tuple[int, int, str] | None:
-    """(start, stop, word) of the earliest of `words` in the prompt, the longest where several begin there; none of those that lie
-    inside a name of `inside` ("warm" of a warm pad is no mood)."""
+    """(start, stop, word) of the earliest of `words` in the prompt, the longest where several begin there; none of those that are part
+    of a longer name of `inside` ("warm" of a warm pad is no mood)."""
     taken = [m.span() for m in _pattern(tuple(inside)).finditer(prompt)] if inside else []
     for match in _pattern(tuple(words)).finditer(prompt):
-        if not any(start <= match.start() < stop for start, stop in taken):
+        low, high = match.span()
+        if not any(start <= low and high <= stop and high - low < stop - start for start, stop in taken):
             return match.start(), match.end(), match.group().lower()
     return None
 

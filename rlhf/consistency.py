@@ -2,15 +2,16 @@
 
     rewards = checks(policy)                          # name -> (codes [B, K, T], prompts) -> [B]
     codes -> embedding in the audio-text space, or the magnitudes that the codec is about to play (no phase, no waveform)
-          -> similarity, mood, instrument, genre | tempo, key -> [B], NaN where a prompt says nothing of the kind (rlhf.asked)
+          -> similarity | mood, instrument, genre | tempo, key -> [B], NaN where a prompt says nothing of the kind (rlhf.asked)
 
 `similarity` is a cosine. The others are probabilities of what the prompt states against everything it might have stated instead: a
-tempo against all tempi, a key against 24, a mood or an instrument against the others by name, by exchanging the words *in the
-prompt* and asking which version the clip fits best, so that the genre and all else that the prompt says cancels.
+tempo against all tempi, a key against 24, a mood, an instrument or a genre against the others by name. These three are heard by the
+base's ears (rlhf/ears.py), where it has them. A base without ears is asked in its audio-text space, by exchanging the words *in the
+prompt* and asking which version the clip fits best, so that all else that the prompt says cancels.
 
-What they cannot do: the same space that judges mood and instrument is cheaply fooled by a policy that is trained on it alone. Keep
-their weight small beside the listeners' reward, keep the price of drift, and measure with something else (benchmarks/consistency.py
-asks a probe that is trained on waveforms of real clips).
+What they cannot do: no judge that a policy is trained on stays a fair one. The audio-text space takes for a piano what goes with a piano,
+and ears are linear in what they hear. Keep their weight small beside the listeners' reward, keep the price of drift, and measure with
+something else (benchmarks/consistency.py asks probes of waveforms, fitted on other melodies).
 
 Papers: CLAP zero-shot classification (Wu et al. 2023, arXiv:2211.06687); key profiles by Krumhansl and Kessler 1982 in Krumhansl 1990;
 tempo by autocorrelation as in Ellis 2007, "Beat tracking by dynamic programming", J. New Music Research 36(1).
@@ -22,14 +23,26 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from base_models.codec import Codec, MagnitudeCodec
-from rlhf.asked import Versions, asked_keys, asked_tempo, genre_versions, instrument_versions, mood_versions
+from rlhf.asked import (
+    Versions,
+    asked_genre,
+    asked_keys,
+    asked_lead,
+    asked_mood,
+    asked_tempo,
+    genre_versions,
+    instrument_versions,
+    mood_versions,
+)
 from rlhf.descriptors import MAJOR, MINOR, autocorrelation, chromagram, onset_strength
+from rlhf.ears import Ears, ears_of
 from rlhf.rewards import Score, Slope
 
 SHARPNESS = {"tempo": 12.0, "key": 8.0}
@@ -43,10 +56,14 @@ class Base(Protocol):
     def codec(self) -> Codec: ...
     @property
     def contrastive(self) -> Any: ...
+    @property
+    def path(self) -> Path: ...
 
 
 NAMED: Mapping[str, Versions] = {"mood": mood_versions, "instrument": instrument_versions, "genre": genre_versions}
 """Checks by exchanging words in the prompt."""
+HEARD: Mapping[str, Callable[[str], str | None]] = {"mood": asked_mood, "instrument": asked_lead, "genre": asked_genre}
+"""Checks by ears, and how what they are asked for is read out of a prompt."""
 
 
 def space_of(base: Base) -> Space | None:
@@ -55,25 +72,31 @@ def space_of(base: Base) -> Space | None:
 
 
 def checks(base: Base, space: Space | None = None) -> dict[str, Score]:
-    """Every check that this base can make: similarity, mood, instrument and genre need its audio-text space (`space_of`)."""
+    """Every check that this base can make: similarity needs its audio-text space (`space_of`); mood, instrument and genre its ears, or
+    that space."""
     found: dict[str, Score] = {}
-    space = space or space_of(base)
+    space, ears = space or space_of(base), ears_of(base)
     if space is not None:
         found["similarity"] = space.similarity
         found |= {name: partial(space.named, versions=versions) for name, versions in NAMED.items()}
+    if ears is not None:
+        memory = Listener(ears)
+        found |= {kind: partial(memory.score, kind) for kind in HEARD}
     found["tempo"] = partial(tempo_probability, base.codec)
     found["key"] = partial(key_probability, base.codec)
     return found
 
 
 def slopes(base: Base, space: Space | None = None) -> dict[str, Slope]:
-    """The slopes of the checks along the codec's latents: of those in the audio-text space, and of tempo and key where the codec plays
-    magnitudes (a foreign codec is heard through its waveform, without a slope)."""
+    """The slopes of the checks along the codec's latents: of those in the audio-text space and by ears, and of tempo and key where the
+    codec plays magnitudes (a foreign codec is heard through its waveform, without a slope)."""
     found: dict[str, Slope] = {}
-    space = space or space_of(base)
+    space, ears = space or space_of(base), ears_of(base)
     if space is not None:
         found["similarity"] = _slope(base, space.similarity_heard)
         found |= {name: _slope(base, partial(space.named_heard, versions=versions)) for name, versions in NAMED.items()}
+    if ears is not None:
+        found |= {kind: partial(_slope_by_ear, ears, kind) for kind in HEARD}
     if isinstance(base.codec, MagnitudeCodec):
         found["tempo"] = partial(_slope_of_magnitudes, base.codec, tempo_heard)
         found["key"] = partial(_slope_of_magnitudes, base.codec, key_heard)
@@ -104,6 +127,59 @@ def _slope_of_magnitudes(codec: MagnitudeCodec, judge: Heard, codes: Tensor, pro
         if score is not None:
             (found[row : row + 1],) = torch.autograd.grad(score, latent)
             scores[row] = score.detach()
+    return found, scores
+
+
+# ---- ears ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Listener:
+    """Ears that remember the clips of the last question: mood, instrument and genre are asked of the same ones, one after the other."""
+
+    ears: Ears
+    _codes: Tensor | None = None
+    _heard: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def score(self, kind: str, codes: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Probability that a clip is what its prompt names [B]; NaN where it names nothing, or nothing that ears know."""
+        asked = asked_of(self.ears, kind, prompts)
+        if not any(place is not None for place in asked):
+            return torch.full((len(codes),), math.nan, device=codes.device)
+        if self._codes is None or not torch.equal(self._codes, codes):
+            parts = [self.ears.probabilities(self.ears.codec.latents(part)) for part in codes.split(CLIPS_AT_ONCE)]
+            self._codes, self._heard = codes.clone(), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return answers(self._heard[kind], asked)
+
+
+CLIPS_AT_ONCE = 8
+"""Clips that ears hear at once: a clip's spectrum is large."""
+
+
+def asked_of(ears: Ears, kind: str, prompts: Sequence[str]) -> list[int | None]:
+    """The column of ears' answers that each prompt asks for, or None."""
+    return [ears.place(kind, HEARD[kind](prompt)) for prompt in prompts]
+
+
+def answers(heard: Tensor, asked: Sequence[int | None]) -> Tensor:
+    """heard [B, n_classes] -> what was asked for [B], NaN where nothing was."""
+    rows = [row.new_full((), math.nan) if place is None else row[place] for row, place in zip(heard, asked, strict=True)]
+    return torch.stack(rows)
+
+
+def _slope_by_ear(ears: Ears, kind: str, codes: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Slope and score of the clips that are asked for something; the others cost nothing."""
+    latents, scores = ears.codec.latents(codes).detach(), torch.full((len(codes),), math.nan, device=codes.device)
+    found, asked = torch.zeros_like(latents), asked_of(ears, kind, prompts)
+    for rows in torch.tensor([row for row, place in enumerate(asked) if place is not None], dtype=torch.long).split(CLIPS_AT_ONCE):
+        if not len(rows):
+            continue
+        with torch.enable_grad():
+            part = latents[rows].requires_grad_(True)
+            told = answers(ears.probabilities(part)[kind], [asked[int(row)] for row in rows])
+            (found[rows],) = torch.autograd.grad(told.sum(), part)
+        scores[rows] = told.detach()
     return found, scores
 
 

@@ -11,6 +11,7 @@ from base_models.conditions import Conditions
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import load_policy
 from rlhf.consistency import checks, slopes, space_of
+from rlhf.ears import ears_sha256
 from rlhf.flat_kto import BadClip, bad_clips
 from rlhf.journal import Sound, sound_of
 from rlhf.ppo_task import toy_sound
@@ -34,6 +35,7 @@ class OwnTask:
     held_out: list[int]
     score: Score
     reward_sha256: str | None = None
+    ears_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def load_task(cfg: Config) -> Task:
         space = space_of(policy)
         parts = weighted(parse_weights(cfg.weights), reward.score, checks(policy, space), LEAST_LOGITS)
         judge = Mixed(parts, ({HUMAN: reward.slope} if reward.has_slope else {}) | slopes(policy, space), policy.codec.codebooks)
-        own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256)
+        own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256, ears_sha256(policy))
         words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
         snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256
     table = policy.conditions(words, tempi)

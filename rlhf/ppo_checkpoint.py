@@ -52,11 +52,12 @@ def restore(run: Run) -> None:
 
 
 def parents_of(run: Run) -> dict[str, Any]:
-    """What a resumed run has to find again: the base, the reward, the prompts, the seed and how credit is given."""
+    """What a resumed run has to find again: the base, the reward, the ears of its checks, the prompts, the seed and how credit is given."""
     heldout = run.task.heldout
     return {
         "base_sha256": run.task.base_sha256,
         "reward_sha256": run.task.reward_sha256,
+        "ears_sha256": run.task.ears_sha256,
         "prompts_sha256": hashlib.sha256("\n".join(run.task.prompts).encode()).hexdigest(),
         "heldout_sha256": heldout and hashlib.sha256("\n".join(heldout.texts).encode()).hexdigest(),
         "seed": run.cfg.seed,

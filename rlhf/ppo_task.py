@@ -20,6 +20,7 @@ from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import Policy, load_policy
 from rlhf.consistency import checks, slopes, space_of
+from rlhf.ears import ears_sha256
 from rlhf.journal import Sound, sound_of
 from rlhf.outside_judge import OutsideJudge
 from rlhf.reward_features import LATENTS, features
@@ -58,6 +59,8 @@ class Task:
     """The least spread of that score among the base's clips which counts as one (rlhf.rewards.LEAST_LOGITS)."""
     reward_sha256: str | None = None
     snapshot_sha256: str | None = None
+    ears_sha256: str | None = None
+    """The ears that some of the checks ask."""
     checks: Mapping[str, Score] = field(default_factory=dict)
     """The reward's verifiable parts, by name."""
     slopes: Mapping[str, Slope] = field(default_factory=dict)
@@ -121,6 +124,7 @@ def load_task(
         least=0.0 if reward is None else LEAST_LOGITS,
         reward_sha256=None if reward is None else reward.sha256,
         snapshot_sha256=None if reward is None else reward.snapshot_sha256,
+        ears_sha256=ears_sha256(policy),
         checks=checks(policy, space) | ({} if reward is None else aspects(reward)),
         slopes=({HUMAN: reward.slope} if reward is not None and reward.has_slope else {}) | slopes(policy, space),
         codebooks=policy.codec.codebooks,

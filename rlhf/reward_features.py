@@ -102,7 +102,7 @@ def features_of_latents(base: Base, latents: Tensor, prompts: Sequence[str], blo
         made[LATENTS] = over_time(latents).float()
     if {MAGNITUDES, DESCRIPTORS} & set(wanted):
         assert isinstance(base.codec, MagnitudeCodec)
-        magnitude = _magnitudes(base.codec, latents)
+        magnitude = magnitudes(base.codec, latents)
         if MAGNITUDES in wanted:
             made[MAGNITUDES] = magnitude_statistics(magnitude).float()
         if DESCRIPTORS in wanted:
@@ -124,14 +124,14 @@ def loudness_and_length(base: Base, codes: Tensor) -> Tensor:
     """codes [B, K, T] -> [B, 3]: median and peak level, length. What a reward model must beat to have heard
     anything."""
     if isinstance(base.codec, MagnitudeCodec):
-        level = torch.log10(_magnitudes(base.codec, base.codec.latents(codes)).square().sum(-1) + 1e-5)
+        level = torch.log10(magnitudes(base.codec, base.codec.latents(codes)).square().sum(-1) + 1e-5)
     else:
         level = base.codec.latents(codes).norm(dim=1)
     length = torch.full_like(level[:, 0], codes.shape[-1])
     return torch.stack([level.median(1).values, level.amax(1), length], dim=1)
 
 
-def _magnitudes(codec: MagnitudeCodec, latents: Tensor) -> Tensor:
+def magnitudes(codec: MagnitudeCodec, latents: Tensor) -> Tensor:
     """latents [B, D, T] -> the magnitudes [B, N, n_bins] that `decode` would give a phase to; clip by clip, as decode
     does."""
     return torch.cat([codec.expand(codec.from_latents(row.transpose(1, 2))) for row in latents.split(1)])

@@ -303,7 +303,7 @@ def main(cfg: Config) -> dict[str, Any]:
             reward_sha256=task.own.reward_sha256 if task.own else None,
             licence=cfg.licence,
             config=to_mapping(cfg),
-            figures=figures,
+            figures=figures | ({"ears_sha256": task.own.ears_sha256} if task.own and task.own.ears_sha256 else {}),
         )
         save_adapter(cfg.out / "adapter", task.lm, manifest)
         recorder.close()
@@ -325,6 +325,7 @@ def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str
         "snapshot_sha256": task.snapshot_sha256,
         "ordered_pairs_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "reward_sha256": own and own.reward_sha256,
+        "ears_sha256": own and own.ears_sha256,
         "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
         "loss": cfg.loss,
         "seed": cfg.seed,

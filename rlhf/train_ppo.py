@@ -275,7 +275,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
             reward_sha256=task.reward_sha256,
             licence=cfg.licence,
             config=to_mapping(cfg),
-            figures=result,
+            figures=result | ({"ears_sha256": task.ears_sha256} if task.ears_sha256 else {}),
         )
         save_adapter(cfg.out / "adapter", task.lm, manifest)
     told.close()

@@ -102,6 +102,7 @@ def test_the_form_that_silently_runs_one_process_is_caught(tmp_path):
 
 
 ONLY_WHOLE = {
+    "rlhf.train_ears": {},
     "rlhf.train_reward": {"toy": True},
     "rlhf.train_sft": {"toy": True},
     "rlhf.train_dpo": {"toy": True},

@@ -8,19 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from base_models.corpus.styles import BANDS, MOODS
+from base_models.corpus.known import LEADS, OTHER, lead_name
+from base_models.corpus.styles import MOODS
 from base_models.policy import PRETRAINED, load_policy
-from benchmarks.consistency import ASKED, asked, cell, prompts
+from benchmarks.consistency import ASKED, Config, asked, cell, prompts, sources
 from benchmarks.consistency_judges import (
     FACTS,
-    LEADS,
-    OTHER,
     OTHERS,
     Judges,
     Known,
     above,
     known_clips,
-    lead_name,
     load_clips,
     mode_features,
     save_clips,
@@ -55,12 +53,15 @@ def test_the_checks_understand_every_prompt() -> None:
         assert all(mood_versions(prompt) and instrument_versions(prompt) for prompt in prompts(part))
 
 
-def test_a_program_has_one_name() -> None:
-    named = [program for programs in LEADS.values() for program in programs]
-    assert len(set(named) | set(OTHERS)) == len(named) + len(OTHERS)
-    assert lead_name(0) == "piano"
-    assert lead_name(4) == OTHER  # an electric piano is not what "piano" asks for
-    assert {lead_name(band.lead.program) for bands in BANDS.values() for band in bands} <= {*LEADS, OTHER}
+def test_leads_that_are_judged_and_others_do_not_mix() -> None:
+    assert not {program for programs in LEADS.values() for program in programs} & set(OTHERS)
+    assert {lead_name(program) for program in OTHERS} == {OTHER}
+
+
+def test_judges_learn_and_are_told_by_melodies_that_ears_never_met() -> None:
+    assert {bucket for _, buckets, _, _ in sources(Config()) for bucket in buckets} == {"val", "test"}
+    fit, *told = (set(buckets) for _, buckets, _, _ in sources(Config()))
+    assert all(fit.isdisjoint(buckets) for buckets in told)
 
 
 def test_the_mode_is_heard_in_any_key_and_minor_is_not_major() -> None:

@@ -7,7 +7,10 @@ import pytest
 from base_models.corpus.styles import GENRE_NAMES
 from rlhf.asked import (
     FAMILIES,
+    asked_genre,
     asked_keys,
+    asked_lead,
+    asked_mood,
     asked_tempo,
     genre_versions,
     instrument_versions,
@@ -66,3 +69,19 @@ def test_a_genre_is_not_read_out_of_an_instruments_name():
     assert "calm jazz with house piano" in versions
     assert genre_versions("sad house piano, slow") is None
     assert genre_versions("something slow") is None
+
+
+def test_an_instrument_is_not_read_out_of_a_genres_name():
+    assert asked_genre("dark guitar rock, fast") == "rock"
+    assert asked_lead("dark guitar rock, fast") is None
+    assert instrument_versions("choir music") is None
+    assert asked_lead("guitar rock with electric guitar") == "guitar"
+
+
+def test_what_is_named_is_read_by_one_name():
+    prompt = "gloomy swing jazz with tenor sax and piano"
+    assert (asked_mood(prompt), asked_genre(prompt), asked_lead(prompt)) == ("sad", "jazz", "saxophone")
+    assert asked_lead("sad piano") == asked_lead("house piano") == "piano"
+    assert asked_lead("sad electric piano") == "electric piano"
+    assert asked_lead("techno with metallic pad") is None  # no lead of a name
+    assert asked_mood("something slow") is asked_genre("something slow") is asked_lead("something slow") is None

@@ -34,8 +34,16 @@ def real():
 
 
 @pytest.fixture(scope="module")
-def judges():
-    return checks(load_policy(PRETRAINED))
+def earless(tmp_path_factory):
+    """The shipped base as it would be without ears."""
+    policy = load_policy(PRETRAINED)
+    return SimpleNamespace(codec=policy.codec, contrastive=policy.contrastive, path=tmp_path_factory.mktemp("earless"))
+
+
+@pytest.fixture(scope="module", params=["ears", "space"])
+def judges(request, earless):
+    """The checks of a base with ears, and of one that asks its audio-text space."""
+    return checks(load_policy(PRETRAINED) if request.param == "ears" else earless)
 
 
 def auc(right: torch.Tensor, wrong: torch.Tensor) -> float:
@@ -90,8 +98,9 @@ def test_the_right_prompt_scores_above_another_clips(name, least, real, judges):
     asked = says(facts)[name]
     wrong = [asked[i] for i in shuffled(asked, SAME[name])]
     right_scores, wrong_scores = judges[name](codes, asked), judges[name](codes, wrong)
-    assert bool(torch.isfinite(right_scores).all())
-    assert auc(right_scores, wrong_scores) > least
+    heard = torch.isfinite(right_scores) & torch.isfinite(wrong_scores)  # ears have no name for a few leads
+    assert float(heard.float().mean()) > (0.7 if name == "instrument" else 0.999)
+    assert auc(right_scores[heard], wrong_scores[heard]) > least
 
 
 def test_a_prompt_that_states_nothing_is_judged_by_similarity_alone(real, judges):
@@ -116,10 +125,10 @@ def test_batch_mates_do_not_matter_and_the_scores_repeat(real, judges):
         assert torch.equal(together, judge(codes[:3], prompts))
 
 
-def test_a_base_without_the_shared_space_still_checks_tempo_and_key(real):
+def test_a_base_without_the_shared_space_still_checks_tempo_and_key(real, tmp_path):
     codes, _ = real
     policy = load_policy(PRETRAINED)
-    found = checks(SimpleNamespace(codec=policy.codec, contrastive=None))
+    found = checks(SimpleNamespace(codec=policy.codec, contrastive=None, path=tmp_path))
     assert list(found) == ["tempo", "key"]
     assert math.isfinite(float(found["key"](codes[:1], ["in C major"])))
 
@@ -141,8 +150,8 @@ def test_another_codec_is_heard_through_its_waveform(real):
         assert float((ours - theirs).abs().median()) < 0.15
 
 
-def test_slopes_of_the_audio_text_checks_are_derivatives_along_the_latents() -> None:
-    policy = load_policy(PRETRAINED)
+def test_slopes_of_the_audio_text_checks_are_derivatives_along_the_latents(earless) -> None:
+    policy = earless
     codes = torch.randint(0, policy.codec.card, (3, 4, 24), generator=torch.Generator().manual_seed(0))
     prompts = ["sad piano, slow", "happy jazz with saxophone", "120 BPM"]
     for name, n_asked in {"similarity": 3, "mood": 2, "instrument": 2, "genre": 1}.items():
@@ -182,5 +191,5 @@ def test_slopes_of_tempo_and_key_are_derivatives_and_a_step_along_them_is_heard(
         assert up > down
 
 
-def test_a_foreign_codec_has_no_slope_of_tempo_and_key() -> None:
-    assert slopes(SimpleNamespace(codec=object(), contrastive=None)) == {}
+def test_a_foreign_codec_has_no_slope_of_tempo_and_key(tmp_path) -> None:
+    assert slopes(SimpleNamespace(codec=object(), contrastive=None, path=tmp_path)) == {}
