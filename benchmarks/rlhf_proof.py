@@ -73,6 +73,7 @@ CREW = ("--crew", "crowd", "--careless", "0.15", "--adversaries", "1")
 WEAK_REWARD = ("--members", "1", "--lam", "0")
 FREE = ("--steps", "60", "--lr", "1.5e-3", "--kl-coef", "0", "--brake", "off", "--save-every", "10")
 BRAKED = ("--steps", "60", "--lr", "1.5e-3", "--kl-coef", "0.005", "--brake", "rewind", "--save-every", "10")
+STOPPED = ("--steps", "60", "--lr", "1.5e-3", "--kl-coef", "0", "--brake", "rewind", "--look-every", "2", "--save-every", "2")
 VOTES = (50, 200, 500, 1000, 2000, 3000)
 # ---- the same for --small --------------------------------------------------------------------------------------------------
 SMALL_ARGUMENTS = Arguments(
@@ -82,10 +83,11 @@ SMALL_ARGUMENTS = Arguments(
     weak_reward=WEAK_REWARD,
     free=("--steps", "4", "--batch-size", "8", "--lr", "1e-2", "--kl-coef", "0", "--brake", "off", "--save-every", "2"),
     braked=("--steps", "4", "--batch-size", "8", "--lr", "1e-2", "--save-every", "2"),
+    stopped=("--steps", "4", "--batch-size", "8", "--lr", "1e-2", "--kl-coef", "0", "--look-every", "1", "--save-every", "2"),
     crew=CREW,
     trained_on=TRAINED_ON,
 )
-FULL_ARGUMENTS = Arguments(REWARD, WEAK_REWARD, PPO, DPO, SFT, FREE, BRAKED, CREW, TRAINED_ON)
+FULL_ARGUMENTS = Arguments(REWARD, WEAK_REWARD, PPO, DPO, SFT, FREE, BRAKED, STOPPED, CREW, TRAINED_ON)
 
 
 def build(args: argparse.Namespace) -> Plan:
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--policy", type=Path, default=PRETRAINED)
     parser.add_argument("--experiments", type=words(EXPERIMENTS), default=["main"], help=",".join(EXPERIMENTS))
     parser.add_argument("--tastes", type=words(TASTES), help="main table: all; other experiments: warm")
-    parser.add_argument("--seeds", type=integers, help="main table: 3,4,5; other experiments: 3")
+    parser.add_argument("--seeds", type=integers, help="main table: 6,7,8; other experiments: 6")
     parser.add_argument("--methods", type=words(METHODS), default=["ppo", "dpo"])
     parser.add_argument("--votes", type=integers, default=list(VOTES), help="points of the curve")
     parser.add_argument("--votes-main", type=int, help="votes of the main table and of the controls (default 2000)")

@@ -74,7 +74,9 @@ class Arguments:
     free: tuple[str, ...] = ()
     """PPO with no price on KL and no brake."""
     braked: tuple[str, ...] = ()
-    """The same with both."""
+    """The same with both, and with a cautious reward."""
+    stopped: tuple[str, ...] = ()
+    """The same with the brake alone, on the same reward."""
     crew: tuple[str, ...] = ()
     trained_on: Mapping[str, str] = field(default_factory=lambda: {"ppo": "reward", "dpo": "both", "sft": "votes"})
     """Method -> what it learns from: votes, reward (and prompts to play), or both."""
@@ -317,11 +319,12 @@ class Builder:
 
     def over_optimisation(self, plan: Plan, taste: str, seed: int) -> None:
         snapshot = self.snapshot(taste, seed, self.sizes.weak_votes)
-        arms = (("free", self.reward(snapshot, weak=True), self.arguments.free), ("braked", self.reward(snapshot), self.arguments.braked))
+        weak, given = self.reward(snapshot, weak=True), self.arguments
+        arms = (("free", weak, given.free), ("stopped", weak, given.stopped), ("braked", self.reward(snapshot), given.braked))
         for arm, reward, more in arms:
             run = self.kept(arm, snapshot, reward, seed, more)
             trail = self.trail(run, reward, taste, seed)
-            settings = self.settings(self.arguments.weak_reward if arm == "free" else self.arguments.reward, more)
+            settings = self.settings(self.arguments.reward if arm == "braked" else self.arguments.weak_reward, more)
             plan.trails.append(Trail(arm, taste, seed, self.sizes.weak_votes, trail, settings))
 
     def controls(self, plan: Plan, which: Sequence[str], taste: str, seed: int, methods: Sequence[str]) -> None:

@@ -16,13 +16,22 @@ from matplotlib.figure import Figure
 from base_models.atomic import atomic_file
 
 Row = dict[str, Any]
-COLOURS = {"ppo": "#d9480f", "dpo": "#2563eb", "best_of_n": "#15803d", "sft": "#7e22ce", "free": "#b91c1c", "braked": "#0f766e"}
+COLOURS = {
+    "ppo": "#d9480f",
+    "dpo": "#2563eb",
+    "best_of_n": "#15803d",
+    "sft": "#7e22ce",
+    "free": "#b91c1c",
+    "stopped": "#a16207",
+    "braked": "#0f766e",
+}
 NAMES = {
     "ppo": "PPO",
     "dpo": "DPO",
     "best_of_n": "best of n",
     "sft": "SFT on winners",
     "free": "no KL price, no brake",
+    "stopped": "the brake alone",
     "braked": "KL price and brake",
 }
 TARGET = 0.80

@@ -33,7 +33,7 @@ def test_calls_one_after_another_end_with_all_that_each_of_them_has_found(tmp_pa
         found = remember(plan, root, out)
         plans.append(plan)
     assert len(found.plan.outcomes) == sum(len(plan.outcomes) for plan in plans) == 2 + 4 + 3 + 2
-    assert {trail.arm for trail in found.plan.trails} == {"free", "braked"}
+    assert {trail.arm for trail in found.plan.trails} == {"free", "stopped", "braked"}
     assert len(found.plan.rewards) == len({(r.taste, r.seed, r.votes) for plan in plans for r in plan.rewards})
     assert {o.gold.name for o in found.plan.outcomes} == {o.gold.name for plan in plans for o in plan.outcomes}
     assert rows(remember(plans[0], root, out)) == rows(found)

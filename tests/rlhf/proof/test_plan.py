@@ -93,13 +93,21 @@ def test_controls_train_on_what_they_should():
 
 def test_the_weak_reward_is_weak_and_both_arms_keep_their_checkpoints():
     plan = Plan()
-    builder = Builder(Sizes(), Arguments(weak_reward=("--members", "1"), free=("--kl-coef", "0"), braked=("--brake", "rewind")))
+    builder = Builder(
+        Sizes(),
+        Arguments(
+            weak_reward=("--members", "1"),
+            free=("--kl-coef", "0"),
+            stopped=("--kl-coef", "0", "--brake", "rewind"),
+            braked=("--brake", "rewind"),
+        ),
+    )
     builder.over_optimisation(plan, "warm", 0)
     texts = {cell.label: " ".join(cell.argv) for cell in closure(plan.cells())}
     assert "--members 1" in texts["weak/warm/s0/n50"]
     assert "--kl-coef 0" in texts["trail-free/warm/s0/n50"]
     assert "--brake rewind" in texts["trail-braked/warm/s0/n50"]
-    assert all("rlhf.proof.keep" in texts[f"trail-{arm}/warm/s0/n50"] for arm in ("free", "braked"))
+    assert all("rlhf.proof.keep" in texts[f"trail-{arm}/warm/s0/n50"] for arm in ("free", "stopped", "braked"))
 
 
 def test_every_play_asks_both_judges_of_genre_and_the_second_has_heard_no_clip_of_the_base():
