@@ -150,6 +150,24 @@ def test_a_clear_winner_is_promoted_with_its_lineage_and_a_narrow_one_is_not(pla
     assert narrow.loop.champion()["round"] == 0
 
 
+def test_a_round_plays_the_champion_and_trains_from_the_base(played, tmp_path):
+    """What is rated in round 2 is the champion's; what is trained on it begins as the base: without a step of learning it is the base."""
+    made = promoted_round(played, tmp_path, won=36, lost=4)
+    made.verdict()
+    champion = made.loop.champion()
+    loop = Loop(settings({"out": made.loop.out, "train": "--steps 1 --lr 0 --kl-clips 0 --held-out 0 --r 4"}), Collecting())
+    second = loop.round(2)
+    assert second.samples() == {"adapter_sha256": champion["adapter_sha256"]}
+    clips = [json.loads(line) for line in (second.folder / "samples" / "manifest.jsonl").read_text().splitlines()]
+    assert {tuple(clip["adapters"]) for clip in clips} == {(champion["adapter_sha256"],)}
+    shutil.copytree(made.folder / "snapshot", second.folder / "snapshot")
+    second.train()
+    theirs, ours = (read_adapter(path).lora.tensors for path in (champion["adapter"], second.challenger))
+    assert any(tensor.any() for name, tensor in theirs.items() if "lora_B" in name)
+    assert not any(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
+    assert sum("lora_B" in name for name in ours) == sum("lora_B" in name for name in theirs) > 0
+
+
 def test_the_rule_promotes_half_of_equal_rivals_in_few_of_a_hundred_campaigns():
     rng = np.random.default_rng(0)
     promoted = 0
