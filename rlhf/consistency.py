@@ -2,12 +2,13 @@
 
     rewards = checks(policy)                          # name -> (codes [B, K, T], prompts) -> [B]
     codes -> embedding in the audio-text space, or the magnitudes that the codec is about to play (no phase, no waveform)
-          -> similarity | mood, instrument, genre | tempo, key -> [B], NaN where a prompt says nothing of the kind (rlhf.asked)
+          -> similarity, diversity | mood, instrument, genre | tempo, key -> [B], NaN where a prompt says nothing of the kind (rlhf.asked)
 
-`similarity` is a cosine. The others are probabilities of what the prompt states against everything it might have stated instead: a
-tempo against all tempi, a key against 24, a mood, an instrument or a genre against the others by name. These three are heard by the
-base's ears (rlhf/ears.py), where it has them. A base without ears is asked in its audio-text space, by exchanging the words *in the
-prompt* and asking which version the clip fits best, so that all else that the prompt says cancels.
+`similarity` is a cosine; `diversity` how far clips of one prompt lie apart in the same space. The others are probabilities of what the
+prompt states against everything it might have stated instead: a tempo against all tempi, a key against 24, a mood, an instrument or a
+genre against the others by name. These three are heard by the base's ears (rlhf/ears.py), where it has them. A base without ears is
+asked in its audio-text space, by exchanging the words *in the prompt* and asking which version the clip fits best, so that all else
+that the prompt says cancels.
 
 What they cannot do: no judge that a policy is trained on stays a fair one. The audio-text space takes for a piano what goes with a piano,
 and ears are linear in what they hear. Keep their weight small beside the listeners' reward, keep the price of drift, and measure with
@@ -78,6 +79,7 @@ def checks(base: Base, space: Space | None = None) -> dict[str, Score]:
     space, ears = space or space_of(base), ears_of(base)
     if space is not None:
         found["similarity"] = space.similarity
+        found["diversity"] = space.diversity
         found |= {name: partial(space.named, versions=versions) for name, versions in NAMED.items()}
     if ears is not None:
         memory = Listener(ears)
@@ -94,6 +96,7 @@ def slopes(base: Base, space: Space | None = None) -> dict[str, Slope]:
     space, ears = space or space_of(base), ears_of(base)
     if space is not None:
         found["similarity"] = _slope(base, space.similarity_heard)
+        found["diversity"] = _slope(base, diversity_heard)
         found |= {name: _slope(base, partial(space.named_heard, versions=versions)) for name, versions in NAMED.items()}
     if ears is not None:
         found |= {kind: partial(_slope_by_ear, ears, kind) for kind in HEARD}
@@ -212,6 +215,11 @@ class Space:
         return (heard * self.text(prompts).to(heard)).sum(1)
 
     @torch.no_grad()
+    def diversity(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
+        """How far a clip lies from the others of its prompt among these clips [B]; NaN where it is the only one."""
+        return diversity_heard(self.model.embed_codes(codes).float(), prompts)
+
+    @torch.no_grad()
     def named(self, codes: Tensor, prompts: Sequence[str], versions: Versions) -> Tensor:
         """Probability that the clip is what the prompt names, among its versions [B]; NaN where it names nothing.
 
@@ -238,6 +246,19 @@ class Space:
             found = versions(prompt)
             self._versions[key] = None if found is None else (self.text(found[0]), torch.tensor(found[1]))
         return self._versions[key]
+
+
+def diversity_heard(heard: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Mean Euclidean distance of each clip to the others of its prompt: embedded clips [B, E] -> [B], NaN where there is no other.
+
+    Its mean over clips is `rlhf.metrics.diversity` of the same embeddings, which is what the brake and the proof look at.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    label = torch.tensor([numbers[prompt] for prompt in prompts], device=heard.device)
+    others = (label[:, None] == label[None]) & ~torch.eye(len(label), dtype=torch.bool, device=heard.device)
+    apart = ((heard[:, None] - heard[None]).square().sum(-1) + 1e-12).sqrt()
+    n = others.sum(1)
+    return torch.where(n > 0, (apart * others).sum(1) / n.clamp_min(1), torch.full_like(apart[0], math.nan))
 
 
 # ---- tempo and key -------------------------------------------------------------------------------------------------------

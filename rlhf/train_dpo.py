@@ -345,6 +345,8 @@ def check(cfg: Config) -> None:
     held_parts(cfg.hold, parse_weights(cfg.weights))
     if cfg.hold and cfg.reward is None and not cfg.toy_reward:
         raise UserError(f"--hold {cfg.hold} without --reward", "a reward of several parts", "give --reward and --prompts, or leave it out")
+    if parse_weights(cfg.weights).get("diversity") and cfg.round_clips < 2:
+        raise UserError("a weight of diversity with --round-clips 1", "2 or more: a clip by itself differs from nothing", "raise it")
     if cfg.toy:
         return
     if cfg.snapshot is None and cfg.reward is None:

@@ -304,6 +304,12 @@ def check(cfg: Config, world: int) -> None:
             "two or more, and whole groups in a batch",
             "set --samples-per-prompt 2 or 4, or use --baseline prompt",
         )
+    if parse_weights(cfg.weights).get("diversity") and (cfg.samples_per_prompt < 2 or cfg.heldout_clips < 2):
+        raise UserError(
+            f"a weight of diversity with {cfg.samples_per_prompt} clips a prompt, {cfg.heldout_clips} at looks",
+            "two or more: a clip by itself differs from nothing",
+            "set --samples-per-prompt 2 and --heldout-clips 2",
+        )
     if cfg.batch_size % (world * cfg.minibatches):
         raise UserError(
             f"batch_size {cfg.batch_size} for {world} process(es) x {cfg.minibatches} minibatches",

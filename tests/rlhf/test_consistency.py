@@ -20,7 +20,8 @@ from base_models.corpus.styles import GENRE_NAMES
 from base_models.policy import PRETRAINED, load_policy
 from rlhf import consistency
 from rlhf.asked import asked_keys, asked_tempo, genre_versions, instrument_versions, mood_versions
-from rlhf.consistency import Space, checks, slopes, tempo_heard
+from rlhf.consistency import Space, checks, diversity_heard, slopes, tempo_heard
+from rlhf.metrics import diversity
 
 DATA = Path(__file__).parent / "data"
 
@@ -193,3 +194,28 @@ def test_slopes_of_tempo_and_key_are_derivatives_and_a_step_along_them_is_heard(
 
 def test_a_foreign_codec_has_no_slope_of_tempo_and_key(tmp_path) -> None:
     assert slopes(SimpleNamespace(codec=object(), contrastive=None, path=tmp_path)) == {}
+
+
+def test_diversity_is_the_measure_of_the_brake_clip_by_clip_and_a_single_clip_has_none(real):
+    policy, (codes, _) = load_policy(PRETRAINED), real
+    prompts = ["a", "b", "a", "b", "a", "alone"]
+    found = checks(policy)["diversity"](codes[:6], prompts)
+    assert math.isnan(float(found[5]))
+    points = policy.contrastive.embed_codes(codes[:6]).detach().numpy()
+    means = [float(found[[i for i, other in enumerate(prompts) if other == name]].mean()) for name in ("a", "b")]
+    assert np.mean(means) == pytest.approx(diversity(points[:5], prompts[:5]), rel=1e-5)
+    slope, score = slopes(policy)["diversity"](codes[:6], prompts)
+    torch.testing.assert_close(score, found, equal_nan=True)
+    assert not slope[5].any()
+    assert slope[:5].flatten(1).norm(dim=1).min() > 0
+
+
+def test_clips_that_follow_the_slope_of_diversity_move_apart_and_clips_that_are_one_have_no_direction(real):
+    policy, (codes, _) = load_policy(PRETRAINED), real
+    prompts = ["a", "a", "b", "b"]
+    slope, before = slopes(policy)["diversity"](codes[:4], prompts)
+    latents = policy.codec.latents(codes[:4]).detach()
+    step = 0.02 * latents.norm() / slope.norm()
+    after = diversity_heard(policy.contrastive.embed_latents(latents + step * slope).float(), prompts).detach()
+    assert float(after.mean()) > float(before.mean())
+    assert not slopes(policy)["diversity"](codes[:1].expand(2, -1, -1), ["a", "a"])[0].any()

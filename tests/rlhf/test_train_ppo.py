@@ -73,6 +73,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(tmp_pat
         check(config(tmp_path, baseline="loo"), world=1)
     with pytest.raises(UserError, match="whole groups"):
         check(config(tmp_path, baseline="loo", samples_per_prompt=5), world=1)
+    with pytest.raises(UserError, match="differs from nothing"):
+        check(config(tmp_path, weights="human=1,diversity=0.2"), world=1)
     with pytest.raises(UserError, match="name=number"):
         check(config(tmp_path, weights="human"), world=1)
     with pytest.raises(UserError, match="below 1"):
