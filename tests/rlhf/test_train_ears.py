@@ -15,7 +15,7 @@ from rlhf.train_ears import CLASSES, PRESETS, Config, fit_head, fit_temperature,
 
 
 def test_a_run_writes_ears_that_load_and_renders_nothing_twice(tmp_path) -> None:
-    cfg = replace(Config(**PRESETS["smoke"]), out=tmp_path / "run", known=tmp_path / "known", clips=48, test_clips=6, n_frames=25)
+    cfg = replace(Config(**PRESETS["smoke"]), out=tmp_path / "run", known=tmp_path / "known", clips=40, test_clips=6, n_frames=25)
     figures = main(cfg)
     codec = load_policy(PRETRAINED).codec
     ears = load_ears(tmp_path / "run" / "ears", codec)
@@ -24,9 +24,12 @@ def test_a_run_writes_ears_that_load_and_renders_nothing_twice(tmp_path) -> None
     assert figures["heard"]["mood"]["n_apart"] + figures["heard"]["mood"]["n_usual"] == 6
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "known").rglob("*.npz")}
     assert {path.parent.name.split("-")[1] for path in files} == {"train", "val", "test"}
-    clips = known_clips(cfg, codec, 48, "train")
-    assert clips.codes.shape == (48, 4, 25)
+    clips = known_clips(cfg, codec, 40, "train")
+    assert clips.codes.shape == (40, 4, 25)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "known").rglob("*.npz")} == files
+    drawn = {bucket: torch.stack([*known_clips(cfg, codec, 6, bucket).labels.values()]) for bucket in ("val", "test")}
+    drawn["train"] = torch.stack([names[:6] for names in clips.labels.values()])
+    assert len({str(labels.tolist()) for labels in drawn.values()}) == 3  # no clip has its twin in another bucket
 
 
 def test_a_head_learns_what_is_there_and_never_hears_a_name_it_did_not_meet() -> None:
