@@ -24,8 +24,8 @@ from torch import Tensor
 
 from base_models.errors import UserError
 
-HOLD_RATE, HOLD_LEAST, HOLD_MOST = 1.0, 0.02, 2.0
-"""A held weight moves by so much a look for each spread that is missing, and stays between these."""
+HOLD_RATE, HOLD_MOST = 1.0, 2.0
+"""A held weight moves by so much a look for each spread that is missing, and stays between what it began with and this."""
 
 Score = Callable[[Tensor, list[str]], Tensor]
 """A judge: codes [B, K, T] and their prompts -> score [B]; the higher the better, non-finite where it cannot tell."""
@@ -125,6 +125,9 @@ class Reward:
     def hold(self, names: Sequence[str], marks: Tensor) -> None:
         """Move the weights of held parts by what clips of the policy [B, P] miss of the base's level: w - rate * mean z, within bounds.
 
+        None falls below what it began with: a part whose weight went to nothing was kept on the prompts of the looks, and lost by a tenth
+        of the clips on prompts of new combinations (measured; docs/proof.md).
+
         They must be of the prompts and seeds by which the scales were measured: prompts differ in how well they can be fitted, and a mean
         over others is off by a fifth of a spread (measured), more than there is to hold.
         """
@@ -132,7 +135,8 @@ class Reward:
         for name in names:
             there = z[name][torch.isfinite(z[name])]
             if len(there):
-                self.now[name] = min(max(self.now[name] - HOLD_RATE * float(there.double().mean()), HOLD_LEAST), HOLD_MOST)
+                least = self.parts[name].weight
+                self.now[name] = min(max(self.now[name] - HOLD_RATE * float(there.double().mean()), least), max(least, HOLD_MOST))
 
     def judge(self, marks: Tensor, stated: bool = False) -> Judgement:
         """marks [B, P] -> total = sum of w * z [B], and each part's z. stated: by the weights of the start, so that marks of different

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from base_models.errors import UserError
-from rlhf.rewards import HOLD_LEAST, HOLD_RATE, Part, Reward, Score, held_parts, parse_weights, weighted
+from rlhf.rewards import HOLD_RATE, Part, Reward, Score, held_parts, parse_weights, weighted
 
 NAN = float("nan")
 CODES = torch.zeros(4, 1, 2, dtype=torch.int64)
@@ -156,7 +156,7 @@ def test_the_least_spread_of_a_total_is_a_lone_parts_own_or_half_of_what_the_par
     assert weighted({"tempo": 1.0}, None, {"tempo": nothing}).least == 0
 
 
-def test_a_held_part_weighs_more_while_it_is_worse_than_the_bases_and_less_while_it_is_better() -> None:
+def test_a_held_part_weighs_more_while_it_is_worse_than_the_bases_and_no_less_than_at_first_while_it_is_better() -> None:
     reward, marks = measured(Reward({"human": Part(says(0, 1, 2, 3)), "fit": Part(says(3, 1, 0, 1), 0.5, asked=True)}))
     reward.hold(["fit"], marks)
     assert reward.now["fit"] == pytest.approx(0.5)  # the base itself is at its own level
@@ -168,10 +168,10 @@ def test_a_held_part_weighs_more_while_it_is_worse_than_the_bases_and_less_while
     torch.testing.assert_close(heavy, torch.full((4, 1, 1), (0.5 + HOLD_RATE) / spread))
     for _ in range(100):
         reward.hold(["fit"], marks + spread)
-    assert reward.now["fit"] == HOLD_LEAST  # it is still judged and its slope still known
+    assert reward.now["fit"] == 0.5  # and never less than it began with
     for _ in range(100):
         reward.hold(["fit"], torch.where(torch.tensor([False, True]), NAN, marks))
-    assert reward.now["fit"] == HOLD_LEAST  # prompts that ask nothing move nothing
+    assert reward.now["fit"] == 0.5  # prompts that ask nothing move nothing
 
 
 def test_looks_are_judged_by_the_weights_of_the_start_and_held_ones_are_taken_up_again() -> None:
