@@ -5,6 +5,7 @@ Everywhere wav is [C, L] float32 in [-1, 1]. A file that cannot be used is a Use
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -102,9 +103,12 @@ def write_audio(path: Path_, wav: NDArray[np.floating], sample_rate: int) -> Non
         raise UserError(f"{sample_rate} Hz for {file.name}", allowed, "resample it with base_models.audio.resample")
     clipped = np.clip(samples, -1.0, 1.0).astype(np.float32).T
     kind = {"format": FORMATS[suffix], "subtype": SUBTYPES[suffix], "channels": clipped.shape[1]}
-    with atomic_file(file) as temporary, soundfile.SoundFile(str(temporary), "w", sample_rate, **kind) as out:
+    encoded = io.BytesIO()  # libsndfile tells a full disk as "System error", Python's own files tell it as what it is
+    with soundfile.SoundFile(encoded, "w", sample_rate, **kind) as out:
         for start in range(0, len(clipped), WRITE_FRAMES):
             out.write(clipped[start : start + WRITE_FRAMES])
+    with atomic_file(file) as temporary:
+        temporary.write_bytes(encoded.getbuffer())
 
 
 def resample(wav: NDArray[np.floating], sr_in: int, sr_out: int) -> Wav:

@@ -28,7 +28,7 @@ LONG: dict[str, list[str]] = {
 """Options of a run that saves often enough to be met between two checkpoints."""
 
 FORKED = """
-import importlib, os, runpy, sys
+import importlib, os, runpy, sys, traceback
 import torch
 torch.set_num_threads(1)
 for module in sys.argv[1].split(","):
@@ -44,6 +44,8 @@ for line in sys.stdin:  # a program and its options
             runpy.run_path(command[0], run_name="__main__")
         except SystemExit as ended:
             code = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)

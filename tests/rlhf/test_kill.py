@@ -186,4 +186,4 @@ def test_killed_again_and_again_a_run_ends_with_the_weights_and_the_words_of_the
     assert told["same_weights"], told
     assert told["same_words"], told["odd"]
     assert told["same_held"]
-    assert len(set(told["held"])) >= 3 or "held" not in trainer  # the weight of what is held has moved
+    assert len(set(told["held"])) >= 2 or "held" not in trainer  # the weight of what is held has moved
