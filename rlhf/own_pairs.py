@@ -131,8 +131,8 @@ class OwnPairs:
         for index, row, codes, d_score, used in zip(indices, judged.rows, judged.codes, slope.cpu(), moved, strict=True):
             prompt, ids = self.flat.sequence(row, codes)
             sides = {"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
-            label = {"p_chosen": smoothed(1.0, self.plan.label_smoothing), "weight": float(used)}
-            made.append((index, sides | label | {"slope": d_score / unit}))
+            soft = {"p_chosen": smoothed(1.0, self.plan.label_smoothing), "weight": float(used)}
+            made.append((index, sides | soft | {"slope": d_score / unit}))
         return made, [], len(moved) - sum(moved)
 
     def _pairs(self, judged: Judged, indices: Sequence[int], edits: Edits | None) -> list[tuple[int, int, Tensor, Tensor, float | None]]:
