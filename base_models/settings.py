@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -68,6 +69,24 @@ def run(
     Bad input and a disk in trouble end it with exit code 2 and one line on stderr.
     """
     threading.excepthook = _quiet_on_disk_trouble
+    exit_code = _run(main, config_class, presets, show)
+    # Here nothing refers to the run any more, but its model and trainer hold each other, and with them gloo's process group, which has
+    # threads of its own even when it has been destroyed. Left to themselves they live while Python shuts down, and the first that then
+    # drops a tensor ends the process by SIGABRT ("terminate called without an active exception"), after all has gone well. So they end now.
+    gc.collect()
+    sys.exit(exit_code)
+
+
+def _run(
+    main: Callable[[Config], Result],
+    config_class: type[Config],
+    presets: Mapping[str, Mapping[str, Any]] | None,
+    show: Callable[[Result], str] | None,
+) -> int:
+    """The exit code. A function of its own, so that neither a result nor an error, whose traceback holds the frames of `main`, outlives it.
+
+    A process group that an error left open stays open: closing it waits for what other processes may never answer.
+    """
     try:
         try:
             result = main(parse(config_class, presets))
@@ -77,10 +96,10 @@ def run(
             raise trouble from error
     except UserError as error:
         tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)  # on a line of its own, also under a progress bar
-        sys.exit(error.exit_code)
+        return error.exit_code
     if show is not None and int(os.environ.get("RANK", "0")) == 0:
         print(show(result))
-    sys.exit(0)
+    return 0
 
 
 def _quiet_on_disk_trouble(failed: threading.ExceptHookArgs) -> None:

@@ -80,3 +80,64 @@ def test_a_writer_threads_disk_trouble_is_left_to_the_line_of_the_main_thread_an
     done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True)
     assert "a bug" in done.stderr
     assert "full" not in done.stderr
+
+
+TRAINS = """
+import atexit, sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.nn  # before a group is open, as accelerate does: imported later, it keeps that group as a default for good
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from base_models.errors import UserError
+from base_models.settings import run
+
+
+def threads():
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+
+@dataclass(frozen=True)
+class Config:
+    store: str = ""
+    fails: bool = False
+
+
+class Trainer:
+    def __init__(self, model):
+        self.model, self.itself = model, self
+
+
+def main(cfg):
+    distributed.init_process_group("gloo", init_method=f"file://{cfg.store}", rank=0, world_size=1)
+    trainer = Trainer(DistributedDataParallel(torch.nn.Linear(2, 1)))
+    trainer.model(torch.ones(1, 2)).sum().backward()
+    print("training", threads())
+    distributed.destroy_process_group()
+    if cfg.fails:
+        raise UserError("a", "b", "c")
+    return trainer
+
+
+atexit.register(lambda: print("leaving", threads()))
+run(main, Config, show=lambda trainer: f"shown {type(trainer).__name__}")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
+@pytest.mark.parametrize(("flags", "code", "shown"), [([], 0, ["shown Trainer"]), (["--fails"], 2, [])])
+def test_a_script_leaves_without_the_threads_of_its_process_group(tmp_path, flags, code, shown):
+    script = tmp_path / "script.py"
+    script.write_text(TRAINS)
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, script, "--store", str(tmp_path / "store"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    training, *told, leaving = done.stdout.splitlines()
+    assert int(training.removeprefix("training ")) > 0
+    assert told == shown
+    assert leaving == "leaving 0"
