@@ -55,13 +55,14 @@ OTHER = "other"
 
 
 class Facts(NamedTuple):
-    """What is known of a clip. program: the lead's, of General MIDI; key: such as 'Eb minor'."""
+    """What is known of a clip. program: the lead's, of General MIDI; key: such as 'Eb minor'; group: of near duplicates of its melody."""
 
     mood: str
     genre: str
     program: int
     tempo_bpm: float
     key: str
+    group: str
 
 
 class Player:
@@ -76,9 +77,9 @@ class Player:
         if silent:
             raise UserError(f"no melody for {', '.join(silent)}", "melodies that each genre can play", "take more buckets of melodies")
 
-    def play(self, mood: str, lead: int | None, rng: np.random.Generator) -> tuple[np.ndarray, Facts]:
-        """(wav [L] in [-1, 1], facts). lead: a General MIDI program, or None for the band's own."""
-        genre = str(rng.choice(self.genres))
+    def play(self, mood: str, lead: int | None, rng: np.random.Generator, genre: str | None = None) -> tuple[np.ndarray, Facts]:
+        """(wav [L] in [-1, 1], facts). lead: a General MIDI program, or None for the band's own. genre: None draws one."""
+        genre = genre or str(rng.choice(self.genres))
         band = BANDS[genre][int(rng.integers(len(BANDS[genre])))]
         if lead is not None and genre != CHOIR:
             band = replace(band, lead=Instrument(lead, "lead"))
@@ -90,7 +91,7 @@ class Player:
         tempo = draw_tempo(band, style, rng)
         piece = arrange(tune, band, style, rng, tempo_bpm=tempo, key=int(rng.integers(12)), duration_s=self.duration_s)
         wav = render(piece, band, style, self.synth, rng).mix.astype(np.float32) / 32768
-        return wav, Facts(mood, genre, band.lead.program, float(tempo), key_name(piece))
+        return wav, Facts(mood, genre, band.lead.program, float(tempo), key_name(piece), tune.group)
 
 
 def lead_name(program: int, leads: Mapping[str, tuple[int, ...]] = LEADS) -> str:

@@ -23,11 +23,8 @@ from tqdm import tqdm
 
 from base_models.checkpoint import write_json
 from base_models.codec import Codec
-from base_models.corpus.arrange import arrange, fits, flip_mode, valence_of
-from base_models.corpus.build import piece_bucket
-from base_models.corpus.render import Synth, render
-from base_models.corpus.styles import BANDS, GENRES, MOODS, draw_tempo
-from base_models.corpus.tunes import Tune, load_tunes
+from base_models.corpus.known import Facts, Player
+from base_models.corpus.styles import GENRES, MOODS
 from base_models.errors import UserError
 from base_models.measures import GenreProbe, probe_features
 from base_models.policy import PRETRAINED, load_policy
@@ -36,21 +33,14 @@ BUCKET = "test"
 """Which melodies: see base_models.corpus.build.piece_bucket."""
 
 
-def is_held(tune: Tune) -> bool:
-    """Whether a melody tells accuracy and is not fitted on; near-duplicates are on one side."""
-    return hashlib.sha256(f"known {tune.group}".encode()).digest()[0] % 4 == 0
+def is_held(group: str) -> bool:
+    """Whether a group of near-duplicate melodies tells accuracy and is not fitted on."""
+    return hashlib.sha256(f"known {group}".encode()).digest()[0] % 4 == 0
 
 
-def rendering(tunes: list[Tune], genre: str, synth: Synth, duration_s: float, rng: np.random.Generator) -> tuple[np.ndarray, Tune]:
-    """(wav [L] in [-1, 1], its melody): a mood, a band, a melody and a key by chance, in that genre."""
-    mood = MOODS[str(rng.choice(list(MOODS)))]
-    band = BANDS[genre][int(rng.integers(len(BANDS[genre])))]
-    native = [tune for tune in tunes if valence_of(tune) == mood.valence]
-    chosen = native if native and (genre == "choral" or rng.random() < 2 / 3) else tunes  # flipping a choral loses its real voices
-    tune = chosen[int(rng.integers(len(chosen)))]
-    flipped, tempo = flip_mode(tune, mood.valence), draw_tempo(band, mood, rng)
-    piece = arrange(flipped, band, mood, rng, tempo_bpm=tempo, key=int(rng.integers(12)), duration_s=duration_s)
-    return render(piece, band, mood, synth, rng).mix.astype(np.float32) / 32768, tune
+def rendering(player: Player, genre: str, rng: np.random.Generator) -> tuple[np.ndarray, Facts]:
+    """(wav [L] in [-1, 1], facts): a mood, a band, a melody and a key by chance, in that genre."""
+    return player.play(str(rng.choice(list(MOODS))), None, rng, genre)
 
 
 @torch.no_grad()
@@ -58,17 +48,15 @@ def fit_known(codec: Codec, n: int, duration_s: float, seed: int, out: Path) -> 
     """n renderings, genres in turn -> the probe in OUT/probe.npz; returns how many it was fitted on and its accuracy on other melodies."""
     if n < len(GENRES):
         raise UserError(f"{n} renderings", f"{len(GENRES)} or more, one a genre", "ask for more")
-    synth = Synth(codec.sample_rate)
-    tunes = [tune for tune in load_tunes() if piece_bucket(tune.group) == BUCKET]
-    pools = {genre: [tune for tune in tunes if fits(genre, tune)] for genre in GENRES}
+    player = Player(codec.sample_rate, duration_s, [BUCKET])
     features, genres, held = [], [], []
     for index in tqdm(range(n), desc="known renderings", unit="clip"):
         genre = GENRES[index % len(GENRES)]
-        wav, tune = rendering(pools[genre], genre, synth, duration_s, np.random.default_rng([seed, index]))
+        wav, facts = rendering(player, genre, np.random.default_rng([seed, index]))
         heard = codec.decode(codec.encode(torch.from_numpy(wav)[None, None]))[0].numpy()
         features.append(probe_features(heard, codec.sample_rate))
         genres.append(genre)
-        held.append(is_held(tune))
+        held.append(is_held(facts.group))
     rows, told = np.stack(features), np.array(held)
     names = np.array(genres)
     probe = GenreProbe.fit_features(rows[~told], names[~told].tolist())
