@@ -31,12 +31,9 @@ policy, ordered by a reward). Azar et al. 2023, arXiv:2310.12036 (IPO). Ethayara
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,14 +51,14 @@ from base_models.launch import check_processes, check_sharding
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.dpo_arguments import training_arguments
+from rlhf.dpo_pairs import learnt_and_held_out, parents_of
 from rlhf.dpo_report import NothingLeftError, Recorder
-from rlhf.dpo_task import Task, load_task, toy_task
+from rlhf.dpo_task import load_task, toy_task
 from rlhf.dpo_trainers import kto_trainer, pair_trainer
 from rlhf.flat_dpo import FlatDPOTrainer
 from rlhf.flat_kto import FlatKTOTrainer
 from rlhf.flat_policy import FlatCausalLM
 from rlhf.played import kl_figures, play_now
-from rlhf.preferences import Preference, decided, demand_decided, shuffled, split_by_prompt
 from rlhf.reward_gates import doubt
 from rlhf.rewards import HUMAN, Mixed, held_parts, parse_weights
 from rlhf.round_plan import BY_SLOPE, Labels, Pairing, round_plan
@@ -227,13 +224,7 @@ def main(cfg: Config) -> dict[str, Any]:
     # 1. What was rated, and by which policy it was played; or what it is to play now, and who judges it.
     check(cfg)
     task = toy_task(cfg) if cfg.toy else load_task(cfg)
-    pairs = task.pairs if cfg.ties == "soft" else decided(task.pairs)
-    groups = task.voted.groups if task.voted else None
-    train, held_out = split_by_prompt(pairs, cfg.held_out, cfg.seed, groups) if cfg.held_out and pairs else (pairs, [])
-    if task.voted:
-        demand_decided(train)
-    if cfg.shuffle_votes is not None:
-        train = shuffled(train, cfg.shuffle_votes)
+    train, held_out = learnt_and_held_out(cfg, task)
     if task.own and cfg.pairing in BY_SLOPE and not isinstance(task.own.score, Mixed):
         raise UserError(f"--pairing {cfg.pairing} with a reward without a slope", "a reward model", "use --pairing best_worst")
     plan = round_plan(cfg, len(train))
@@ -314,22 +305,6 @@ def main(cfg: Config) -> dict[str, Any]:
 
 
 # ---- the pieces ------------------------------------------------------------------------------------------------------
-
-
-def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str, Any]:
-    """What a resumed run has to find again: the base, the votes and their pairs in order, the reward, the prompts to play, loss, seed."""
-    pairs = [(p.chosen_sha256, p.rejected_sha256, p.prompt_id, p.p, p.weight) for p in train]
-    own = task.own
-    return {
-        "base_sha256": task.base_sha256,
-        "snapshot_sha256": task.snapshot_sha256,
-        "ordered_pairs_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-        "reward_sha256": own and own.reward_sha256,
-        "ears_sha256": own and own.ears_sha256,
-        "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
-        "loss": cfg.loss,
-        "seed": cfg.seed,
-    }
 
 
 def check(cfg: Config) -> None:

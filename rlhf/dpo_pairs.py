@@ -1,0 +1,43 @@
+"""Which rated pairs a DPO run learns from, which it is measured on, and what that binds a resumed run to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf.dpo_task import Task
+from rlhf.preferences import Preference, decided, demand_decided, shuffled, split_by_prompt
+
+if TYPE_CHECKING:
+    from rlhf.train_dpo import Config
+
+
+def learnt_and_held_out(cfg: Config, task: Task) -> tuple[list[Preference], list[Preference]]:
+    """The task's pairs on two sides, no prompt (and no artist's prompts) on both; by --shuffle-votes the learnt ones are turned at random.
+
+    Raises: UserError where a snapshot has nothing but ties to learn from.
+    """
+    pairs = task.pairs if cfg.ties == "soft" else decided(task.pairs)
+    groups = task.voted.groups if task.voted else None
+    train, held_out = split_by_prompt(pairs, cfg.held_out, cfg.seed, groups) if cfg.held_out and pairs else (pairs, [])
+    if task.voted:
+        demand_decided(train)
+    return train if cfg.shuffle_votes is None else shuffled(train, cfg.shuffle_votes), held_out
+
+
+def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str, Any]:
+    """What a resumed run has to find again: the base, the votes and their pairs in order, the reward, the prompts to play, loss, seed."""
+    pairs = [(p.chosen_sha256, p.rejected_sha256, p.prompt_id, p.p, p.weight) for p in train]
+    own = task.own
+    return {
+        "base_sha256": task.base_sha256,
+        "snapshot_sha256": task.snapshot_sha256,
+        "ordered_pairs_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+        "reward_sha256": own and own.reward_sha256,
+        "ears_sha256": own and own.ears_sha256,
+        "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
+        "loss": cfg.loss,
+        "seed": cfg.seed,
+    }

@@ -1,0 +1,59 @@
+"""Which pairs are learnt from and which are measured on, and what a resumed run is bound to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.dpo_pairs import learnt_and_held_out, parents_of
+from rlhf.dpo_task import Task, toy_task
+from rlhf.train_dpo import Config
+
+CFG = Config(toy=True, toy_reward=True, held_out=0.2)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return toy_task(CFG)
+
+
+def names(pairs: list[Any]) -> list[tuple[str, str]]:
+    return [(pair.chosen_sha256, pair.rejected_sha256) for pair in pairs]
+
+
+def test_each_pair_is_on_one_side_and_so_is_each_prompt(task: Task) -> None:
+    learnt, held_out = learnt_and_held_out(CFG, task)
+    assert held_out
+    assert sorted(names(learnt) + names(held_out)) == sorted(names(task.pairs))
+    assert not {pair.prompt_id for pair in learnt} & {pair.prompt_id for pair in held_out}
+    assert learnt_and_held_out(replace(CFG, held_out=0.0), task) == (task.pairs, [])
+
+
+def test_dropped_ties_are_on_neither_side(task: Task) -> None:
+    assert any(pair.p == 0.5 for pair in task.pairs)
+    learnt, held_out = learnt_and_held_out(replace(CFG, ties="drop"), task)
+    assert len(learnt) + len(held_out) == sum(pair.p != 0.5 for pair in task.pairs)
+
+
+def test_a_shuffle_turns_learnt_pairs_alone(task: Task) -> None:
+    before, after = (learnt_and_held_out(replace(CFG, shuffle_votes=seed), task) for seed in (None, 3))
+    assert after[1] == before[1]
+    assert names(after[0]) != names(before[0])
+    assert sorted(map(sorted, names(after[0]))) == sorted(map(sorted, names(before[0])))
+
+
+def test_a_resumed_run_is_bound_to_pairs_order_weights_prompts_and_loss_but_to_no_folder(task: Task) -> None:
+    bound = parents_of(CFG, task, task.pairs)
+    assert parents_of(replace(CFG, out=Path("elsewhere")), task, task.pairs) == bound
+    assert task.own is not None
+    others = [
+        (CFG, task, task.pairs[::-1]),
+        (CFG, task, [replace(task.pairs[0], weight=2.0), *task.pairs[1:]]),
+        (CFG, replace(task, own=replace(task.own, prompts=task.own.prompts[1:])), task.pairs),
+        (CFG, replace(task, own=replace(task.own, ears_sha256="0" * 64)), task.pairs),
+        (replace(CFG, loss="ipo"), task, task.pairs),
+    ]
+    assert all(parents_of(*other) != bound for other in others)
