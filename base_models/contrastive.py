@@ -84,13 +84,13 @@ class AudioTextModel(nn.Module):
     def features(self, codes: Tensor) -> Tensor:
         """codes [B, K, T >= 4] -> mean and standard deviation over time of the audio tower's states [B, F]."""
         check_codes(codes, self.config.n_q, self.config.card)
-        if codes.shape[2] < 4:
-            raise UserError(f"{codes.shape[2]} frames", "at least 4", "embed a longer clip")
         latents = torch.stack([F.embedding(codes[:, k], self.codebooks[k]) for k in range(self.config.n_q)]).sum(0)
         return self.features_of_latents(latents.transpose(1, 2))
 
     def features_of_latents(self, latents: Tensor) -> Tensor:
         """The same from the codec's latents [B, D, T >= 4], the sum of the codes' vectors; with a gradient to them."""
+        if latents.shape[2] < 4:
+            raise UserError(f"{latents.shape[2]} frames", "at least 4", "embed a longer clip")
         x = self.stem(latents / self.latent_scale).transpose(1, 2)
         x = self.halve(self.early(x).transpose(1, 2)).transpose(1, 2)
         x = self.norm(self.late(x)).float()

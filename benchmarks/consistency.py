@@ -46,9 +46,9 @@ from rlhf import train_ppo
 from rlhf.asked import asked_keys, asked_tempo
 from rlhf.consistency import checks
 from rlhf.evaluate_models import BASE, evaluate, read_codes
+from rlhf.judges import Score
 from rlhf.metrics import mean_ci
 from rlhf.reward_model import load_reward
-from rlhf.rewards import Score
 from rlhf.sample_pairs import Prompt, Settings
 
 ASKED = "sad piano"

@@ -28,7 +28,7 @@ from base_models.errors import UserError
 from base_models.lm import MusicLM
 from base_models.policy import Policy
 from base_models.sampling import generate
-from rlhf.rewards import Score
+from rlhf.judges import Score
 
 MOST = 1024
 """Candidates a clip; log n grows so slowly that more are better spent on training."""

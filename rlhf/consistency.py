@@ -43,8 +43,9 @@ from rlhf.asked import (
     mood_versions,
 )
 from rlhf.descriptors import MAJOR, MINOR, autocorrelation, chromagram, onset_strength
-from rlhf.ears import Ears, ears_of
-from rlhf.rewards import Score, Slope
+from rlhf.ears import Ears, ears_of, sound_heard
+from rlhf.judges import Judge, Score, Slope, SlopeOf
+from rlhf.reward_features import Heard
 
 SHARPNESS = {"tempo": 12.0, "key": 8.0}
 """How decidedly a pulse or a key profile votes: the factor before the softmax."""
@@ -75,115 +76,45 @@ def space_of(base: Base) -> Space | None:
 def checks(base: Base, space: Space | None = None) -> dict[str, Score]:
     """Every check that this base can make: similarity needs its audio-text space (`space_of`); mood, instrument and genre its ears, or
     that space."""
-    found: dict[str, Score] = {}
-    space, ears = space or space_of(base), ears_of(base)
-    if space is not None:
-        found["similarity"] = space.similarity
-        found["diversity"] = space.diversity
-        found |= {name: partial(space.named, versions=versions) for name, versions in NAMED.items()}
-    if ears is not None:
-        memory = Listener(ears)
-        found |= {kind: partial(memory.score, kind) for kind in HEARD}
-    found["tempo"] = partial(tempo_probability, base.codec)
-    found["key"] = partial(key_probability, base.codec)
-    return found
+    return dict(judges(base, space))
 
 
 def slopes(base: Base, space: Space | None = None) -> dict[str, Slope]:
     """The slopes of the checks along the codec's latents: of those in the audio-text space and by ears, and of tempo and key where the
     codec plays magnitudes (a foreign codec is heard through its waveform, without a slope)."""
-    found: dict[str, Slope] = {}
+    found = judges(base, space)
+    ours = isinstance(base.codec, MagnitudeCodec)
+    return {name: SlopeOf(judge) for name, judge in found.items() if ours or name not in ("tempo", "key")}
+
+
+def judges(base: Base, space: Space | None = None) -> dict[str, Judge]:
+    """The checks by name, which share what they hear."""
+    found: dict[str, Judge] = {}
     space, ears = space or space_of(base), ears_of(base)
     if space is not None:
-        found["similarity"] = _slope(base, space.similarity_heard)
-        found["diversity"] = _slope(base, diversity_heard)
-        found |= {name: _slope(base, partial(space.named_heard, versions=versions)) for name, versions in NAMED.items()}
+        found["similarity"] = Judge(base, space.similarity)
+        found["diversity"] = Judge(base, lambda heard: diversity_heard(heard.embedding.float(), heard.prompts), compares=True)
+        found |= {name: Judge(base, partial(space.named, versions), partial(space.names, versions)) for name, versions in NAMED.items()}
     if ears is not None:
-        found |= {kind: partial(_slope_by_ear, ears, kind) for kind in HEARD}
-    if isinstance(base.codec, MagnitudeCodec):
-        found["tempo"] = partial(_slope_of_magnitudes, base.codec, tempo_heard)
-        found["key"] = partial(_slope_of_magnitudes, base.codec, key_heard)
+        found |= {kind: Judge(base, partial(ears_say, ears, kind), partial(ears_are_asked, ears, kind)) for kind in HEARD}
+    found["tempo"] = Judge(base, tempo_probability, lambda prompt: asked_tempo(prompt) is not None)
+    found["key"] = Judge(base, key_probability, lambda prompt: asked_keys(prompt) is not None)
     return found
-
-
-def _slope(base: Base, judge: Callable[[Tensor, Sequence[str]], Tensor]) -> Slope:
-    """judge: embeddings [B, E] and prompts -> scores [B]; rows that are NaN have the slope 0."""
-
-    def slope(codes: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        latents = base.codec.latents(codes).detach().requires_grad_(True)
-        with torch.enable_grad():
-            scores = judge(base.contrastive.embed_latents(latents).float(), prompts)
-            (found,) = torch.autograd.grad(scores[torch.isfinite(scores)].sum(), latents, allow_unused=True)
-        return torch.zeros_like(latents) if found is None else found, scores.detach()
-
-    return slope
-
-
-def _slope_of_magnitudes(codec: MagnitudeCodec, judge: Heard, codes: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """The same for a judge of spectra, clip by clip: a clip that is asked nothing costs nothing."""
-    latents, scores = codec.latents(codes).detach(), torch.full((len(codes),), math.nan, device=codes.device)
-    found = torch.zeros_like(latents)
-    for row, prompt in enumerate(prompts):
-        with torch.enable_grad():
-            latent = latents[row : row + 1].clone().requires_grad_(True)
-            score = judge(partial(_magnitudes, codec, latent), prompt)
-        if score is not None:
-            (found[row : row + 1],) = torch.autograd.grad(score, latent)
-            scores[row] = score.detach()
-    return found, scores
 
 
 # ---- ears ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Listener:
-    """Ears that remember the clips of the last question: mood, instrument and genre are asked of the same ones, one after the other."""
-
-    ears: Ears
-    _codes: Tensor | None = None
-    _heard: dict[str, Tensor] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def score(self, kind: str, codes: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Probability that a clip is what its prompt names [B]; NaN where it names nothing, or nothing that ears know."""
-        asked = asked_of(self.ears, kind, prompts)
-        if not any(place is not None for place in asked):
-            return torch.full((len(codes),), math.nan, device=codes.device)
-        if self._codes is None or not torch.equal(self._codes, codes):
-            parts = [self.ears.probabilities(self.ears.codec.latents(part)) for part in codes.split(CLIPS_AT_ONCE)]
-            self._codes, self._heard = codes.clone(), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return answers(self._heard[kind], asked)
+def ears_are_asked(ears: Ears, kind: str, prompt: str) -> bool:
+    """Whether a prompt names something of a kind that these ears know."""
+    return ears.place(kind, HEARD[kind](prompt)) is not None
 
 
-CLIPS_AT_ONCE = 8
-"""Clips that ears hear at once: a clip's spectrum is large."""
-
-
-def asked_of(ears: Ears, kind: str, prompts: Sequence[str]) -> list[int | None]:
-    """The column of ears' answers that each prompt asks for, or None."""
-    return [ears.place(kind, HEARD[kind](prompt)) for prompt in prompts]
-
-
-def answers(heard: Tensor, asked: Sequence[int | None]) -> Tensor:
-    """heard [B, n_classes] -> what was asked for [B], NaN where nothing was."""
-    rows = [row.new_full((), math.nan) if place is None else row[place] for row, place in zip(heard, asked, strict=True)]
-    return torch.stack(rows)
-
-
-def _slope_by_ear(ears: Ears, kind: str, codes: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Slope and score of the clips that are asked for something; the others cost nothing."""
-    latents, scores = ears.codec.latents(codes).detach(), torch.full((len(codes),), math.nan, device=codes.device)
-    found, asked = torch.zeros_like(latents), asked_of(ears, kind, prompts)
-    for rows in torch.tensor([row for row, place in enumerate(asked) if place is not None], dtype=torch.long).split(CLIPS_AT_ONCE):
-        if not len(rows):
-            continue
-        with torch.enable_grad():
-            part = latents[rows].requires_grad_(True)
-            told = answers(ears.probabilities(part)[kind], [asked[int(row)] for row in rows])
-            (found[rows],) = torch.autograd.grad(told.sum(), part)
-        scores[rows] = told.detach()
-    return found, scores
+def ears_say(ears: Ears, kind: str, heard: Heard) -> Tensor:
+    """Probability that a clip is what its prompt names [B]; mood, instrument and genre are heard at once."""
+    told = heard.once((ears_say, id(ears)), lambda: ears.probabilities_of(sound_heard(heard)))[kind]
+    places = [ears.place(kind, HEARD[kind](prompt)) for prompt in heard.prompts]
+    return told.gather(1, torch.tensor(places, device=told.device)[:, None])[:, 0]
 
 
 # ---- the audio-text space --------------------------------------------------------------------------------------------
@@ -205,37 +136,25 @@ class Space:
             self._text.update(zip(missing, self.model.embed_text(missing).float()))
         return torch.stack([self._text[prompt] for prompt in prompts])
 
-    @torch.no_grad()
-    def similarity(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
+    def similarity(self, heard: Heard) -> Tensor:
         """Cosine of clip and prompt [B]."""
-        return self.similarity_heard(self.model.embed_codes(codes).float(), prompts)
+        points = heard.embedding.float()
+        return (points * self.text(heard.prompts).to(points)).sum(1)
 
-    def similarity_heard(self, heard: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The same of embedded clips [B, E]."""
-        return (heard * self.text(prompts).to(heard)).sum(1)
+    def names(self, versions: Versions, prompt: str) -> bool:
+        """Whether a prompt names something that could be exchanged."""
+        return self._known(prompt, versions) is not None
 
-    @torch.no_grad()
-    def diversity(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
-        """How far a clip lies from the others of its prompt among these clips [B]; NaN where it is the only one."""
-        return diversity_heard(self.model.embed_codes(codes).float(), prompts)
-
-    @torch.no_grad()
-    def named(self, codes: Tensor, prompts: Sequence[str], versions: Versions) -> Tensor:
-        """Probability that the clip is what the prompt names, among its versions [B]; NaN where it names nothing.
+    def named(self, versions: Versions, heard: Heard) -> Tensor:
+        """Probability that the clip is what its prompt names, among the prompt's versions [B].
 
         softmax over the versions of scale * cosine, summed over those that say the same.
         """
-        return self.named_heard(self.model.embed_codes(codes).float(), prompts, versions)
-
-    def named_heard(self, heard: Tensor, prompts: Sequence[str], versions: Versions) -> Tensor:
-        """The same of embedded clips [B, E]."""
         scale = float(self.model.log_scale.detach().exp().clamp(max=100))
         scores = []
-        for row, prompt in zip(heard, prompts, strict=True):
+        for row, prompt in zip(heard.embedding.float(), heard.prompts, strict=True):
             known = self._known(prompt, versions)
-            if known is None:
-                scores.append(row.new_full((), math.nan))
-                continue
+            assert known is not None
             said, same = (t.to(row.device) for t in known)
             scores.append((scale * said @ row).softmax(0)[same].sum())
         return torch.stack(scores)
@@ -264,40 +183,34 @@ def diversity_heard(heard: Tensor, prompts: Sequence[str]) -> Tensor:
 # ---- tempo and key -------------------------------------------------------------------------------------------------------
 
 
-Heard = Callable[["Callable[[], Spectrum]", str], "Tensor | None"]
-"""What is heard (computed if it is wanted) and a prompt -> the probability [] of what it asks for, or None where it asks nothing."""
-
-
 @dataclass(frozen=True)
 class Spectrum:
-    """One clip: power [1, N, n_bins] at N moments, `hop` samples apart."""
+    """Of clips: power [B, N, n_bins] at N moments, `hop` samples apart."""
 
     power: Tensor
     sample_rate: int
     hop: int
 
 
-@torch.no_grad()
-def tempo_probability(codec: Codec, codes: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Probability of the tempo that a prompt asks for [B], NaN where it asks for none. Of a stated BPM, half and double count too."""
-    return _probabilities(codec, codes, prompts, tempo_heard)
+def tempo_probability(heard: Heard) -> Tensor:
+    """Probability of the tempo that a prompt asks for [B]. Of a stated BPM, half and double count too."""
+    bpm, share = tempo_distribution(spectrum(heard))
+    return torch.stack([row[_asked_bpm(prompt, bpm)].sum() for row, prompt in zip(share, heard.prompts, strict=True)])
 
 
-def tempo_heard(listen: Callable[[], Spectrum], prompt: str) -> Tensor | None:
-    """The same of one clip [], or None."""
+def _asked_bpm(prompt: str, bpm: Tensor) -> Tensor:
+    """Which of these tempi would do [N] bool."""
     asked = asked_tempo(prompt)
-    if asked is None:
-        return None
-    bpm, share = tempo_distribution(listen())
+    assert asked is not None
     low, high, octaves = asked
     inside = torch.zeros_like(bpm, dtype=torch.bool)
     for factor in (0.5, 1.0, 2.0) if octaves else (1.0,):
         inside |= (bpm >= low * factor) & (bpm <= high * factor)
-    return share[0, inside].sum()
+    return inside
 
 
 def tempo_distribution(heard: Spectrum) -> tuple[Tensor, Tensor]:
-    """-> (bpm [N] evenly spaced on a logarithmic scale from 40 to 240, probability [1, N]).
+    """-> (bpm [N] evenly spaced on a logarithmic scale from 40 to 240, probability [B, N]).
 
     softmax of the onset strength's autocorrelation at each tempo's period, with half of that at twice the period and a quarter at
     half of it, weighed by a log-normal prior of an octave around 120 BPM: base_models.measures.estimate_tempo on magnitudes.
@@ -321,20 +234,14 @@ def _at(series: Tensor, place: Tensor) -> Tensor:
     return padded[:, low] * (1 - share) + padded[:, low + 1] * share
 
 
-@torch.no_grad()
-def key_probability(codec: Codec, codes: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Probability of the key, or of the mode, that a prompt names [B]; NaN where it names none."""
-    return _probabilities(codec, codes, prompts, key_heard)
-
-
-def key_heard(listen: Callable[[], Spectrum], prompt: str) -> Tensor | None:
-    """The same of one clip [], or None."""
-    asked = asked_keys(prompt)
-    return None if asked is None else key_distribution(listen())[0, asked].sum()
+def key_probability(heard: Heard) -> Tensor:
+    """Probability of the key, or of the mode, that a prompt names [B]."""
+    share = key_distribution(spectrum(heard))
+    return torch.stack([row[asked_keys(prompt)].sum() for row, prompt in zip(share, heard.prompts, strict=True)])
 
 
 def key_distribution(heard: Spectrum) -> Tensor:
-    """-> probability of each key [1, 24]: softmax of the chroma's correlation with the 24 probe-tone profiles."""
+    """-> probability of each key [B, 24]: softmax of the chroma's correlation with the 24 probe-tone profiles."""
     hz = torch.linspace(0, heard.sample_rate / 2, heard.power.shape[-1], device=heard.power.device)
     chroma = chromagram(heard.power, hz).mean(1)
     chroma = chroma - chroma.mean(1, keepdim=True)
@@ -350,28 +257,21 @@ def _profiles() -> Tensor:
     return table / table.norm(dim=1, keepdim=True)
 
 
-def _probabilities(codec: Codec, codes: Tensor, prompts: Sequence[str], judge: Heard) -> Tensor:
-    scores = torch.full((len(codes),), math.nan, device=codes.device)
-    for row, prompt in enumerate(prompts):
-        score = judge(partial(spectrum, codec, codes[row : row + 1]), prompt)
-        if score is not None:
-            scores[row] = score
-    return scores
-
-
-def spectrum(codec: Codec, codes: Tensor) -> Spectrum:
-    """What codes [1, K, T] sound like. Ours plays magnitudes, which are taken before they get a phase. Any other codec is decoded, and
-    its waveform transformed."""
+def spectrum(heard: Heard) -> Spectrum:
+    """What clips sound like. Ours plays magnitudes, which are taken before they get a phase. Any other codec is decoded, and its waveform
+    transformed."""
+    codec = heard.base.codec
     if isinstance(codec, MagnitudeCodec):
-        return _magnitudes(codec, codec.latents(codes))
+        return Spectrum(heard.magnitude.square(), codec.sample_rate, codec.config.stft_hop)
+    codes = heard.codes
+    assert codes is not None
+    return heard.once(spectrum, lambda: _decoded(codec, codes))
+
+
+def _decoded(codec: Codec, codes: Tensor) -> Spectrum:
     wav = codec.decode(codes).float().mean(1)
     hop = max(1, codec.sample_rate // 100)
     n_fft = 1 << math.ceil(math.log2(codec.sample_rate / 16))
     window = torch.hann_window(n_fft, device=wav.device)
     transformed = torch.stft(wav, n_fft, hop, window=window, return_complex=True)
     return Spectrum(transformed.abs().square().transpose(1, 2), codec.sample_rate, hop)
-
-
-def _magnitudes(codec: MagnitudeCodec, latents: Tensor) -> Spectrum:
-    power = codec.expand(codec.from_latents(latents.transpose(1, 2))).square()
-    return Spectrum(power, codec.sample_rate, codec.config.stft_hop)

@@ -14,10 +14,11 @@ from rlhf.consistency import checks, slopes, space_of
 from rlhf.ears import ears_sha256
 from rlhf.flat_kto import BadClip, bad_clips
 from rlhf.journal import Sound, sound_of
+from rlhf.judges import Score
 from rlhf.ppo_task import toy_sound
 from rlhf.preferences import Preference, load_snapshot, prompt_folds
 from rlhf.reward_model import load_reward
-from rlhf.rewards import HUMAN, LEAST_LOGITS, Mixed, Part, Reward, Score, parse_weights, weighted
+from rlhf.rewards import HUMAN, LEAST_LOGITS, Mixed, Part, Reward, parse_weights, weighted
 from rlhf.sample_pairs import read_prompts
 from rlhf.trusted import Voted, trusted
 
@@ -86,8 +87,8 @@ def load_task(cfg: Config) -> Task:
         reward = load_reward(cfg.reward, policy)
         held_out = held_out_prompts([p.prompt_id for p in prompts], cfg.held_out, cfg.seed)
         space = space_of(policy)
-        parts = weighted(parse_weights(cfg.weights), reward.score, checks(policy, space), LEAST_LOGITS)
-        judge = Mixed(parts, ({HUMAN: reward.slope} if reward.has_slope else {}) | slopes(policy, space), policy.codec.codebooks)
+        parts = weighted(parse_weights(cfg.weights), reward.judge, checks(policy, space), LEAST_LOGITS)
+        judge = Mixed(parts, ({HUMAN: reward.judge_of_slope} if reward.has_slope else {}) | slopes(policy, space), policy.codec.codebooks)
         own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256, ears_sha256(policy))
         words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
         snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256

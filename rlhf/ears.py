@@ -26,8 +26,7 @@ from torch import Tensor
 from base_models.checkpoint import load_tensors, read_json, save_tensors, tensors_sha256, write_json
 from base_models.codec import Codec, MagnitudeCodec
 from base_models.errors import UserError
-from rlhf.descriptors import describe
-from rlhf.reward_features import magnitude_statistics, magnitudes, over_time
+from rlhf.reward_features import Heard, over_time
 
 FOLDER = "ears"
 """Where a policy's folder keeps them; a policy may have none."""
@@ -42,11 +41,22 @@ class Base(Protocol):
     def path(self) -> Path: ...
 
 
+@dataclass(frozen=True)
+class _Alone:
+    """A codec without an audio-text space, which ears do not need."""
+
+    codec: MagnitudeCodec
+    contrastive: None = None
+
+
 def sound_of_latents(codec: MagnitudeCodec, latents: Tensor) -> Tensor:
     """Latents [B, D, T] -> what a clip sounds like, whenever it does so [B, F]; with a gradient to the latents."""
-    magnitude = magnitudes(codec, latents)
-    described = describe(magnitude, codec.sample_rate, codec.config.stft_hop)
-    return torch.cat([over_time(latents), magnitude_statistics(magnitude), described], dim=1).float()
+    return sound_heard(Heard(_Alone(codec), [""] * len(latents), latents=latents))
+
+
+def sound_heard(heard: Heard) -> Tensor:
+    """The same of clips that other judges hear as well."""
+    return heard.once("sound", lambda: torch.cat([over_time(heard.latents), heard.statistics, heard.described], dim=1).float())
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from base_models.sampling import generate
 from rlhf.flat_dpo import FlatCheckpoints
 from rlhf.flat_policy import FlatCausalLM, flat_order, flatten_codes, make_tokenizer, prompt_id, unflatten_ids, use_native_heads
 from rlhf.journal import timed
+from rlhf.judges import Score
 from rlhf.played import kl_figures
-from rlhf.rewards import Score
 from rlhf.rollout import sample_seed
 
 TOLERANCE = 1e-4

@@ -32,8 +32,9 @@ from rlhf.edits import Edits, antithetic_edits
 from rlhf.flat_dpo import PreferenceCollator, reference_logps, smoothed
 from rlhf.flat_policy import FlatCausalLM
 from rlhf.journal import timed
+from rlhf.judges import Score
 from rlhf.played import kl_by_book, kl_figures
-from rlhf.rewards import Mixed, Score
+from rlhf.rewards import Mixed
 from rlhf.rollout import prompt_of, sample_seed
 from rlhf.round_plan import Plan
 from rlhf.round_rows import Judged, Made, edited_codes, label, pair_up, play_and_judge

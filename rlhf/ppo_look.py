@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adapters.lora import adapter_tensors, set_adapter_tensors
 from rlhf.brake import Look
+from rlhf.judges import scores
 from rlhf.metrics import diversity
 from rlhf.ppo_run import Run
 from rlhf.rollout import play, sample_seed
@@ -31,6 +32,7 @@ def look(run: Run) -> dict[str, float]:
     table, chunk = heldout.table.to(run.accelerator.device), max(cfg.batch_size // world, 1)
     seen: dict[str, list[Tensor]] = {"kl": [], "marks": [], "spread": [], "points": []}
     examples: list[tuple[str, Tensor]] = []
+    spread = {} if run.task.spread is None else {"": run.task.spread}
     for start in range(0, share, chunk):
         part = mine[start : start + chunk]
         cond, seeds = table.index([rows[index] for index in part]), [sample_seed(cfg.seed ^ 0x10C4, index) for index in part]
@@ -38,12 +40,13 @@ def look(run: Run) -> dict[str, float]:
         clips = play(run.lm, run.critic, cond, [rows[index] for index in part], seeds, cfg.n_frames, **how)
         prompts = [heldout.texts[rows[index]] for index in part]
         seen["kl"].append((clips.logps - clips.ref_logps).sum(1))
-        seen["marks"].append(run.reward.marks(clips.codes, prompts, everything=True))
+        known = scores({name: part.score for name, part in run.reward.parts.items()} | spread, clips.codes, prompts)
         nothing = clips.logps.new_full((len(part),), float("nan"))
-        seen["spread"].append(run.task.spread(clips.codes, prompts) if run.task.spread else nothing)
+        seen["spread"].append(known.pop("", nothing))
+        seen["marks"].append(run.reward.marks(clips.codes, prompts, everything=True, known=known))
         seen["points"].append(run.task.embed(clips.codes, prompts) if run.task.embed else nothing[:, None])
         examples += [(prompts[i], clips.codes[i]) for i, index in enumerate(part) if index % cfg.heldout_clips == 0]
-    kl, marks, spread, points = (run.accelerator.gather(torch.cat(parts))[: len(rows)] for parts in seen.values())
+    kl, marks, apart, points = (run.accelerator.gather(torch.cat(parts))[: len(rows)] for parts in seen.values())
     if run.step == 0:
         run.reward.measure(marks)
     run.reward.hold(run.held, marks)
@@ -51,7 +54,7 @@ def look(run: Run) -> dict[str, float]:
         scores=run.reward.judge(marks, stated=True).total.cpu(),
         prompt_ids=rows,
         kl=kl.mean().item(),
-        spread=spread[torch.isfinite(spread)].mean().item(),
+        spread=apart[torch.isfinite(apart)].mean().item(),
         diversity=diversity(points.cpu(), rows) if cfg.heldout_clips > 1 else float("nan"),
     )
     reason = run.brake(run.step, now)

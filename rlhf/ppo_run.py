@@ -25,6 +25,7 @@ from base_models.sharding import shard_frozen
 from rlhf.brake import Brake
 from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer, leave_one_out
 from rlhf.dense import limited
+from rlhf.judges import weighted_slope
 from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo_policy_loss, ppo_value_loss
 from rlhf.ppo_dense import DenseTable, dense_table, sampled_log_ratio
 from rlhf.ppo_task import Task
@@ -103,12 +104,15 @@ class Run:
     def judge(self, mine: Rollout) -> tuple[Rollout, dict[str, float]]:
         """This process's clips -> all clips, in the order of their indices, with rewards at the present price of drift, which is then
         adapted."""
-        prompts, known = [self.task.prompts[row] for row in mine.prompt_ids.tolist()], {}
+        prompts = [self.task.prompts[row] for row in mine.prompt_ids.tolist()]
+        known: dict[str, Tensor] = {}
         slopes: list[Tensor] = []
         if self.credit == "codes":
-            found = {name: self.task.slopes[name](mine.codes, prompts) for name in self.reward.trained}
-            known = {name: score for name, (_, score) in found.items()}
-            slopes = [slope for slope, _ in found.values()]
+            if self.step == 0 and not self.reward.measured:  # no look has: what a part is worth has to be known before its slope is
+                self.reward.measure(self.accelerator.gather(self.reward.marks(mine.codes, prompts)))
+            ways = {name: self.task.slopes[name] for name in self.reward.trained}
+            slope, known = weighted_slope(ways, self.reward.worth(), mine.codes, prompts)
+            slopes.append(slope)
         if self.cfg.frame_weight:
             frames, slope_of_frames = self._frames(mine.codes, prompts)
             slopes += slope_of_frames
@@ -127,10 +131,9 @@ class Run:
         self.price = price = self.controller.kl_coef
         judged = judge(rollout, centred, self.normalizer, price)
         if self.credit == "codes":
-            *parts, last = judged.slope.unbind(1)
-            slope = limited(self.reward.slope(dict(zip(self.reward.trained, [*parts, last]))))
+            slope = limited(judged.slope[:, 0])
             if self.cfg.frame_weight:
-                slope = slope + self.normalizer.std * self.frame_price * limited(last)
+                slope = slope + self.normalizer.std * self.frame_price * limited(judged.slope[:, 1])
             judged = dataclasses.replace(judged, slope=slope)
         kl = (rollout.logps - rollout.ref_logps).sum(1).mean().item()
         self.controller.update(kl, len(rollout.codes))

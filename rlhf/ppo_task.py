@@ -22,10 +22,11 @@ from base_models.policy import Policy, load_policy
 from rlhf.consistency import checks, slopes, space_of
 from rlhf.ears import ears_sha256
 from rlhf.journal import Sound, sound_of
+from rlhf.judges import Score, Slope
 from rlhf.outside_judge import OutsideJudge
 from rlhf.reward_features import LATENTS, features
 from rlhf.reward_model import RewardModel, load_reward
-from rlhf.rewards import HUMAN, LEAST_LOGITS, Score, Slope
+from rlhf.rewards import HUMAN, LEAST_LOGITS
 
 Embed = Callable[[Tensor, list[str]], Tensor]
 """codes [B, K, T] and prompts -> features [B, F], in which distance is difference to the ear."""
@@ -111,7 +112,7 @@ def load_task(
     reward = None if reward_dir is None else load_reward(reward_dir, policy)
 
     space = space_of(policy)
-    score: Score | None = None if reward is None else reward.score
+    score: Score | None = None if reward is None else reward.judge
     if command is not None:
         score = OutsideJudge(shlex.split(command), policy)
 
@@ -125,10 +126,10 @@ def load_task(
         reward_sha256=None if reward is None else reward.sha256,
         snapshot_sha256=None if reward is None else reward.snapshot_sha256,
         ears_sha256=ears_sha256(policy),
-        checks=checks(policy, space) | ({} if reward is None else aspects(reward)),
-        slopes=({HUMAN: reward.slope} if reward is not None and reward.has_slope else {}) | slopes(policy, space),
+        checks=checks(policy, space) | ({} if reward is None else reward.judges_of_extras()),
+        slopes=({HUMAN: reward.judge_of_slope} if reward is not None and reward.has_slope else {}) | slopes(policy, space),
         codebooks=policy.codec.codebooks,
-        spread=reward.spread if reward is not None and reward.has_spread else None,
+        spread=reward.judge_of_spread if reward is not None and reward.has_spread else None,
         embed=embedding(policy, reward),
         sound=sound_of(policy),
         heldout=None if heldout_file is None else load_prompts(policy, heldout_file),
@@ -136,15 +137,6 @@ def load_task(
         frame_slope=None if reward is None or reward.frames is None else reward.frame_slope,
         watched=None if watch is None else OutsideJudge(shlex.split(watch), policy, "--watch-command"),
     )
-
-
-def aspects(reward: RewardModel) -> dict[str, Score]:
-    """What the reward model knows beside the order of clips, as parts of a reward: aspects that raters judged, and `acceptable`."""
-
-    def part(name: str) -> Score:
-        return lambda codes, prompts: reward.extra_scores(codes, prompts)[name]
-
-    return {name: part(name) for name in reward.extras}
 
 
 def load_prompts(policy: Policy, path: Path) -> Prompts:

@@ -8,9 +8,9 @@ latents, and the shared audio-text space (base_models.contrastive). Nothing here
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,15 +23,76 @@ Table = Mapping[str, Tensor]
 """Blocks of features by name, [N, F] each."""
 
 
-class Base(Protocol):
-    """What of a policy the reward reads (base_models.policy.Policy has it)."""
+class Hearing(Protocol):
+    """What of a policy clips are heard through (base_models.policy.Policy has it)."""
 
     @property
     def codec(self) -> Codec: ...
     @property
     def contrastive(self) -> Any: ...
+
+
+class Base(Hearing, Protocol):
+    """What of a policy the reward reads (base_models.policy.Policy has it)."""
+
     @property
     def sha256(self) -> str: ...
+
+
+Made = TypeVar("Made")
+
+
+class Heard:
+    """Clips with their prompts, as judges hear them: whatever follows from the codes is made when it is first wanted, and once.
+
+    Of codes [B, K, T], or of latents [B, D, T], to which everything then has a gradient.
+    """
+
+    def __init__(self, base: Hearing, prompts: Sequence[str], codes: Tensor | None = None, latents: Tensor | None = None) -> None:
+        clips = latents if codes is None else codes
+        assert clips is not None
+        if len(prompts) != len(clips):
+            raise ValueError(f"{len(clips)} clips and {len(prompts)} prompts")
+        self.base, self.prompts, self.codes, self._latents = base, list(prompts), codes, latents
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gave when something was first asked for by this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """[B, D, T]"""
+        if self._latents is not None:
+            return self._latents
+        assert self.codes is not None
+        return self.base.codec.latents(self.codes)
+
+    @cached_property
+    def magnitude(self) -> Tensor:
+        """[B, N, n_bins]: what the codec is about to play. Ours only."""
+        assert isinstance(self.base.codec, MagnitudeCodec)
+        return magnitudes(self.base.codec, self.latents)
+
+    @cached_property
+    def statistics(self) -> Tensor:
+        """Of the magnitudes [B, F]."""
+        return magnitude_statistics(self.magnitude).float()
+
+    @cached_property
+    def described(self) -> Tensor:
+        """Descriptors of the magnitudes [B, F]."""
+        assert isinstance(self.base.codec, MagnitudeCodec)
+        return describe(self.magnitude, self.base.codec.sample_rate, self.base.codec.config.stft_hop).float()
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """In the audio-text space: unit vectors [B, E]."""
+        found: Tensor = self.base.contrastive.embed_latents(self.latents)
+        return found
 
 
 def over_time(series: Tensor) -> Tensor:
@@ -50,7 +111,8 @@ def magnitude_statistics(magnitude: Tensor, n_bands: int = 24) -> Tensor:
     bins = power.shape[-1]
     edges = torch.logspace(torch.log10(torch.tensor(2.0)), torch.log10(torch.tensor(float(bins))), n_bands + 1).round().long()
     edges = torch.unique(edges)
-    bands = torch.stack([torch.log10(power[..., a:b].mean(-1) + 1e-6) for a, b in pairwise(edges.tolist())], dim=1)
+    widths = [int(edges[0]), *edges.diff().tolist()]  # split: the way back writes each bin once, where slices would write all bins a band
+    bands = torch.stack([torch.log10(band.mean(-1) + 1e-6) for band in power.split(widths, -1)[1:]], dim=1)
     rise = (bands[..., 1:] - bands[..., :-1]).clamp_min(0)
     flux = rise.mean(1)
     level = torch.log10(power.sum(-1) + 1e-5)
@@ -76,7 +138,7 @@ def magnitude_statistics(magnitude: Tensor, n_bands: int = 24) -> Tensor:
     )
 
 
-def blocks_of(base: Base) -> tuple[str, ...]:
+def blocks_of(base: Hearing) -> tuple[str, ...]:
     """The blocks of features that this base can give."""
     ours, shared = isinstance(base.codec, MagnitudeCodec), base.contrastive is not None
     known = {LATENTS: True, MAGNITUDES: ours, DESCRIPTORS: ours, SHARED: shared, FIT: shared}
@@ -89,31 +151,31 @@ def features(base: Base, codes: Tensor, prompts: Sequence[str], blocks: Sequence
 
     Args: blocks: which to compute; default: all that codec and shared space can give.
     """
-    return features_of_latents(base, base.codec.latents(codes), prompts, blocks)
+    return features_heard(Heard(base, prompts, codes=codes), blocks)
 
 
 def features_of_latents(base: Base, latents: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
     """The same, with a gradient to the codes' latents [B, D, T]."""
-    if len(prompts) != len(latents):
-        raise ValueError(f"{len(latents)} clips and {len(prompts)} prompts")
-    wanted = blocks_of(base) if blocks is None else tuple(blocks)
+    return features_heard(Heard(base, prompts, latents=latents), blocks)
+
+
+def features_heard(heard: Heard, blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The same of clips that other judges hear as well."""
+    contrastive = heard.base.contrastive
+    wanted = blocks_of(heard.base) if blocks is None else tuple(blocks)
     made: dict[str, Tensor] = {}
     if LATENTS in wanted:
-        made[LATENTS] = over_time(latents).float()
-    if {MAGNITUDES, DESCRIPTORS} & set(wanted):
-        assert isinstance(base.codec, MagnitudeCodec)
-        magnitude = magnitudes(base.codec, latents)
-        if MAGNITUDES in wanted:
-            made[MAGNITUDES] = magnitude_statistics(magnitude).float()
-        if DESCRIPTORS in wanted:
-            made[DESCRIPTORS] = describe(magnitude, base.codec.sample_rate, base.codec.config.stft_hop).float()
+        made[LATENTS] = over_time(heard.latents).float()
+    if MAGNITUDES in wanted:
+        made[MAGNITUDES] = heard.statistics
+    if DESCRIPTORS in wanted:
+        made[DESCRIPTORS] = heard.described
     if {SHARED, FIT} & set(wanted):
-        heard = base.contrastive.embed_latents(latents)
-        with torch.no_grad():
-            said = base.contrastive.embed_text(list(prompts)).to(heard)
-        fit = (heard * said).sum(1, keepdim=True)
+        with torch.no_grad():  # over the text alone: what is heard first in here would have no gradient
+            said = contrastive.embed_text(heard.prompts)
+        fit = (heard.embedding * said.to(heard.embedding)).sum(1, keepdim=True)
         if SHARED in wanted:
-            made[SHARED] = torch.cat([base.contrastive.features_of_latents(latents), fit], dim=1).float()
+            made[SHARED] = torch.cat([contrastive.features_of_latents(heard.latents), fit], dim=1).float()
         if FIT in wanted:
             made[FIT] = fit.float()
     return {block: made[block] for block in wanted}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from torch import Tensor
 from base_models.checkpoint import load_tensors, read_json, save_tensors, tensors_sha256, write_json
 from base_models.errors import UserError
 from rlhf.frame_reward import FrameHead, frame_features, frame_tensors, read_frame_head
-from rlhf.reward_features import Base, Table, blocks_of, features, features_of_latents, features_sha256
+from rlhf.judges import Judge, Score, Slope, SlopeOf
+from rlhf.reward_features import Base, Heard, Table, blocks_of, features_heard, features_sha256
 from rlhf.reward_heads import Head, Lens, expand, pessimistic
 from rlhf.token_reward import TokenTrunk, TrunkShape
 
@@ -70,7 +72,11 @@ class RewardModel:
 
     def member_scores(self, table: Table) -> Tensor:
         """Features, blocks [B, F] -> [E, B], each head about 0 on the clips it was fitted on."""
-        return self.members @ expand(self.lens, self.head, table).T - self.offsets[:, None]
+        return self._centred(expand(self.lens, self.head, table))
+
+    def _centred(self, inputs: Tensor) -> Tensor:
+        """[B, P] -> [E, B]"""
+        return self.members @ inputs.T - self.offsets[:, None]
 
     def score_features(self, table: Table) -> Tensor:
         """Features, blocks [B, F] -> (mean - lam * spread over the heads) / temperature [B]."""
@@ -80,6 +86,20 @@ class RewardModel:
     def score(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
         """codes [B, K, T] and their prompts -> score [B] on the codes' device."""
         return pessimistic(self._judged(codes, prompts), self.lam).to(codes.device) / self.temperature
+
+    @property
+    def judge(self) -> Score:
+        """`score`, sharing what it hears with other judges of the base, where it hears (a trunk reads)."""
+        return self.score if self.trunk is not None else Judge(self.base, self._score_heard)
+
+    @property
+    def judge_of_spread(self) -> Score:
+        """`spread` likewise."""
+        return self.spread if self.trunk is not None else Judge(self.base, lambda heard: self._spread_of(self._members_heard(heard)))
+
+    def judges_of_extras(self) -> dict[str, Score]:
+        """`extra_scores` likewise, by name."""
+        return {name: Judge(self.base, partial(self._extra_heard, extra)) for name, extra in self.extras.items()}
 
     @property
     def has_slope(self) -> bool:
@@ -98,28 +118,23 @@ class RewardModel:
         """
         if not self.has_slope:
             raise UserError("a reward that reads codec tokens", "one over what the codec plays", "train it with --trunk frozen")
-        latents = self.base.codec.latents(codes).detach().requires_grad_(True)
-        with torch.enable_grad():
-            table = features_of_latents(self.base, latents, prompts, self.head.blocks)
-            score = self.score_features({block: rows.cpu() for block, rows in table.items()})
-            (slope,) = torch.autograd.grad(score.sum(), latents)
-        return slope, score.detach().to(codes.device)
+        return self.judge_of_slope(codes, list(prompts))
+
+    @property
+    def judge_of_slope(self) -> Slope:
+        """`slope`, sharing what it hears with other judges of the base."""
+        return SlopeOf(Judge(self.base, self._score_heard))
 
     @torch.no_grad()
     def spread(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
         """codes [B, K, T] and their prompts -> standard deviation between the heads [B], in units of the score; 0 for one head."""
-        members = self._judged(codes, prompts) / self.temperature
-        return (members.std(0, correction=1) if len(members) > 1 else torch.zeros_like(members[0])).to(codes.device)
+        return self._spread_of(self._judged(codes, prompts)).to(codes.device)
 
     @torch.no_grad()
     def extra_scores(self, codes: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """codes [B, K, T] and their prompts -> aspect, or `acceptable` -> [B] in calibrated nats, without caution."""
-        inputs = expand(self.lens, self.head, self._heard(codes, prompts)) if self.extras else None
-        return {
-            name: ((extra.members @ inputs.T - extra.offsets[:, None]).mean(0) / extra.temperature).to(codes.device)
-            for name, extra in self.extras.items()
-            if inputs is not None
-        }
+        heard = Heard(self.base, prompts, codes=codes)
+        return {name: self._extra_heard(extra, heard).to(codes.device) for name, extra in self.extras.items()}
 
     @torch.no_grad()
     def per_frame(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -146,10 +161,30 @@ class RewardModel:
         """[E, B]: what each judge says, before the temperature."""
         if self.trunk is not None:
             return self.trunk.member_scores(codes, prompts)
-        return self.member_scores(self._heard(codes, prompts))
+        return self._members_heard(Heard(self.base, prompts, codes=codes))
 
-    def _heard(self, codes: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {block: rows.cpu() for block, rows in features(self.base, codes, prompts, self.head.blocks).items()}
+    def _inputs(self, heard: Heard) -> Tensor:
+        """[B, P]: what all heads are linear in."""
+
+        def make() -> Tensor:
+            table = features_heard(heard, self.head.blocks)
+            return expand(self.lens, self.head, {block: rows.cpu() for block, rows in table.items()})
+
+        return heard.once(self, make)
+
+    def _members_heard(self, heard: Heard) -> Tensor:
+        return self._centred(self._inputs(heard))
+
+    def _score_heard(self, heard: Heard) -> Tensor:
+        return pessimistic(self._members_heard(heard), self.lam) / self.temperature
+
+    def _extra_heard(self, extra: Extra, heard: Heard) -> Tensor:
+        return (extra.members @ self._inputs(heard).T - extra.offsets[:, None]).mean(0) / extra.temperature
+
+    def _spread_of(self, members: Tensor) -> Tensor:
+        """[E, B] -> [B]"""
+        members = members / self.temperature
+        return members.std(0, correction=1) if len(members) > 1 else torch.zeros_like(members[0])
 
     def tensors(self) -> dict[str, Tensor]:
         state = {f"lens.{field.name}": getattr(self.lens, field.name) for field in fields(self.lens)}

@@ -15,7 +15,7 @@ of the constraint "not worse than the base" (constrained RLHF: Moskovitz et al. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,15 +23,10 @@ import torch
 from torch import Tensor
 
 from base_models.errors import UserError
+from rlhf.judges import Score, Slope, scores, weighted_slope
 
 HOLD_RATE, HOLD_MOST = 1.0, 2.0
 """A held weight moves by so much a look for each spread that is missing, and stays between what it began with and this."""
-
-Score = Callable[[Tensor, list[str]], Tensor]
-"""A judge: codes [B, K, T] and their prompts -> score [B]; the higher the better, non-finite where it cannot tell."""
-
-Slope = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
-"""codes [B, K, T] and prompts -> d score / d latents of the codec [B, D, T], score [B]."""
 
 HUMAN = "human"
 """The part that listeners' votes taught (a reward model)."""
@@ -97,19 +92,14 @@ class Reward:
     def marks(self, codes: Tensor, prompts: list[str], everything: bool = False, known: Mapping[str, Tensor] | None = None) -> Tensor:
         """Raw marks [B, P] of codes [B, K, T], in the order of `names`, without gradient, in float32; NaN for a part that was
         not asked. known: marks [B] that have been computed already, by name."""
-        columns = []
-        for name, part in self.parts.items():
-            if known is not None and name in known:
-                columns.append(known[name].to(codes.device, torch.float32))
-                continue
-            if not everything and name not in self.every_round:
-                columns.append(torch.full((len(codes),), float("nan"), device=codes.device))
-                continue
-            column = part.score(codes, prompts).detach()
+        known = known or {}
+        wanted = [name for name in self.parts if name not in known and (everything or name in self.every_round)]
+        found = {**known, **scores({name: self.parts[name].score for name in wanted}, codes, prompts)}
+        for name, column in found.items():
             if column.shape != (len(codes),):
                 raise ValueError(f"part {name!r} gave {tuple(column.shape)} for {len(codes)} clips")
-            columns.append(column.to(codes.device, torch.float32))
-        return torch.stack(columns, 1)
+        nothing = torch.full((len(codes),), float("nan"), device=codes.device)
+        return torch.stack([found.get(name, nothing).detach().to(codes.device, torch.float32) for name in self.parts], 1)
 
     def measure(self, marks: Tensor) -> None:
         """Take the scales from clips of the base: marks [B, P] over all ranks. A scale that was taken stands; where all marks are
@@ -160,15 +150,15 @@ class Reward:
             )
         return Judgement(total, parts)
 
-    def slope(self, slopes: Mapping[str, Tensor]) -> Tensor:
-        """d total / d latents [B, D, T] from those of the trained parts; one that is not finite (a part that was not asked) is 0."""
-        total = None
-        for name in self.trained:
-            sd = 1.0 if len(self.trained) == 1 else self.scales.get(name, (0.0, 1.0))[1]
-            part = torch.nan_to_num(slopes[name], 0.0, 0.0, 0.0) * (self.now[name] / sd)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+    @property
+    def measured(self) -> bool:
+        """Whether all scales are known that the worth of a trained part depends on."""
+        return len(self.trained) == 1 or all(name in self.scales for name in self.trained)
+
+    def worth(self) -> dict[str, float]:
+        """d total / d mark of each trained part, as the weights stand."""
+        sd = {name: 1.0 if len(self.trained) == 1 else self.scales.get(name, (0.0, 1.0))[1] for name in self.trained}
+        return {name: self.now[name] / sd[name] for name in self.trained}
 
     def figures(self, marks: Tensor) -> dict[str, float]:
         """For plots, of marks [B, P]: mean raw mark of each part that was judged, its mean z, and the share of clips that an `asked`
@@ -221,9 +211,9 @@ class Mixed:
         flat = [name for name in self.reward.trained if name not in self.slopes]
         if flat:
             raise UserError(f"the part {', '.join(flat)}, without a slope", f"parts among {sorted(self.slopes)}", "leave it out")
-        found = {name: self.slopes[name](codes, prompts) for name in self.reward.trained}
-        marks = self.reward.marks(codes, prompts, known={name: score for name, (_, score) in found.items()})
-        return self.reward.slope({name: slope for name, (slope, _) in found.items()}), self.reward.judge(marks).total
+        slopes = {name: self.slopes[name] for name in self.reward.trained}
+        slope, told = weighted_slope(slopes, self.reward.worth(), codes, prompts)
+        return slope, self.reward.judge(self.reward.marks(codes, prompts, known=told)).total
 
 
 def parse_weights(text: str) -> dict[str, float]:

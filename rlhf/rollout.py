@@ -37,8 +37,9 @@ class Rollout:
     codes [B, K, T] int64; prompt_ids [B] int64, rows of the run's prompts; mask [B, S], True where a step counts;
     logps (of the policy that played), ref_logps, values, rewards [B, S]; book_kl [B, K], each codebook's share of the clip's
     log-ratio; marks [B, P] of the reward's parts (P = 0 until it was asked); slope [B, D, T] of the score along the codec's latents
-    (of each trained part, [B, P, D, T], until it was judged; D = 0 where credit is not given code by code); frames [B, S], what a step's
-    frames are worth beside the rest of the clip, in nats, 0 where nobody asked; score [B] as judged, NaN until `judge`.
+    (of the total and perhaps of the frames, [B, 1 or 2, D, T], until it was judged; D = 0 where credit is not given code by code);
+    frames [B, S], what a step's frames are worth beside the rest of the clip, in nats, 0 where nobody asked; score [B] as
+    judged, NaN until `judge`.
     """
 
     codes: Tensor

@@ -18,7 +18,7 @@ from base_models.lm import MusicLM
 from base_models.sampling import generate
 from rlhf.flat_policy import flat_order
 from rlhf.journal import timed
-from rlhf.rewards import Score
+from rlhf.judges import Score
 from rlhf.round_plan import Labels, Pairing
 
 Made = list[tuple[int, dict[str, Any]]]

@@ -17,8 +17,9 @@ from adapters.lora import attach_lora
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM, MusicLMConfig
 from rlhf import dpo_task, train_dpo
+from rlhf.judges import Score, Slope
 from rlhf.ppo_task import Prompts, Task, share_of_code_3, share_of_code_5, toy_task
-from rlhf.rewards import HUMAN, Mixed, Score, Slope, parse_weights, weighted
+from rlhf.rewards import HUMAN, Mixed, parse_weights, weighted
 from rlhf.rollout import Critic, Rollout, play
 from rlhf.train_ppo import TOY, Config
 

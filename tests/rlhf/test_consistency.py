@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +17,11 @@ import torch
 
 from base_models.corpus.styles import GENRE_NAMES
 from base_models.policy import PRETRAINED, load_policy
-from rlhf import consistency
-from rlhf.asked import asked_keys, asked_tempo, genre_versions, instrument_versions, mood_versions
-from rlhf.consistency import Space, checks, diversity_heard, slopes, tempo_heard
+from rlhf.asked import asked_keys, asked_tempo, instrument_versions
+from rlhf.consistency import checks, diversity_heard, slopes
+from rlhf.consistency import judges as judges_of
 from rlhf.metrics import diversity
+from rlhf.reward_features import Heard
 
 DATA = Path(__file__).parent / "data"
 
@@ -134,7 +134,7 @@ def test_a_base_without_the_shared_space_still_checks_tempo_and_key(real, tmp_pa
     assert math.isfinite(float(found["key"](codes[:1], ["in C major"])))
 
 
-def test_another_codec_is_heard_through_its_waveform(real):
+def test_another_codec_is_heard_through_its_waveform(real, tmp_path):
     """The same probabilities from magnitudes and from the decoded wave, near enough to be the same judge."""
     codes, facts = real
     policy = load_policy(PRETRAINED)
@@ -146,9 +146,9 @@ def test_another_codec_is_heard_through_its_waveform(real):
             return policy.codec.decode(codes)
 
     prompts = [f"{row['tempo_bpm']:.0f} BPM, in {row['key']}" for row in facts[:8]]
-    for judge in (consistency.tempo_probability, consistency.key_probability):
-        ours, theirs = judge(policy.codec, codes[:8], prompts), judge(Foreign(), codes[:8], prompts)
-        assert float((ours - theirs).abs().median()) < 0.15
+    ours, theirs = (checks(SimpleNamespace(codec=codec, contrastive=None, path=tmp_path)) for codec in (policy.codec, Foreign()))
+    for name in ("tempo", "key"):
+        assert float((ours[name](codes[:8], prompts) - theirs[name](codes[:8], prompts)).abs().median()) < 0.15
 
 
 def test_slopes_of_the_audio_text_checks_are_derivatives_along_the_latents(earless) -> None:
@@ -163,12 +163,10 @@ def test_slopes_of_the_audio_text_checks_are_derivatives_along_the_latents(earle
         assert moved.tolist() == torch.isfinite(score).tolist()  # what is not asked pulls nowhere
         latents = policy.codec.latents(codes)
         step = 0.05 * slope / slope.flatten(1).norm(dim=1).clamp_min(1e-9)[:, None, None]
-        heard = [policy.contrastive.embed_latents(latents + sign * step).float().detach() for sign in (1, -1)]
-        space = Space(policy.contrastive)
-        versions = {"mood": mood_versions, "instrument": instrument_versions, "genre": genre_versions}
-        at = [space.named_heard(h, prompts, versions[name]) if name in versions else space.similarity_heard(h, prompts) for h in heard]
-        told = 2 * (slope * step).sum((1, 2))
-        torch.testing.assert_close((at[0] - at[1])[moved], told[moved], rtol=0.05, atol=1e-5)
+        rows, judge = moved.nonzero()[:, 0].tolist(), judges_of(policy)[name]
+        sides = [Heard(policy, [prompts[row] for row in rows], latents=(latents + sign * step)[rows]) for sign in (1, -1)]
+        at = [judge.opinion(side).detach() for side in sides]
+        torch.testing.assert_close(at[0] - at[1], 2 * (slope * step).sum((1, 2))[moved], rtol=0.05, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tempo", "key"])
@@ -184,16 +182,16 @@ def test_slopes_of_tempo_and_key_are_derivatives_and_a_step_along_them_is_heard(
     length = slope.flatten(1).norm(dim=1)
     assert (length > 0).tolist() == torch.isfinite(score).tolist() == [True] * 5 + [False]
     latents, step = policy.codec.latents(codes[:6]), 0.02 * slope / length.clamp_min(1e-9)[:, None, None]
-    judge = {"tempo": tempo_heard, "key": consistency.key_heard}[name]
+    judge = judges_of(policy)[name]
     for row in range(5):
         moved = [latents[row : row + 1] + sign * step[row : row + 1] for sign in (1, -1)]
-        up, down = (judge(partial(consistency._magnitudes, policy.codec, latent), prompts[row]) for latent in moved)
+        up, down = (judge.opinion(Heard(policy, prompts[row : row + 1], latents=latent)) for latent in moved)
         assert float(up - down) == pytest.approx(float(2 * (slope[row] * step[row]).sum()), rel=0.2, abs=1e-5)
         assert up > down
 
 
 def test_a_foreign_codec_has_no_slope_of_tempo_and_key(tmp_path) -> None:
-    assert slopes(SimpleNamespace(codec=object(), contrastive=None, path=tmp_path)) == {}
+    assert not slopes(SimpleNamespace(codec=object(), contrastive=None, path=tmp_path))
 
 
 def test_diversity_is_the_measure_of_the_brake_clip_by_clip_and_a_single_clip_has_none(real):

@@ -15,8 +15,9 @@ from base_models.checkpoint import read_json, write_json
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, load_policy
 from rlhf.asked import lead_words
-from rlhf.consistency import Listener, checks, slopes
+from rlhf.consistency import checks, slopes
 from rlhf.ears import FOLDER, Ears, ears_of, ears_sha256, load_ears, sound_of_latents
+from rlhf.judges import scores
 
 DATA = Path(__file__).parent / "data"
 CLASSES = {"genre": ("jazz", "techno"), "mood": ("sad", "happy", "calm")}
@@ -118,15 +119,15 @@ def test_checks_ask_the_ears_and_slopes_lead_upwards(policy, real) -> None:
         assert gained > 0
 
 
-def test_a_listener_hears_each_batch_once_and_never_answers_for_another(toy: Ears, real, monkeypatch) -> None:
+def test_what_ears_hear_serves_every_kind_and_clips_that_ask_nothing_are_not_heard(toy: Ears, policy, real, tmp_path, monkeypatch) -> None:
+    toy.save(tmp_path / FOLDER)
+    base = SimpleNamespace(codec=policy.codec, contrastive=None, path=tmp_path)
     codes, heard = real[0], []
-    listener, listen = Listener(toy), Ears.probabilities
-    monkeypatch.setattr(Ears, "probabilities", lambda self, latents: heard.append(len(latents)) or listen(self, latents))
-    first = listener.score("genre", codes[:2], ["jazz", "techno"])
-    listener.score("mood", codes[:2], ["sad techno", "happy"])
+    judges, listen = checks(base), Ears.probabilities_of
+    monkeypatch.setattr(Ears, "probabilities_of", lambda self, sound: heard.append(len(sound)) or listen(self, sound))
+    told = scores({kind: judges[kind] for kind in CLASSES}, codes[:3], ["sad jazz", "happy techno", "music"])
     assert heard == [2]
-    other = listener.score("genre", codes[2:4], ["jazz", "techno"])
-    assert heard == [2, 2]
-    assert not torch.equal(first, other)
-    assert torch.isnan(listener.score("genre", codes[4:6], ["music", "noise"])).all()
+    alone = judges["genre"](codes[:3], ["jazz", "techno", "music"])
+    torch.testing.assert_close(told["genre"], alone, equal_nan=True)
+    assert torch.isnan(judges["genre"](codes[4:6], ["music", "noise"])).all()
     assert heard == [2, 2]  # nothing was asked

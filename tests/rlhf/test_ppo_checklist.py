@@ -31,11 +31,11 @@ from base_models.conditions import Conditions
 from base_models.policy import PRETRAINED, load_policy
 from rlhf.controllers import AdaptiveKLController, RewardNormalizer
 from rlhf.dense import expected_ppo_loss
+from rlhf.judges import Score
 from rlhf.losses import entropy, gae, kl_k1, kl_k3, masked_whiten, ppo_policy_loss, ppo_value_loss
 from rlhf.ppo_dense import sampled_log_ratio
 from rlhf.ppo_run import Run
 from rlhf.ppo_task import Task, share_of_code_3, slope_of_code_3, toy_task
-from rlhf.rewards import Score
 from rlhf.rollout import Rollout, add_score_once, code_logits, judge, score_steps
 from rlhf.train_ppo import Config, main
 from tests.rlhf.ppo_toys import (

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 
 from base_models.errors import UserError
+from rlhf.dense import limited
+from rlhf.ppo_run import Run
+from rlhf.rewards import HUMAN
 from rlhf.train_ppo import main
-from tests.rlhf.ppo_toys import CODES, config, judged_by
+from tests.rlhf.ppo_toys import CODES, config, judged_by, two_slopes
 
 
 def test_a_tenth_of_the_clips_teach_what_scores_alone_hardly_do(tmp_path: Path) -> None:
@@ -33,3 +39,19 @@ def test_auto_takes_codes_where_there_is_a_slope_else_says_what_has_none_and_cod
         main(config(tmp_path / "d", steps=1, credit="codes"), flat)
     with pytest.raises(UserError, match="ent-coef"):
         main(config(tmp_path / "e", credit="codes", ent_coef=0.1))
+
+
+def test_the_first_round_weighs_slopes_by_the_spreads_of_its_own_clips_where_no_look_has_measured_them(tmp_path: Path) -> None:
+    task = dataclasses.replace(two_slopes(), heldout=None)
+    run = Run(config(tmp_path, weights="human=1,code_5=0.5", **CODES), task, Accelerator(cpu=True))
+    mine = run.play()
+    prompts = [task.prompts[row] for row in mine.prompt_ids.tolist()]
+    judged, figures = run.judge(mine)
+    assert set(run.reward.scales) == {HUMAN, "code_5"}
+    total = torch.zeros_like(judged.slope)
+    for name, weight in {HUMAN: 1.0, "code_5": 0.5}.items():
+        slope, score = task.slopes[name](mine.codes, prompts)
+        there = score[torch.isfinite(score)]
+        total += weight / there.std(correction=0) * torch.nan_to_num(slope)
+        assert figures[f"reward_{name}"] == pytest.approx(float(there.mean()))
+    torch.testing.assert_close(judged.slope, limited(total))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from base_models.errors import UserError
-from rlhf.rewards import HOLD_RATE, Part, Reward, Score, held_parts, parse_weights, weighted
+from rlhf.judges import Score
+from rlhf.rewards import HOLD_RATE, Part, Reward, held_parts, parse_weights, weighted
 
 NAN = float("nan")
 CODES = torch.zeros(4, 1, 2, dtype=torch.int64)
@@ -143,8 +144,7 @@ def test_a_spread_that_votes_did_not_support_is_not_blown_up_to_one() -> None:
     assert float(human.abs().max()) < 0.01
     full, _ = measured(weighted(weights, nearly_nothing, {"tempo": real}))
     assert float(full.judge(marks).parts["human"].abs().max()) > 1
-    slope = torch.ones(4, 2, 3)
-    assert float(reward.slope({"human": slope, "tempo": 0 * slope}).abs().max()) == pytest.approx(1 / 0.25)
+    assert reward.worth()["human"] == pytest.approx(1 / 0.25)
     enough, marks = measured(weighted(weights, real, {"tempo": real}, least=0.25))
     assert float(enough.judge(marks).parts["human"].std(correction=0)) == pytest.approx(1)
 
@@ -164,8 +164,7 @@ def test_a_held_part_weighs_more_while_it_is_worse_than_the_bases_and_no_less_th
     reward.hold(["fit"], marks - spread)
     assert reward.now == {"human": 1.0, "fit": pytest.approx(0.5 + HOLD_RATE)}
     assert reward.figures(marks)["reward_fit_weight"] == reward.now["fit"]
-    heavy = reward.slope({"human": torch.zeros(4, 1, 1), "fit": torch.ones(4, 1, 1)})
-    torch.testing.assert_close(heavy, torch.full((4, 1, 1), (0.5 + HOLD_RATE) / spread))
+    assert reward.worth()["fit"] == pytest.approx((0.5 + HOLD_RATE) / spread)
     for _ in range(100):
         reward.hold(["fit"], marks + spread)
     assert reward.now["fit"] == 0.5  # and never less than it began with
