@@ -16,8 +16,9 @@ from base_models.sampling import generate
 from benchmarks.ppo_turn import Turn, held, without_tempo
 from rlhf.losses import masked_whiten, ppo_policy_loss
 from rlhf.ppo_run import Run
-from rlhf.reward_features import DESCRIPTORS, FIT, features
-from rlhf.reward_heads import Head, make_lens
+from rlhf.reward_committee import committees
+from rlhf.reward_features import DESCRIPTORS, blocks_of, features
+from rlhf.reward_heads import make_lens
 from rlhf.reward_model import RewardModel
 from rlhf.rewards import HUMAN
 from rlhf.rollout import prompt_of, sample_seed, score_steps
@@ -30,15 +31,15 @@ def share_of_odd_codes(codes: Tensor, prompts: list[str]) -> Tensor:
 
 
 def sloped(policy: Policy, prompts: list[str]) -> RewardModel:
-    """Five heads over what the demo's reward reads, descriptors and the fit of clip and prompt, with random weights: untrained, and as dear
-    as a trained one to ask for its slope."""
+    """Five committees of the heads that hear descriptors, as the demo's reward has them, with random weights: untrained, and as dear as a
+    trained one to ask for its slope."""
     generator = torch.Generator().manual_seed(0)
-    head = Head("linear", (DESCRIPTORS, FIT), 1.0)
+    committee = next(found for found in committees(blocks_of(policy)) if DESCRIPTORS in found.blocks)
     codes = torch.randint(0, policy.lm.card, (16, policy.lm.n_q, 50), generator=generator)
-    table = features(policy, codes, [prompts[row % len(prompts)] for row in range(16)], head.blocks)
-    width = sum(rows.shape[1] for rows in table.values())
-    lens = make_lens(head, table, torch.arange(16) // 2)
-    return RewardModel(policy, head, lens, torch.randn(5, width, generator=generator), torch.zeros(5), lam=0.5, temperature=1.0)
+    table = features(policy, codes, [prompts[row % len(prompts)] for row in range(16)], committee.blocks)
+    lenses = [make_lens(head, table, torch.arange(16) // 2) for head in committee.heads]
+    width = committee.expand(lenses, table).shape[1]
+    return RewardModel(policy, committee, lenses, torch.randn(5, width, generator=generator), torch.zeros(5), lam=0.5, temperature=1.0)
 
 
 def our_run(args: argparse.Namespace, policy: Policy, prompts: list[str], credit: Literal["score", "codes"] = "score") -> Run:

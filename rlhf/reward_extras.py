@@ -22,8 +22,9 @@ from torch import Tensor
 from base_models.codec import Codec
 from rlhf import frame_reward, metrics
 from rlhf.preferences import BOTH_BAD, Preference, Snapshot, Vote, clip_marks
+from rlhf.reward_committee import Committee
 from rlhf.reward_folds import Clips, Folds, ordering, unseen_scores
-from rlhf.reward_heads import Head, Pairs, best_temperature, fit_ensemble
+from rlhf.reward_heads import Pairs, best_temperature
 from rlhf.reward_model import ACCEPTABLE, Extra
 
 MIN_PAIRS = 30
@@ -48,10 +49,10 @@ class Bench:
 
     folds: Folds
     clips: Clips
-    chosen: Sequence[Head]
-    """The heads by fold that judge."""
-    head: Head
-    """The kind that is kept."""
+    chosen: Sequence[Committee]
+    """The committees by fold that judge."""
+    committee: Committee
+    """The one that is kept."""
     members: int
     seed: int
 
@@ -61,7 +62,7 @@ class Bench:
 
     def kept(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """The ensemble on all pairs: members [E, P], offsets [E]."""
-        return fit_ensemble(self.head, self.folds.inputs[self.head], pairs, self.members, self.seed, self.folds.share)
+        return self.committee.ensemble(self.folds.inputs, pairs, self.members, self.seed, self.folds.share)
 
 
 def fit_extras(

@@ -20,20 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf.preferences import BOTH_BAD, TIE, Codes, Preference, Snapshot, Vote, X, checked_codes, prompt_folds, prompt_groups
+from rlhf.reward_committee import Committee
 from rlhf.reward_features import Base, Table, features, loudness_and_length
-from rlhf.reward_heads import (
-    Head,
-    Pairs,
-    Share,
-    alone,
-    best_temperature,
-    expand,
-    fit,
-    fit_ensemble,
-    log_loss,
-    make_lens,
-    pessimistic,
-)
+from rlhf.reward_heads import Head, Pairs, Share, alone, best_temperature, expand, fit, log_loss, make_lens, pessimistic
 
 
 class Clips:
@@ -131,23 +120,24 @@ def margins(scores: Tensor, pairs: Pairs) -> Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which head, by held-out votes."""
+    """Which committee of heads, by held-out votes."""
 
-    losses: dict[Head, float]
+    losses: dict[Committee, float]
     """Held-out loss of every candidate over all folds."""
-    chosen: list[Head]
-    """For each fold the head that is best on the *others*: the fold has no say in its own head."""
+    chosen: list[Committee]
+    """For each fold the committee that is best on the *others*: the fold has no say in its own."""
     inner: list[Tensor]
-    """For each fold f, scores [n, N] by its head: row g from a fit that has seen neither f nor g."""
+    """For each fold f, scores [n, N] by its committee: row g from a fit that has seen neither f nor g."""
 
     @property
-    def best(self) -> Head:
-        return min(self.losses, key=lambda head: self.losses[head])
+    def best(self) -> Committee:
+        return min(self.losses, key=lambda committee: self.losses[committee])
 
 
-def choose_heads(folds: Folds, pairs: Pairs) -> Choice:
-    """Compare all heads. For fold f they are compared on folds g != f with fits that have seen neither f nor g."""
-    heads, fold = list(folds.inputs), folds.of(pairs)
+def choose_committee(folds: Folds, pairs: Pairs, among: Sequence[Committee]) -> Choice:
+    """Compare committees. For fold f they are compared on folds g != f with fits that have seen neither f nor g; a head that sits in
+    several is fitted once."""
+    heads, fold = list(dict.fromkeys(head for committee in among for head in committee.heads)), folds.of(pairs)
     outs: list[tuple[int, ...]] = [(f,) for f in range(folds.n)] + list(combinations(range(folds.n), 2))
     jobs = [(head, out) for head in heads for out in outs]
 
@@ -156,33 +146,39 @@ def choose_heads(folds: Folds, pairs: Pairs) -> Choice:
         seen = ~torch.isin(fold, torch.tensor(out))
         return folds.inputs[head] @ fit(head, folds.inputs[head], pairs.index(seen))
 
-    scores = dict(zip(jobs, folds.share(len(jobs), job)))
+    found = dict(zip(jobs, folds.share(len(jobs), job)))
     size = [float(pairs.weight[fold == f].sum()) for f in range(folds.n)]
 
-    def loss(head: Head, out: tuple[int, ...], on: int) -> float:
-        rows = pairs.index(fold == on)
-        return log_loss(scores[head, out][rows.chosen] - scores[head, out][rows.rejected], rows) if len(rows) and size[on] else 0.0
+    def scores(committee: Committee, out: tuple[int, ...]) -> Tensor:
+        return torch.stack([found[head, out] for head in committee.heads]).mean(0)
 
-    total = {head: sum(size[f] * loss(head, (f,), f) for f in range(folds.n)) / sum(size) for head in heads}
+    def loss(committee: Committee, out: tuple[int, ...], on: int) -> float:
+        rows = pairs.index(fold == on)
+        if not (len(rows) and size[on]):
+            return 0.0
+        told = scores(committee, out)
+        return log_loss(told[rows.chosen] - told[rows.rejected], rows)
+
+    total = {committee: sum(size[f] * loss(committee, (f,), f) for f in range(folds.n)) / sum(size) for committee in among}
     chosen, inner = [], []
     for f in range(folds.n):
         both = {g: (min(f, g), max(f, g)) if g != f else (f,) for g in range(folds.n)}
-        without = {head: sum(size[g] * loss(head, both[g], g) for g in range(folds.n) if g != f) for head in heads}
-        chosen.append(min(without, key=lambda head: without[head]))
-        inner.append(torch.stack([scores[chosen[f], both[g]] for g in range(folds.n)]))
+        without = {committee: sum(size[g] * loss(committee, both[g], g) for g in range(folds.n) if g != f) for committee in among}
+        chosen.append(min(without, key=lambda committee: without[committee]))
+        inner.append(torch.stack([scores(chosen[f], both[g]) for g in range(folds.n)]))
     return Choice(total, chosen, inner)
 
 
 def unseen_scores(
-    folds: Folds, pairs: Pairs | Sequence[Pairs], chosen: Sequence[Head], n_members: int, seed: int, lam: float = 0.0
+    folds: Folds, pairs: Pairs | Sequence[Pairs], chosen: Sequence[Committee], n_members: int, seed: int, lam: float = 0.0
 ) -> Tensor:
-    """[n, N]: row f by an ensemble of head chosen[f] that has not seen fold f. pairs: one set for all folds, or one for each."""
+    """[n, N]: row f by an ensemble of committee chosen[f] that has not seen fold f. pairs: one set for all folds, or one for each."""
     rows = []
-    for f, head in enumerate(chosen):
+    for f, committee in enumerate(chosen):
         training = pairs if isinstance(pairs, Pairs) else pairs[f]
         seen = training.index(folds.of(training) != f)
-        members, offsets = fit_ensemble(head, folds.inputs[head], seen, n_members, seed + f + 1, folds.share)
-        rows.append(pessimistic(members @ folds.inputs[head].T - offsets[:, None], lam))
+        members, offsets = committee.ensemble(folds.inputs, seen, n_members, seed + f + 1, folds.share)
+        rows.append(pessimistic(members @ committee.inputs(folds.inputs).T - offsets[:, None], lam))
     return torch.stack(rows)
 
 
@@ -192,7 +188,7 @@ def baseline_scores(base: Base, clips: Clips, folds: Folds, pairs: Pairs) -> Ten
     head = Head("kernel", ("loudness",), 1.0)
     inputs = expand(make_lens(head, table, clips.prompt), head, table)
     plain = Folds({head: inputs}, folds.fold, folds.n, folds.share)
-    return unseen_scores(plain, pairs, [head] * folds.n, 1, 0)
+    return unseen_scores(plain, pairs, [Committee((head,))] * folds.n, 1, 0)
 
 
 def cross_calibrated(margin: Tensor, pairs: Pairs, folds: Folds) -> Tensor:
@@ -221,12 +217,12 @@ def unseen_raters(
     clips: Clips,
     votes: Sequence[Vote],
     pairs_of: Callable[[Sequence[Vote]], Sequence[Preference]],
-    chosen: Sequence[Head],
+    chosen: Sequence[Committee],
     seed: int,
 ) -> Tensor | None:
     """Margins [votes] of single votes by fits that have met neither the vote's prompt nor its rater. None with fewer than two raters.
 
-    A grid of folds of prompts and folds of raters, each cell by a fit on all votes outside of both. The heads' kinds are `chosen`,
+    A grid of folds of prompts and folds of raters, each cell by a fit on all votes outside of both. The committees are `chosen`,
     by prompts alone. pairs_of: votes -> preferences.
     """
     names = sorted({vote.rater for vote in votes})
@@ -239,8 +235,7 @@ def unseen_raters(
 
     def job(index: int) -> Tensor:
         f, g = cells[index]
-        inputs = folds.inputs[chosen[f]]
-        return inputs @ fit(chosen[f], inputs, known[g].index(folds.of(known[g]) != f))
+        return chosen[f].scores(folds.inputs, known[g].index(folds.of(known[g]) != f))
 
     scores = folds.share(len(cells), job)
     single = clips.single(votes)

@@ -6,7 +6,7 @@ figures -> gates: name, number, what was asked, PASS | FAIL | not asked
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
-from rlhf.reward_heads import Head, Pairs, fit
+from rlhf.reward_committee import Committee
+from rlhf.reward_heads import Head, Pairs
 
 MIN_SHARE, SHARE_FROM = 0.8, 500
 """Of what the raters' ceiling leaves above chance, asked from so many pairs on."""
@@ -105,12 +106,13 @@ def drawn(pairs: Pairs, seed: int) -> Pairs:
     return few.reweighted(torch.ones(len(few)))
 
 
-def overfit(head: Head, inputs: Tensor, pairs: Pairs, seed: int) -> float:
-    """Accuracy on 20 decided pairs of a head fitted on these alone, its prior ten times as wide: whether it can learn at all.
+def overfit(committee: Committee, inputs: Mapping[Head, Tensor], pairs: Pairs, seed: int) -> float:
+    """Accuracy on 20 decided pairs of heads fitted on these alone, their priors ten times as wide: whether they can learn at all.
 
-    A head that cannot tell apart what it was told sees no difference between the clips, or sees the wrong clips.
+    What cannot tell apart what it was told sees no difference between the clips, or sees the wrong clips.
     """
     few = drawn(pairs, seed)
-    score = inputs @ fit(Head(head.kind, head.blocks, 10 * head.prior, head.length), inputs, few)
+    wide = {head: replace(head, prior=10 * head.prior) for head in committee.heads}
+    score = Committee(tuple(wide.values())).scores({wide[head]: inputs[head] for head in committee.heads}, few)
     margin = score[few.chosen] - score[few.rejected]
     return float(((margin > 0).float() + 0.5 * (margin == 0)).mean())

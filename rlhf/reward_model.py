@@ -1,12 +1,12 @@
-"""Codes -> how much the raters would like the clip: frozen features, a small head, an ensemble that knows what it does not know.
+"""Codes -> how much the raters would like the clip: frozen features, small heads, an ensemble that knows what it does not know.
 
-    codes [B, K, T] -> blocks of frozen features [B, F] -> standardise within prompts -> E heads
+    codes [B, K, T] -> blocks of frozen features [B, F] -> standardise within prompts -> E committees of heads
                     -> (mean - lam * spread) / temperature [B]
 
 A few hundred votes cannot teach a network to listen, so nothing that listens is trained here: what a head sees is frozen
-(rlhf.reward_features), and what learns is small (rlhf.reward_heads). Which features and which head is settled by held-out votes.
-Five heads see bootstraps of the prompts; where they disagree, lam makes the score cautious, which keeps a policy from walking
-where no vote has been (Coste et al. 2024, arXiv:2310.02743).
+(rlhf.reward_features), and what learns is small (rlhf.reward_heads): a few heads whose scores are averaged (rlhf.reward_committee).
+Which features they hear is settled by held-out votes. Five committees see bootstraps of the prompts; where they disagree, lam makes
+the score cautious, which keeps a policy from walking where no vote has been (Coste et al. 2024, arXiv:2310.02743).
 
 Deliberately not here: the taste of any rater, or a waveform.
 """
@@ -26,8 +26,9 @@ from base_models.checkpoint import load_tensors, read_json, save_tensors, tensor
 from base_models.errors import UserError
 from rlhf.frame_reward import FrameHead, frame_features, frame_tensors, read_frame_head
 from rlhf.judges import Judge, Score, Slope, SlopeOf
+from rlhf.reward_committee import Committee, read_committee
 from rlhf.reward_features import Base, Heard, Table, blocks_of, features_heard, features_sha256
-from rlhf.reward_heads import Head, Lens, expand, pessimistic
+from rlhf.reward_heads import Lens, pessimistic
 from rlhf.token_reward import TokenTrunk, TrunkShape
 
 
@@ -47,19 +48,30 @@ ACCEPTABLE = "acceptable"
 
 
 class RewardModel:
-    """An ensemble of heads over a base's frozen features.
+    """An ensemble of committees of heads over a base's frozen features.
 
     score(codes, prompts) -> [B], in calibrated nats: sigmoid(score(a) - score(b)) is how probably a is preferred to b.
-    spread(codes, prompts) -> [B]: how far the heads are apart, in the same unit. extra_scores: by aspect, and `acceptable`.
+    spread(codes, prompts) -> [B]: how far the committees are apart, in the same unit. extra_scores: by aspect, and `acceptable`.
     per_frame(codes, prompts) -> [B, T]: where a clip is good and bad, where raters have marked clips.
     """
 
-    def __init__(self, base: Base, head: Head, lens: Lens, members: Tensor, offsets: Tensor, lam: float, temperature: float) -> None:
-        self.base, self.head, self.lens = base, head, lens
+    def __init__(
+        self,
+        base: Base,
+        committee: Committee,
+        lenses: Sequence[Lens],
+        members: Tensor,
+        offsets: Tensor,
+        lam: float,
+        temperature: float,
+    ) -> None:
+        self.base, self.committee = base, committee
+        self.lenses = tuple(lenses)
+        """One a head of the committee."""
         self.members = members
-        """[E, P]: the heads' weights."""
+        """[E, P]: the weights of all heads, side by side."""
         self.offsets = offsets
-        """[E]: each head's mean over the clips it was fitted on; heads are only defined up to a constant."""
+        """[E]: each committee's mean over the clips it was fitted on; scores are only defined up to a constant."""
         self.lam, self.temperature = lam, temperature
         self.snapshot_sha256: str | None = None
         """The votes it was fitted on."""
@@ -71,15 +83,15 @@ class RewardModel:
         """Judges clips in place of the heads, where held-out votes said so; the heads of aspects and frames stay."""
 
     def member_scores(self, table: Table) -> Tensor:
-        """Features, blocks [B, F] -> [E, B], each head about 0 on the clips it was fitted on."""
-        return self._centred(expand(self.lens, self.head, table))
+        """Features, blocks [B, F] -> [E, B], each committee about 0 on the clips it was fitted on."""
+        return self._centred(self.committee.expand(self.lenses, table))
 
     def _centred(self, inputs: Tensor) -> Tensor:
         """[B, P] -> [E, B]"""
         return self.members @ inputs.T - self.offsets[:, None]
 
     def score_features(self, table: Table) -> Tensor:
-        """Features, blocks [B, F] -> (mean - lam * spread over the heads) / temperature [B]."""
+        """Features, blocks [B, F] -> (mean - lam * spread over the committees) / temperature [B]."""
         return pessimistic(self.member_scores(table), self.lam) / self.temperature
 
     @torch.no_grad()
@@ -127,7 +139,8 @@ class RewardModel:
 
     @torch.no_grad()
     def spread(self, codes: Tensor, prompts: Sequence[str]) -> Tensor:
-        """codes [B, K, T] and their prompts -> standard deviation between the heads [B], in units of the score; 0 for one head."""
+        """codes [B, K, T] and their prompts -> standard deviation between the committees [B], in units of the score; 0 for a
+        single one."""
         return self._spread_of(self._judged(codes, prompts)).to(codes.device)
 
     @torch.no_grad()
@@ -167,8 +180,8 @@ class RewardModel:
         """[B, P]: what all heads are linear in."""
 
         def make() -> Tensor:
-            table = features_heard(heard, self.head.blocks)
-            return expand(self.lens, self.head, {block: rows.cpu() for block, rows in table.items()})
+            table = features_heard(heard, self.committee.blocks)
+            return self.committee.expand(self.lenses, {block: rows.cpu() for block, rows in table.items()})
 
         return heard.once(self, make)
 
@@ -187,7 +200,7 @@ class RewardModel:
         return members.std(0, correction=1) if len(members) > 1 else torch.zeros_like(members[0])
 
     def tensors(self) -> dict[str, Tensor]:
-        state = {f"lens.{field.name}": getattr(self.lens, field.name) for field in fields(self.lens)}
+        state = {f"lens.{i}.{field.name}": getattr(lens, field.name) for i, lens in enumerate(self.lenses) for field in fields(lens)}
         for name, extra in self.extras.items():
             state |= {f"extra.{name}.members": extra.members, f"extra.{name}.offsets": extra.offsets}
         if self.trunk is not None:
@@ -209,7 +222,7 @@ class RewardModel:
             "features_sha256": features_sha256(self.base),
             "snapshot_sha256": self.snapshot_sha256,
             "reward_sha256": self.sha256,
-            "head": asdict(self.head),
+            "heads": self.committee.as_json(),
             "lam": self.lam,
             "temperature": self.temperature,
             "extras": {name: extra.temperature for name, extra in self.extras.items()},
@@ -233,6 +246,10 @@ def load_reward(folder: str | Path, base: Base) -> RewardModel:
             f"one of base {base.sha256[:12]}",
             "train a reward model on votes about this base's clips",
         )
+    if "heads" not in manifest:
+        raise UserError(
+            f"{folder}, a reward model with one head, of an earlier version", "one with `heads`", "train it again on its snapshot"
+        )
     if manifest["features_sha256"] != features_sha256(base):
         raise UserError(
             "a reward model over another audio-text space",
@@ -242,11 +259,11 @@ def load_reward(folder: str | Path, base: Base) -> RewardModel:
     state = load_tensors(folder / "model.safetensors")
     if tensors_sha256(state) != manifest["reward_sha256"]:
         raise UserError(f"{folder} with changed weights", f"hash {manifest['reward_sha256'][:12]}", "train or copy it again")
-    lens = Lens(**{field.name: state[f"lens.{field.name}"] for field in fields(Lens)})
-    head = Head(**{**manifest["head"], "blocks": tuple(manifest["head"]["blocks"])})
-    if unknown := sorted(set(head.blocks) - set(blocks_of(base))):
+    committee = read_committee(manifest["heads"])
+    lenses = [Lens(**{field.name: state[f"lens.{i}.{field.name}"] for field in fields(Lens)}) for i in range(len(committee.heads))]
+    if unknown := sorted(set(committee.blocks) - set(blocks_of(base))):
         raise UserError(f"a reward model over {', '.join(unknown)}", f"some of {', '.join(blocks_of(base))}", "train it again")
-    model = RewardModel(base, head, lens, state["members"], state["offsets"], manifest["lam"], manifest["temperature"])
+    model = RewardModel(base, committee, lenses, state["members"], state["offsets"], manifest["lam"], manifest["temperature"])
     model.snapshot_sha256 = manifest["snapshot_sha256"]
     for name, temperature in manifest.get("extras", {}).items():
         model.extras[name] = Extra(state[f"extra.{name}.members"], state[f"extra.{name}.offsets"], temperature)

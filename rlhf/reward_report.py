@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rlhf import metrics, raters, reward_gates
 from rlhf.preferences import TIE, Preference, Snapshot, both_bad
+from rlhf.reward_committee import Committee, read_committee
 from rlhf.reward_folds import Clips, Folds, ordering
-from rlhf.reward_heads import Head
 
 
 def judgement(
@@ -67,15 +67,14 @@ def _right(margin: np.ndarray) -> np.ndarray:
     return np.where(margin == 0, 0.5, (margin > 0).astype(float))
 
 
-def name(head: Head) -> str:
-    reach = f", length {head.length:g}" if head.kind == "kernel" else ""
-    return f"{head.kind} on {' + '.join(head.blocks)}{reach}, prior {head.prior:g}"
+def name(committee: Committee) -> str:
+    kinds = Counter(head.kind for head in committee.heads)
+    return f"{', '.join(f'{n} {kind}' for kind, n in kinds.items())} on {' + '.join(committee.blocks)}"
 
 
 def report(figures: dict[str, Any]) -> str:
     """What the script prints."""
     low, high = figures["ci"]
-    head = Head(**{**figures["head"], "blocks": tuple(figures["head"]["blocks"])})
     ceiling, stranger = figures["ceiling"], figures["accuracy_unseen_raters"]
     best = "unknown: no pair has two votes" if ceiling is None else f"{ceiling:.3f} (raters agree in {figures['agreement']:.3f})"
     new = "unknown" if stranger is None else "{:.3f} [{:.3f}, {:.3f}]".format(stranger["value"], *stranger["ci"])
@@ -88,7 +87,7 @@ def report(figures: dict[str, Any]) -> str:
         f"ceiling    {best}",
         f"baseline   {figures['baseline']['value']:.3f} by loudness and length alone",
         f"calibrated {figures['ece']:.3f} expected calibration error at temperature {figures['temperature']:.2f}",
-        f"head       {name(head)}, over {figures['features']} features",
+        f"heads      {name(read_committee(figures['heads']))}, over {figures['features']} features; their scores are averaged",
         _of_raters(figures),
         *(_of_extra(name, told) for name, told in figures["extras"].items()),
     ]

@@ -6,12 +6,12 @@ has not seen.
     python rlhf/train_reward.py --snapshot ... --strict           # exit code 1 when a gate fails
     torchrun --nproc-per-node 2 rlhf/train_reward.py ...          # the same result, bit for bit
 
-    votes -> raters' reliability -> pairs -> blocks of frozen features [N, F] -> five folds by prompt and artist -> head and
+    votes -> raters' reliability -> pairs -> blocks of frozen features [N, F] -> five folds by prompt and artist -> heads and
     raters' weights chosen, calibrated, judged -> ensemble on all pairs; heads of aspects, "both bad" and frames -> gates
     with --trunk: pairs -> the base's language model with a LoRA, judged by the same folds -> kept where it is surely better
 
 Every figure comes from pairs whose *prompts* the fitted heads have never met: five folds by prompt (prompts of one artist stand
-together); in each, the kind of head is chosen by folds inside the training part. One figure comes from votes of *raters* nobody
+together); in each, the committee of heads is chosen by folds inside the training part. One figure comes from votes of *raters* nobody
 has met either. The model that is saved is then fitted on everything, which can only help it. Accuracy is told against single
 votes, beside the ceiling that the raters' own disagreement sets, and beside a model that hears only loudness and length.
 
@@ -45,10 +45,11 @@ from base_models.settings import run, to_mapping
 from rlhf import metrics, raters, reward_gates
 from rlhf.preferences import TIE, Preference, Snapshot, Vote, demand_decided, load_snapshot, pairs_sha256, shuffled, training_pairs
 from rlhf.rater_weights import reliable, weigh
+from rlhf.reward_committee import committees
 from rlhf.reward_extras import Bench, fit_extras, fit_frame_head
 from rlhf.reward_features import Base, blocks_of
-from rlhf.reward_folds import Clips, Folds, baseline_scores, choose_heads, cross_calibrated, ordering, unseen_raters
-from rlhf.reward_heads import Share, best_temperature, candidates, expand, fit_ensemble, make_lens
+from rlhf.reward_folds import Clips, Folds, baseline_scores, choose_committee, cross_calibrated, ordering, unseen_raters
+from rlhf.reward_heads import Share, best_temperature, expand, make_lens
 from rlhf.reward_model import RewardModel
 from rlhf.reward_report import judgement, name, report
 from rlhf.reward_toy import toy_base, write_toy_snapshot
@@ -137,7 +138,8 @@ def _main(cfg: Config) -> dict[str, Any]:
     learnt = shuffled(truth, cfg.seed) if cfg.shuffle_labels else truth
 
     # 2. Features of every clip, once.
-    heads = candidates(blocks_of(base))
+    among = committees(blocks_of(base))
+    heads = sorted({head for committee in among for head in committee.heads}, key=repr)
     table = clips.table(base, sorted({block for head in heads for block in head.blocks}), share, progress=accelerator.is_main_process)
     lenses = {head: make_lens(head, table, clips.prompt) for head in heads}
     inputs = {head: expand(lens, head, table) for head, lens in lenses.items()}
@@ -145,8 +147,8 @@ def _main(cfg: Config) -> dict[str, Any]:
     # 3. Judge by folds of prompts: every margin comes from heads that never met the pair's prompt.
     folds = Folds(inputs, clips.fold_of_prompt(cfg.folds, cfg.seed), cfg.folds, share)
     trial = None if cfg.trunk == "frozen" else trial_of(cfg, base, clips, folds, accelerator.is_main_process)
-    choice = choose_heads(folds, clips.pairs(learnt))
-    head = choice.best
+    choice = choose_committee(folds, clips.pairs(learnt), among)
+    committee = choice.best
     weighing = weigh(cfg, folds, clips, snapshot, agreed, clips.pairs(learnt), choice, preferences)
     if weighing.weights is not agreed:
         learnt = truth = preferences(weighing.weights)
@@ -163,11 +165,13 @@ def _main(cfg: Config) -> dict[str, Any]:
     )
 
     # 4. Learn from everything.
-    members, offsets = fit_ensemble(head, inputs[head], pairs, cfg.members, cfg.seed, share)
-    model = RewardModel(base, head, lenses[head], members, offsets, cfg.lam, best_temperature(margin, true_pairs))
+    members, offsets = committee.ensemble(inputs, pairs, cfg.members, cfg.seed, share)
+    model = RewardModel(
+        base, committee, [lenses[head] for head in committee.heads], members, offsets, cfg.lam, best_temperature(margin, true_pairs)
+    )
     model.snapshot_sha256 = snapshot.sha256
     model.trunk = None if by_trunk is None else by_trunk.kept(pairs)
-    bench = Bench(folds, clips, choice.chosen, head, cfg.members, cfg.seed)
+    bench = Bench(folds, clips, choice.chosen, committee, cfg.members, cfg.seed)
     extras = fit_extras(bench, learnt, snapshot.votes, weighing.weights)
     model.extras = {name: found.extra for name, found in extras.items() if found.extra is not None}
     model.frames, of_frames = fit_frame_head(bench, base.codec, snapshot, weighing.weights)
@@ -178,12 +182,12 @@ def _main(cfg: Config) -> dict[str, Any]:
         "ece": metrics.pair_calibration_error(
             cross_calibrated(margin, true_pairs, folds).numpy(), true_pairs.p.numpy(), true_pairs.weight.numpy()
         ),
-        "overfit": by_trunk.overfit(pairs) if by_trunk is not None else reward_gates.overfit(head, inputs[head], pairs, cfg.seed),
+        "overfit": by_trunk.overfit(pairs) if by_trunk is not None else reward_gates.overfit(committee, inputs, pairs, cfg.seed),
         "trunk": None if rival is None else rival.figures,
-        "head": asdict(head),
+        "heads": committee.as_json(),
         "held_out_loss": {name(option): round(loss, 4) for option, loss in choice.losses.items()},
         "temperature": model.temperature,
-        "features": lenses[head].mean.numel(),
+        "features": sum(table[block].shape[1] for block in committee.blocks),
         "raters": {rater: asdict(q) | weighing.told(rater) for rater, q in quality.items()},
         "weights_by": weighing.name,
         "weights_loss": weighing.losses,

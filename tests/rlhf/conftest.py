@@ -17,7 +17,7 @@ from base_models.policy import PRETRAINED, load_policy
 from db.export import export_snapshot
 from db.store import open_store
 from feedback_app.campaigns import register_campaign
-from rlhf import reward_features, reward_heads, reward_model
+from rlhf import reward_committee, reward_features, reward_heads, reward_model
 from rlhf.evaluate_models import read_codes
 from rlhf.sample_pairs import Prompt, Settings, sample
 from rlhf.train_ppo import main as train_ppo
@@ -91,7 +91,7 @@ def reward_dir(policy_dir, clips, tmp_path_factory) -> Path:
     lens = reward_heads.make_lens(head, table, torch.arange(len(codes)) // 2)
     members, offsets = reward_heads.fit_ensemble(head, reward_heads.expand(lens, head, table), pairs, 2, 0)
     folder = tmp_path_factory.mktemp("reward")
-    reward_model.RewardModel(policy, head, lens, members, offsets, 0.0, 1.0).save(folder)
+    reward_model.RewardModel(policy, reward_committee.Committee((head,)), [lens], members, offsets, 0.0, 1.0).save(folder)
     write_json(folder / "figures.json", {"ci": [0.6, 0.9]})  # what train_reward.py leaves beside it
     return folder
 

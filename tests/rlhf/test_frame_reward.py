@@ -8,6 +8,7 @@ from rlhf import frame_reward as fr
 from rlhf import reward_features as rf
 from rlhf import reward_heads as rh
 from rlhf import reward_model as rm
+from rlhf.reward_committee import Committee
 
 T = 60
 
@@ -113,7 +114,7 @@ def test_the_model_tells_frames_before_and_after_saving_and_says_what_it_lacks(c
     head = rh.Head("linear", (rf.LATENTS,), 1.0)
     lens = rh.make_lens(head, table, torch.arange(12) // 6)
     members = torch.randn(3, table[rf.LATENTS].shape[1], generator=torch.Generator().manual_seed(2))
-    model = rm.RewardModel(base, head, lens, members, torch.zeros(3), lam=0.5, temperature=2.0)
+    model = rm.RewardModel(base, Committee((head,)), [lens], members, torch.zeros(3), lam=0.5, temperature=2.0)
     for ask in (model.per_frame, model.frame_slope):
         with pytest.raises(UserError, match="stretches marked"):
             ask(codes, ["p"] * 12)

@@ -6,7 +6,8 @@ import torch
 from rlhf import raters
 from rlhf.preferences import load_snapshot, training_pairs
 from rlhf.rater_weights import weigh
-from rlhf.reward_folds import Clips, Folds, choose_heads
+from rlhf.reward_committee import Committee
+from rlhf.reward_folds import Clips, Folds, choose_committee
 from rlhf.reward_heads import Head
 from rlhf.reward_toy import write_toy_snapshot
 from rlhf.train_reward import Config
@@ -31,12 +32,22 @@ def test_slopes_find_the_careless_and_the_adversary_where_nobody_shares_a_pair(t
 
     pairs = clips.pairs(preferences(None))
     cfg = Config(members=1)
-    found = weigh(cfg, folds, clips, snapshot, None, pairs, choose_heads(folds, pairs), preferences)
+    choice = choose_committee(folds, pairs, [Committee((head,))])
+    found = weigh(cfg, folds, clips, snapshot, None, pairs, choice, preferences)
     assert found.name == "slopes"
     assert found.losses["slopes"] < found.losses["agreement"] - 0.05
     assert found.weights["r3"] == 0
     assert found.told("r3")["against_the_music"]
     assert found.weights["r4"] < 0.5 * min(found.weights[rater] for rater in ("r0", "r1", "r2"))
-    turned_round = weigh(replace(cfg, adversaries="invert"), folds, clips, snapshot, None, pairs, choose_heads(folds, pairs), preferences)
+    turned_round = weigh(
+        replace(cfg, adversaries="invert"),
+        folds,
+        clips,
+        snapshot,
+        None,
+        pairs,
+        choice,
+        preferences,
+    )
     assert turned_round.weights["r3"] < 0
     assert turned_round.losses["slopes"] < found.losses["agreement"] - 0.05

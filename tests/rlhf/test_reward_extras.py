@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from rlhf.preferences import training_pairs
+from rlhf.reward_committee import Committee
 from rlhf.reward_extras import Bench, acceptable_pairs, aspect_pairs, auc, fit_acceptable, fit_aspect, level_of
 from rlhf.reward_folds import ordering
 from tests.rlhf.reward_toys import PLAIN, toy_votes
@@ -14,7 +15,7 @@ def world(tmp_path_factory):
 
 
 def bench(clips, folds):
-    return Bench(folds, clips, [PLAIN] * 5, PLAIN, 3, 0)
+    return Bench(folds, clips, [Committee((PLAIN,))] * 5, Committee((PLAIN,)), 3, 0)
 
 
 def test_an_aspect_turns_pairs_to_the_side_that_is_better_at_it(world):

@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from rlhf.preferences import X, training_pairs
-from rlhf.reward_folds import choose_heads, cross_calibrated, loss_by_fold, ordering, unseen_raters, unseen_scores
+from rlhf.reward_committee import Committee
+from rlhf.reward_folds import choose_committee, cross_calibrated, loss_by_fold, ordering, unseen_raters, unseen_scores
 from tests.rlhf.reward_toys import BLIND, PLAIN, toy_votes
+
+HEARS, DEAF, BOTH = Committee((PLAIN,)), Committee((BLIND,)), Committee((BLIND, PLAIN))
+AMONG = (DEAF, BOTH, HEARS)
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +30,24 @@ def test_every_clip_of_a_vote_has_a_row_and_pairs_name_it(world):
     assert len(clips) == 240
 
 
-def test_the_head_that_hears_is_chosen_by_every_fold(world):
+def test_the_committee_that_hears_is_chosen_by_every_fold(world):
     snapshot, clips, folds = world
     pairs = clips.pairs(training_pairs(snapshot, known=clips.known))
-    choice = choose_heads(folds, pairs)
-    assert choice.best == PLAIN
-    assert choice.chosen == [PLAIN] * 5
-    assert choice.losses[PLAIN] < choice.losses[BLIND]
+    choice = choose_committee(folds, pairs, AMONG)
+    assert choice.best == HEARS
+    assert choice.chosen == [HEARS] * 5
+    assert choice.losses[HEARS] < choice.losses[BOTH] < choice.losses[DEAF]
 
 
 def test_a_fold_has_no_say_in_its_own_scores(world):
-    """Whatever its votes said, the head, the scores and the inner scores of a fold stay the same."""
+    """Whatever its votes said, the committee, the scores and the inner scores of a fold stay the same."""
     snapshot, clips, folds = world
     pairs = clips.pairs(training_pairs(snapshot, known=clips.known))
     held = folds.of(pairs) == 2
     turned = replace(
         pairs, chosen=torch.where(held, pairs.rejected, pairs.chosen), rejected=torch.where(held, pairs.chosen, pairs.rejected)
     )
-    before, after = choose_heads(folds, pairs), choose_heads(folds, turned)
+    before, after = choose_committee(folds, pairs, AMONG), choose_committee(folds, turned, AMONG)
     assert before.chosen[2] == after.chosen[2]
     torch.testing.assert_close(before.inner[2], after.inner[2], rtol=0, atol=0)
     one, two = (unseen_scores(folds, told, before.chosen, 2, seed=0) for told in (pairs, turned))
@@ -54,7 +58,7 @@ def test_a_fold_has_no_say_in_its_own_scores(world):
 def test_calibration_of_a_fold_comes_from_the_others(world):
     snapshot, clips, folds = world
     pairs = clips.pairs(training_pairs(snapshot, known=clips.known))
-    margin = 9 * folds.margins(unseen_scores(folds, pairs, [PLAIN] * 5, 1, 0), pairs)
+    margin = 9 * folds.margins(unseen_scores(folds, pairs, [HEARS] * 5, 1, 0), pairs)
     held = folds.of(pairs) == 0
     told = cross_calibrated(margin, pairs, folds)
     changed = cross_calibrated(torch.where(held, -margin, margin), pairs, folds)
@@ -71,8 +75,8 @@ def test_strangers_votes_are_foretold_without_their_votes(world):
         return training_pairs(replace(snapshot, votes=tuple(known)), known=clips.known)
 
     seen = []
-    margin = unseen_raters(folds, clips, votes, pairs_of, [PLAIN] * 5, seed=0)
+    margin = unseen_raters(folds, clips, votes, pairs_of, [HEARS] * 5, seed=0)
     assert (margin > 0).float().mean() > 0.65
     assert sorted(map(len, seen)) == [4] * 5
     assert set.intersection(*seen) == set()
-    assert unseen_raters(folds, clips, [vote for vote in votes if vote.rater == "r0"], pairs_of, [PLAIN] * 5, seed=0) is None
+    assert unseen_raters(folds, clips, [vote for vote in votes if vote.rater == "r0"], pairs_of, [HEARS] * 5, seed=0) is None

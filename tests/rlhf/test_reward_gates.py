@@ -3,6 +3,7 @@ import torch
 
 from base_models.checkpoint import write_json
 from rlhf import reward_gates
+from rlhf.reward_committee import Committee
 from rlhf.reward_gates import GateError, demand, doubt, gates, overfit, share_of_ceiling
 from rlhf.reward_heads import Head, Pairs
 
@@ -60,8 +61,9 @@ def test_a_head_that_sees_nothing_does_not_overfit():
     first = torch.arange(0, 80, 2)
     pairs = Pairs(first, first + 1, torch.ones(40), torch.ones(40), torch.zeros(40, dtype=torch.long))
     head = Head("linear", ("all",), 1.0)
-    assert overfit(head, torch.randn(80, 30, generator=generator), pairs, seed=0) == 1
-    assert overfit(head, torch.ones(80, 30), pairs, seed=0) == 0.5
+    alone = Committee((head,))
+    assert overfit(alone, {head: torch.randn(80, 30, generator=generator)}, pairs, seed=0) == 1
+    assert overfit(alone, {head: torch.ones(80, 30)}, pairs, seed=0) == 0.5
 
 
 def test_a_reward_no_better_than_chance_is_doubted_and_another_is_not(tmp_path):

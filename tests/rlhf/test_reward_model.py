@@ -3,10 +3,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from base_models.checkpoint import read_json, write_json
 from base_models.errors import UserError
 from rlhf import reward_features as rf
 from rlhf import reward_heads as rh
 from rlhf import reward_model as rm
+from rlhf.reward_committee import Committee
 from tests.rlhf.reward_toys import codes_of, small_base
 
 
@@ -27,7 +29,7 @@ def model(base):
     head = rh.Head("kernel", (rf.LATENTS, rf.SHARED), 2.0)
     lens = rh.make_lens(head, table, prompt)
     members, offsets = rh.fit_ensemble(head, rh.expand(lens, head, table), pairs, 5, seed=0)
-    made = rm.RewardModel(base, head, lens, members, offsets, lam=0.5, temperature=0.7)
+    made = rm.RewardModel(base, Committee((head,)), [lens], members, offsets, lam=0.5, temperature=0.7)
     made.snapshot_sha256 = "s" * 64
     return made
 
@@ -92,7 +94,7 @@ def test_slope_is_the_derivative_of_the_score_along_the_latents(base, kind, bloc
     lens = rh.make_lens(head, table, torch.arange(24) // 4)
     width = rh.expand(lens, head, table).shape[1]
     members = torch.randn(3, width, generator=torch.Generator().manual_seed(1)) / width**0.5
-    model = rm.RewardModel(base, head, lens, members, torch.zeros(3), lam=0.5, temperature=1.3)
+    model = rm.RewardModel(base, Committee((head,)), [lens], members, torch.zeros(3), lam=0.5, temperature=1.3)
     slope, score = model.slope(codes, prompts)
     torch.testing.assert_close(score, model.score(codes, prompts))
     latents = base.codec.latents(codes)
@@ -104,3 +106,13 @@ def test_slope_is_the_derivative_of_the_score_along_the_latents(base, kind, bloc
 
     measured, told = at(latents + step) - at(latents - step), 2 * (slope * step).sum((1, 2))
     assert float(measured.mean()) == pytest.approx(float(told.mean()), rel=within)
+
+
+def test_a_model_of_an_earlier_version_is_refused_in_words(model, base, tmp_path):
+    model.save(tmp_path / "reward")
+    told = read_json(tmp_path / "reward" / "manifest.json")
+    write_json(
+        tmp_path / "reward" / "manifest.json", {name: value for name, value in told.items() if name != "heads"} | {"head": told["heads"][0]}
+    )
+    with pytest.raises(UserError, match="train it again on its snapshot"):
+        rm.load_reward(tmp_path / "reward", base)
