@@ -115,4 +115,4 @@ def overfit(committee: Committee, inputs: Mapping[Head, Tensor], pairs: Pairs, s
     wide = {head: replace(head, prior=10 * head.prior) for head in committee.heads}
     score = Committee(tuple(wide.values())).scores({wide[head]: inputs[head] for head in committee.heads}, few)
     margin = score[few.chosen] - score[few.rejected]
-    return float(((margin > 0).float() + 0.5 * (margin == 0)).mean())
+    return float(((margin > 0).double() + 0.5 * (margin == 0)).mean())
