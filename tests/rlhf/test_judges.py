@@ -17,6 +17,7 @@ from rlhf.consistency import Spectrum, diversity_heard, slopes, tempo_distributi
 from rlhf.descriptors import describe
 from rlhf.ears import ears_of
 from rlhf.judges import CLIPS_AT_ONCE, Judge, SlopeOf, scores, weighted_slope
+from rlhf.reward_committee import Committee
 from rlhf.reward_features import DESCRIPTORS, FIT, features, magnitude_statistics, over_time
 from rlhf.reward_heads import Head, expand, make_lens
 from rlhf.reward_model import RewardModel
@@ -46,7 +47,7 @@ def world_of(base: Any, codes: Tensor, names: tuple[str, ...]) -> World:
     lens = make_lens(head, table, torch.arange(len(codes)) // 3)
     width = expand(lens, head, table).shape[1]
     members = torch.randn(5, width, generator=generator) / width**0.5
-    reward = RewardModel(base, head, lens, members, torch.zeros(5), lam=0.5, temperature=1.3)
+    reward = RewardModel(base, Committee((head,)), [lens], members, torch.zeros(5), lam=0.5, temperature=1.3)
     ways = {HUMAN: reward.judge_of_slope} | slopes(base)
     return World(base, codes, reward, {name: ways[name] for name in names})
 
