@@ -44,7 +44,7 @@ from rlhf.asked import (
 )
 from rlhf.descriptors import MAJOR, MINOR, autocorrelation, chromagram, onset_strength
 from rlhf.ears import Ears, ears_of, sound_heard
-from rlhf.judges import Judge, Score, Slope, SlopeOf
+from rlhf.judges import Judge, Slope, SlopeOf
 from rlhf.reward_features import Heard
 
 SHARPNESS = {"tempo": 12.0, "key": 8.0}
@@ -68,30 +68,13 @@ HEARD: Mapping[str, Callable[[str], str | None]] = {"mood": asked_mood, "instrum
 """Checks by ears, and how what they are asked for is read out of a prompt."""
 
 
-def space_of(base: Base) -> Space | None:
-    """The base's audio-text space with a memory for prompts. One for `checks` and `slopes` together embeds a prompt's versions once."""
-    return None if base.contrastive is None else Space(base.contrastive)
-
-
-def checks(base: Base, space: Space | None = None) -> dict[str, Score]:
-    """Every check that this base can make: similarity needs its audio-text space (`space_of`); mood, instrument and genre its ears, or
-    that space."""
-    return dict(judges(base, space))
-
-
-def slopes(base: Base, space: Space | None = None) -> dict[str, Slope]:
-    """The slopes of the checks along the codec's latents: of those in the audio-text space and by ears, and of tempo and key where the
-    codec plays magnitudes (a foreign codec is heard through its waveform, without a slope)."""
-    found = judges(base, space)
-    ours = isinstance(base.codec, MagnitudeCodec)
-    return {name: SlopeOf(judge) for name, judge in found.items() if ours or name not in ("tempo", "key")}
-
-
-def judges(base: Base, space: Space | None = None) -> dict[str, Judge]:
-    """The checks by name, which share what they hear."""
+def checks(base: Base, ears: Ears | None = None) -> dict[str, Judge]:
+    """Every check that this base can make, by name; they share what they hear. similarity needs its audio-text space; mood, instrument
+    and genre its ears, or that space. ears: the base's, where somebody has loaded them already."""
     found: dict[str, Judge] = {}
-    space, ears = space or space_of(base), ears_of(base)
-    if space is not None:
+    ears = ears or ears_of(base)
+    if base.contrastive is not None:
+        space = Space(base.contrastive)
         found["similarity"] = Judge(base, space.similarity)
         found["diversity"] = Judge(base, lambda heard: diversity_heard(heard.embedding.float(), heard.prompts), compares=True)
         found |= {name: Judge(base, partial(space.named, versions), partial(space.names, versions)) for name, versions in NAMED.items()}
@@ -100,6 +83,16 @@ def judges(base: Base, space: Space | None = None) -> dict[str, Judge]:
     found["tempo"] = Judge(base, tempo_probability, lambda prompt: asked_tempo(prompt) is not None)
     found["key"] = Judge(base, key_probability, lambda prompt: asked_keys(prompt) is not None)
     return found
+
+
+def slopes(base: Base, found: Mapping[str, Judge] | None = None) -> dict[str, Slope]:
+    """The slopes of the checks along the codec's latents: of those in the audio-text space and by ears, and of tempo and key where the
+    codec plays magnitudes (a foreign codec is heard through its waveform, without a slope).
+
+    found: the base's `checks`, where somebody has them already; score and slope then remember the same prompts."""
+    ours = isinstance(base.codec, MagnitudeCodec)
+    judges = checks(base) if found is None else found
+    return {name: SlopeOf(judge) for name, judge in judges.items() if ours or name not in ("tempo", "key")}
 
 
 # ---- ears ------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import load_policy
-from rlhf.consistency import checks, slopes, space_of
-from rlhf.ears import ears_sha256
+from rlhf.consistency import checks, slopes
+from rlhf.ears import ears_of
 from rlhf.flat_kto import BadClip, bad_clips
 from rlhf.journal import Sound, sound_of
 from rlhf.judges import Score
@@ -86,10 +86,11 @@ def load_task(cfg: Config) -> Task:
         prompts = read_prompts(cfg.prompts)
         reward = load_reward(cfg.reward, policy)
         held_out = held_out_prompts([p.prompt_id for p in prompts], cfg.held_out, cfg.seed)
-        space = space_of(policy)
-        parts = weighted(parse_weights(cfg.weights), reward.judge, checks(policy, space), LEAST_LOGITS)
-        judge = Mixed(parts, ({HUMAN: reward.judge_of_slope} if reward.has_slope else {}) | slopes(policy, space), policy.codec.codebooks)
-        own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256, ears_sha256(policy))
+        ears = ears_of(policy)
+        found = checks(policy, ears)
+        parts = weighted(parse_weights(cfg.weights), reward.judge, found, LEAST_LOGITS)
+        judge = Mixed(parts, ({HUMAN: reward.judge_of_slope} if reward.has_slope else {}) | slopes(policy, found), policy.codec.codebooks)
+        own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256, ears.sha256() if ears else None)
         words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
         snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256
     table = policy.conditions(words, tempi)

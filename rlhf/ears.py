@@ -135,9 +135,3 @@ def ears_of(base: Base) -> Ears | None:
     """The ears in a policy's folder, or None where it has none."""
     folder = base.path / FOLDER
     return load_ears(folder, base.codec) if folder.is_dir() else None
-
-
-def ears_sha256(base: Base) -> str | None:
-    """What runs that ask its ears are bound to, or None where it has none."""
-    ears = ears_of(base)
-    return None if ears is None else ears.sha256()

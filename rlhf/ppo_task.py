@@ -19,8 +19,8 @@ from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import Policy, load_policy
-from rlhf.consistency import checks, slopes, space_of
-from rlhf.ears import ears_sha256
+from rlhf.consistency import checks, slopes
+from rlhf.ears import ears_of
 from rlhf.journal import Sound, sound_of
 from rlhf.judges import Score, Slope
 from rlhf.outside_judge import OutsideJudge
@@ -111,7 +111,8 @@ def load_task(
     prompts = load_prompts(policy, prompts_file)
     reward = None if reward_dir is None else load_reward(reward_dir, policy)
 
-    space = space_of(policy)
+    ears = ears_of(policy)
+    found = checks(policy, ears)
     score: Score | None = None if reward is None else reward.judge
     if command is not None:
         score = OutsideJudge(shlex.split(command), policy)
@@ -125,9 +126,9 @@ def load_task(
         least=0.0 if reward is None else LEAST_LOGITS,
         reward_sha256=None if reward is None else reward.sha256,
         snapshot_sha256=None if reward is None else reward.snapshot_sha256,
-        ears_sha256=ears_sha256(policy),
-        checks=checks(policy, space) | ({} if reward is None else reward.judges_of_extras()),
-        slopes=({HUMAN: reward.judge_of_slope} if reward is not None and reward.has_slope else {}) | slopes(policy, space),
+        ears_sha256=ears.sha256() if ears else None,
+        checks=found | ({} if reward is None else reward.judges_of_extras()),
+        slopes=({HUMAN: reward.judge_of_slope} if reward is not None and reward.has_slope else {}) | slopes(policy, found),
         codebooks=policy.codec.codebooks,
         spread=reward.judge_of_spread if reward is not None and reward.has_spread else None,
         embed=embedding(policy, reward),

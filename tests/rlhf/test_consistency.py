@@ -19,7 +19,6 @@ from base_models.corpus.styles import GENRE_NAMES
 from base_models.policy import PRETRAINED, load_policy
 from rlhf.asked import asked_keys, asked_tempo, instrument_versions
 from rlhf.consistency import checks, diversity_heard, slopes
-from rlhf.consistency import judges as judges_of
 from rlhf.metrics import diversity
 from rlhf.reward_features import Heard
 
@@ -163,7 +162,7 @@ def test_slopes_of_the_audio_text_checks_are_derivatives_along_the_latents(earle
         assert moved.tolist() == torch.isfinite(score).tolist()  # what is not asked pulls nowhere
         latents = policy.codec.latents(codes)
         step = 0.05 * slope / slope.flatten(1).norm(dim=1).clamp_min(1e-9)[:, None, None]
-        rows, judge = moved.nonzero()[:, 0].tolist(), judges_of(policy)[name]
+        rows, judge = moved.nonzero()[:, 0].tolist(), checks(policy)[name]
         sides = [Heard(policy, [prompts[row] for row in rows], latents=(latents + sign * step)[rows]) for sign in (1, -1)]
         at = [judge.opinion(side).detach() for side in sides]
         torch.testing.assert_close(at[0] - at[1], 2 * (slope * step).sum((1, 2))[moved], rtol=0.05, atol=1e-5)
@@ -182,7 +181,7 @@ def test_slopes_of_tempo_and_key_are_derivatives_and_a_step_along_them_is_heard(
     length = slope.flatten(1).norm(dim=1)
     assert (length > 0).tolist() == torch.isfinite(score).tolist() == [True] * 5 + [False]
     latents, step = policy.codec.latents(codes[:6]), 0.02 * slope / length.clamp_min(1e-9)[:, None, None]
-    judge = judges_of(policy)[name]
+    judge = checks(policy)[name]
     for row in range(5):
         moved = [latents[row : row + 1] + sign * step[row : row + 1] for sign in (1, -1)]
         up, down = (judge.opinion(Heard(policy, prompts[row : row + 1], latents=latent)) for latent in moved)

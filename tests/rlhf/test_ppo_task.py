@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from base_models.errors import UserError
-from rlhf.ppo_task import read_prompts
+from base_models.policy import PRETRAINED, load_policy
+from rlhf import ears
+from rlhf.ppo_task import load_task, read_prompts
 from rlhf.train_ppo import main
 from tests.rlhf.ppo_toys import config
 
@@ -36,3 +38,14 @@ def test_missing_or_empty_prompts_and_missing_settings_are_named(tmp_path: Path)
             read_prompts(path)
     with pytest.raises(UserError, match="--reward"):
         main(dataclasses.replace(config(tmp_path / "run"), toy=False))
+
+
+def test_ears_are_loaded_once_for_checks_slopes_and_the_hash_that_binds_a_run_to_them(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "prompts.txt").write_text("sad piano\n")
+    loaded, load = [], ears.load_ears
+    monkeypatch.setattr(ears, "load_ears", lambda *given: loaded.append(load(*given)) or loaded[-1])
+    task = load_task(PRETRAINED, None, tmp_path / "prompts.txt", listeners=False)
+    assert {"mood", "genre"} <= task.checks.keys() & task.slopes.keys()
+    assert task.ears_sha256 == loaded[0].sha256()
+    assert len(loaded) == 1
+    assert ears.ears_of(load_policy(PRETRAINED)) is not loaded[0]  # the next run reads what then lies in the folder
