@@ -18,6 +18,7 @@ from rlhf.own_pairs import OwnPairs
 from rlhf.preferences import Preference
 from rlhf.rewards import Mixed
 from rlhf.round_plan import Plan
+from rlhf.round_price import Price
 from rlhf.rounds import Rounds
 
 if TYPE_CHECKING:
@@ -49,13 +50,17 @@ def pair_trainer(
         rated = [{**row, "weight": row["weight"] * cfg.rated_weight} for row in scored[0]]
         own = OwnPairs(flat, args, plan, task.own.prompts, task.own.first_row, task.own.held_out, task.own.score, rated)
         rows_to_learn = LiveRows(plan.n_rows)
-        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder)
+        price = Price(cfg.kl_weight, cfg.target_kl, cfg.out / "price.json", args.should_save)
+        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder, price)
         callbacks.insert(0, rounds)  # it measures, also where the recorder has nothing left to do
     assert cfg.loss != "kto"
     codebooks = task.own.score.codebooks if task.own and isinstance(task.own.score, Mixed) else None
-    return FlatDPOTrainer(
+    trainer = FlatDPOTrainer(
         flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks, cfg.loss, cfg.gamma, cfg.kl_weight, codebooks, cfg.edit_price
-    ), rounds
+    )
+    if rounds is not None:
+        rounds.trainer = trainer
+    return trainer, rounds
 
 
 def kto_trainer(

@@ -1,4 +1,5 @@
-"""Between the rounds of a DPO run: measure; stop where the KL budget is spent; else play, judge and hand the trainer its next rows."""
+"""Between the rounds of a DPO run: measure; stop where the KL budget is spent; else play, judge and hand the trainer its next rows and
+the price of drift."""
 
 from __future__ import annotations
 
@@ -7,16 +8,19 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rlhf.dpo_report import NothingLeftError, Recorder
-from rlhf.flat_dpo import LiveRows
+from rlhf.flat_dpo import FlatDPOTrainer, LiveRows
 from rlhf.journal import speeds
 from rlhf.own_pairs import OwnPairs
+from rlhf.round_price import Price
 
 
 class Rounds(TrainerCallback):
     """Between rounds: measure; stop where the KL budget is spent; else play, judge and hand the next rows to the trainer."""
 
-    def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, recorder: Recorder) -> None:
-        self.own, self.live, self.epochs, self.recorder = own, live, epochs, recorder
+    def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, recorder: Recorder, price: Price) -> None:
+        self.own, self.live, self.epochs, self.recorder, self.price = own, live, epochs, recorder, price
+        self.trainer: FlatDPOTrainer | None = None
+        """Whose price of drift follows what is measured."""
         self.seconds: dict[str, float] = {}
         """Of the round that is being learnt."""
         recorder.by_step = False
@@ -43,6 +47,9 @@ class Rounds(TrainerCallback):
         if not control.should_training_stop and state.global_step < state.max_steps:
             rows, more = self.own.round(number)
             self.live.fill(rows)
+            assert self.trainer is not None
+            self.trainer.kl_weight = self.price.of(number, kl)
+            figures["kl_weight"] = self.trainer.kl_weight
             figures |= more
         self.last = figures
         self.number = number

@@ -103,6 +103,9 @@ class Config:
     kl_weight: float = 0.0
     """What a nat of divergence from the reference costs in the loss, over the whole vocabulary at every code of a pair's clips: pairs say
     nothing of what both clips share, and noise moves that; this draws it back. Not for kto."""
+    target_kl: float | None = None
+    """In rounds: KL to the base on held-out prompts, nats a clip, that --kl-weight is moved to keep to, at most twice or half as much a
+    round and never less than given. Not given: it stays."""
     marks: Literal["ignore", "mask"] = "ignore"
     """Whether a pair acts only on the codes at the times that raters marked as bad in its rejected clip, where they marked any."""
     label_smoothing: float = 0.0
@@ -313,6 +316,9 @@ def check(cfg: Config) -> None:
     check_sharding()
     if cfg.kl_weight < 0:
         raise UserError(f"--kl-weight {cfg.kl_weight}", "0 or more", "a nat has a price, or none")
+    if cfg.target_kl is not None and (cfg.target_kl <= 0 or not cfg.kl_weight or not (cfg.reward or cfg.toy_reward)):
+        got = f"--target-kl {cfg.target_kl} with --kl-weight {cfg.kl_weight}, --reward {cfg.reward}"
+        raise UserError(got, "nats above 0, a price above 0 and rounds of own clips", "give --reward and --kl-weight, or leave it out")
     if cfg.loss == "kto" and (cfg.marks == "mask" or cfg.sft_weight or cfg.kl_weight):
         raise UserError(
             "--loss kto with --marks mask, --sft-weight or --kl-weight", "a loss over pairs for those", "leave them out, or choose another"
