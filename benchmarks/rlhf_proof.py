@@ -47,24 +47,18 @@ CONTROLS = ("shuffled", "reversed", "constant", "gold")
 # ---- what each training script is given: tuned with --tuning, on prompts that the figures do not use ----------------------
 REWARD: tuple[str, ...] = ()
 HELD = "similarity=0.2,tempo=0.15,genre=0.5,diversity=0.1"
-FIT = ("--kl-budget", "150", "--weights", f"human=1,{HELD}", "--hold", "similarity,tempo,genre,diversity")
-PPO: tuple[str, ...] = ("--steps", "40", "--samples-per-prompt", "2", "--lr", "1.5e-3", "--kl-coef", "0.005", *FIT)
-DPO: tuple[str, ...] = (
-    *("--pairing", "expected", "--edit-price", "0.2", "--rated-share", "0", "--beta", "0.03", "--kl-weight", "6e-4", "--lr", "1.2e-3"),
-    *(
-        "--rounds",
-        "16",
-        "--round-prompts",
-        "40",
-        "--round-clips",
-        "2",
-        "--round-epochs",
-        "2",
-        "--batch-size",
-        "16",
-        "--held-out-clips",
-        "96",
-    ),
+
+
+def flags(**settings: str | float) -> tuple[str, ...]:
+    """kl_budget=150 -> --kl-budget 150"""
+    return tuple(part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value)))
+
+
+FIT = flags(kl_budget=150, weights=f"human=1,{HELD}", hold="similarity,tempo,genre,diversity")
+PPO = (*flags(steps=40, samples_per_prompt=2, lr=1.5e-3, kl_coef=0.005), *FIT)
+DPO = (
+    *flags(pairing="expected", edit_price=0.2, rated_share=0, beta=0.03, kl_weight=6e-4, target_kl=50, lr=1.2e-3),
+    *flags(rounds=16, round_prompts=40, round_clips=2, round_epochs=2, batch_size=16, held_out_clips=96),
     *FIT,
 )
 SFT: tuple[str, ...] = ()

@@ -204,6 +204,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1.2e-3,
         "beta": 0.03,
         "kl_weight": 6e-4,
+        "target_kl": 50.0,
         "pairing": "expected",
         "edit_price": 0.2,
         "rated_share": 0.0,
