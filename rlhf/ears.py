@@ -76,8 +76,12 @@ class Ears:
 
     def probabilities_of(self, sound: Tensor) -> dict[str, Tensor]:
         """The same from `sound_of_latents` [B, F]."""
+        return {kind: told.exp() for kind, told in self.log_probabilities_of(sound).items()}
+
+    def log_probabilities_of(self, sound: Tensor) -> dict[str, Tensor]:
+        """Their logarithms, nats: where an answer is surely wrong these still have a slope."""
         z = (sound - self.mean.to(sound)) / self.scale.to(sound)
-        return {kind: (z @ self.weight[kind].to(z).T + self.bias[kind].to(z)).softmax(1) for kind in self.classes}
+        return {kind: (z @ self.weight[kind].to(z).T + self.bias[kind].to(z)).log_softmax(1) for kind in self.classes}
 
     def place(self, kind: str, name: str | None) -> int | None:
         """The column of a name, or None where these ears do not know it."""
