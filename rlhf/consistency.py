@@ -6,9 +6,9 @@
 
 `similarity` is a cosine; `diversity` how far clips of one prompt lie apart in the same space. The others are probabilities of what the
 prompt states against everything it might have stated instead: a tempo against all tempi, a key against 24, a mood, an instrument or a
-genre against the others by name. These three are heard by the base's ears (rlhf/ears.py), where it has them. A base without ears is
-asked in its audio-text space, by exchanging the words *in the prompt* and asking which version the clip fits best, so that all else
-that the prompt says cancels.
+genre against the others by name. These three are heard by the base's ears (rlhf/ears.py), where it has them, and are log-probabilities
+then. A base without ears is asked in its audio-text space, by exchanging the words *in the prompt* and asking which version the clip fits
+best, so that all else that the prompt says cancels.
 
 What they cannot do: no judge that a policy is trained on stays a fair one. The audio-text space takes for a piano what goes with a piano,
 and ears are linear in what they hear. Keep their weight small beside the listeners' reward, keep the price of drift, and measure with

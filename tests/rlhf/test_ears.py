@@ -14,7 +14,7 @@ import torch
 from base_models.checkpoint import read_json, write_json
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, load_policy
-from rlhf.asked import lead_words
+from rlhf.asked import asked_genre, lead_words
 from rlhf.consistency import checks, slopes
 from rlhf.ears import FOLDER, Ears, ears_of, load_ears, sound_of_latents
 from rlhf.judges import scores
@@ -111,7 +111,7 @@ def test_checks_ask_the_ears_and_slopes_lead_upwards(policy, real) -> None:
         assert (length > 0).int().tolist() == there  # what is not asked pulls nowhere
         latents, step = policy.codec.latents(codes), 0.02 * slope / length.clamp_min(1e-9)[:, None, None]
         with torch.no_grad():
-            up, down = (ears.probabilities(latents + sign * step)[kind] for sign in (1, -1))
+            up, down = (ears.probabilities(latents + sign * step)[kind].log() for sign in (1, -1))
         row, name = (1, {"mood": "happy", "instrument": "saxophone", "genre": "jazz"}[kind])
         gained = float((up - down)[row, ears.place(kind, name)])
         assert gained == pytest.approx(float(2 * (slope[row] * step[row]).sum()), rel=0.2, abs=1e-5)
@@ -122,11 +122,27 @@ def test_what_ears_hear_serves_every_kind_and_clips_that_ask_nothing_are_not_hea
     toy.save(tmp_path / FOLDER)
     base = SimpleNamespace(codec=policy.codec, contrastive=None, path=tmp_path)
     codes, heard = real[0], []
-    judges, listen = checks(base), Ears.probabilities_of
-    monkeypatch.setattr(Ears, "probabilities_of", lambda self, sound: heard.append(len(sound)) or listen(self, sound))
+    judges, listen = checks(base), Ears.log_probabilities_of
+    monkeypatch.setattr(Ears, "log_probabilities_of", lambda self, sound: heard.append(len(sound)) or listen(self, sound))
     told = scores({kind: judges[kind] for kind in CLASSES}, codes[:3], ["sad jazz", "happy techno", "music"])
     assert heard == [2]
     alone = judges["genre"](codes[:3], ["jazz", "techno", "music"])
     torch.testing.assert_close(told["genre"], alone, equal_nan=True)
     assert torch.isnan(judges["genre"](codes[4:6], ["music", "noise"])).all()
     assert heard == [2, 2]  # nothing was asked
+
+
+def test_a_clip_that_is_surely_something_else_is_pulled_hardest(policy, real) -> None:
+    """The slope of a probability would leave it where it is."""
+    codes, facts = real
+    way = slopes(policy)["genre"]
+    rows = [i for i, row in enumerate(facts) if asked_genre(row["genre"]) is not None][:6]
+    codes, right = codes[rows], [facts[i]["genre"] for i in rows]
+    wrong = ["techno" if name not in ("techno", "house") else "jazz" for name in right]
+    lost, told = way(codes, wrong)
+    sure, fine = way(codes, right)
+    assert told.max() < -2
+    assert fine.min() > -0.2
+    pull, ease = lost.flatten(1).norm(dim=1), sure.flatten(1).norm(dim=1)
+    assert bool((pull > 5 * ease).all())
+    assert bool((told.exp() * pull < 0.2 * pull).all())  # by the chain rule, what the probability's slope would be

@@ -85,7 +85,7 @@ def written_out(world: World, name: str, latents: Tensor) -> tuple[Tensor, list[
         return torch.stack([share[row, mask > 0].sum() for (row, _), mask in zip(asked, near)]), [row for row, _ in asked]
     ears = ears_of(base)
     assert ears is not None
-    told = ears.probabilities_of(torch.cat([over_time(latents), magnitude_statistics(magnitude), described], 1))["genre"]
+    told = ears.log_probabilities_of(torch.cat([over_time(latents), magnitude_statistics(magnitude), described], 1))["genre"]
     asked_of = [(0, "jazz"), (1, "jazz"), (2, "techno"), (6, "folk")]
     return torch.stack([told[row, ears.classes["genre"].index(genre)] for row, genre in asked_of]), [row for row, _ in asked_of]
 
