@@ -1,7 +1,7 @@
 """The brake on over-optimisation: a reward can be raised without the music getting better, and this is where it shows.
 
 Every few rounds the policy plays the same held-out prompts with the same seeds as the base did. Three signs are looked for:
-the heads of the reward disagree far more than they did about the base (the policy went where no vote has been: Coste et al. 2024,
+the members of the reward disagree far more than they did about the base (the policy went where no vote has been: Coste et al. 2024,
 arXiv:2310.02743); clips of one prompt have become alike; the held-out score, pessimistic as it is, falls below the best look
 (Gao et al. 2023, arXiv:2210.10760, show the gold score falling while the proxy still rises). A sign that stays for `patience` looks
 in a row stops the run, or takes it back to the best look that showed none. The fourth, a budget of KL, is watched in every round.
@@ -24,7 +24,7 @@ CHANCE = 0.0228
 
 @dataclass(frozen=True)
 class Look:
-    """What the held-out clips came to: scores [N], non-finite where there is none; prompt_ids, one a clip; spread, the reward's heads'
+    """What the held-out clips came to: scores [N], non-finite where there is none; prompt_ids, one a clip; spread, the reward's members'
     mean disagreement, and diversity, the mean distance of clips of one prompt, each NaN where it cannot be told; kl, nats a clip."""
 
     scores: Tensor
@@ -70,8 +70,8 @@ def paired_gain(now: Look, then: Look) -> Gain:
 class Brake:
     """Remembers the base's look and the best one, and says why a run should end.
 
-    Args: max_disagreement: spread of the heads, as a multiple of the base's. min_diversity: as a share of the base's. patience: looks
-    in a row.
+    Args: max_disagreement: spread of the reward's members, as a multiple of the base's. min_diversity: as a share of the base's.
+    patience: looks in a row.
     """
 
     def __init__(self, max_disagreement: float, min_diversity: float, patience: int) -> None:
@@ -89,7 +89,7 @@ class Brake:
         found = []
         if look.spread > self.max_disagreement * self.base.spread:
             times = look.spread / self.base.spread
-            found.append(f"the reward's heads disagree {times:.2f} times as much as on the base (limit {self.max_disagreement:g})")
+            found.append(f"the reward's members disagree {times:.2f} times as much as on the base (limit {self.max_disagreement:g})")
         if look.diversity < self.min_diversity * self.base.diversity:
             share = look.diversity / self.base.diversity
             found.append(f"clips of one prompt have {share:.2f} of the base's diversity (limit {self.min_diversity:g})")

@@ -107,8 +107,8 @@ def ears_say(ears: Ears, kind: str, heard: Heard) -> Tensor:
     """Log-probability that a clip is what its prompt names [B], nats; mood, instrument and genre are heard at once.
 
     Its slope is steepest where the clip is surely something else, and none where it is surely right. That of the probability is next
-    to none at both ends, so that a clip that has lost its genre would be left alone. (Dhariwal and Nichol 2021, arXiv:2105.05233, follow
-    the slope of a classifier's log-probability for the same reason.)"""
+    to none at both ends, so that a clip that has lost its genre would be left alone. (Dhariwal and Nichol 2021, arXiv:2105.05233, guide by
+    the slope of a classifier's log-probability, too.)"""
     told = heard.once((ears_say, id(ears)), lambda: ears.log_probabilities_of(sound_heard(heard)))[kind]
     places = [ears.place(kind, HEARD[kind](prompt)) for prompt in heard.prompts]
     return told.gather(1, torch.tensor(places, device=told.device)[:, None])[:, 0]

@@ -7,7 +7,7 @@ The shared audio-text space knows what goes with a piano, which is more than the
 melodies whose mood, lead and genre are drawn apart (base_models.corpus.known), so that one cannot be heard for another.
 
 A head is a multinomial logistic regression, calibrated by a temperature that is fitted on melodies it did not learn from (Guo et al.
-2017, arXiv:1706.04599) and folded into its weights: where an answer is sure without reason, a softmax is flat and has no slope. A
+2017, arXiv:1706.04599) and folded into its weights: an answer that is sure without reason is flat where it is right. A
 convolutional net on the latents told melodies apart less well, and heard less of a genre that a policy had lost (docs/ppo.md).
 """
 

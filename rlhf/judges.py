@@ -57,11 +57,13 @@ class SlopeOf:
 @torch.no_grad()
 def scores(parts: Mapping[str, Score], codes: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Every part's score [B] of codes [B, K, T]. Those that are `Judge`s hear the clips together; any other is asked by itself."""
-    told, judges = {}, {}
+    told: dict[str, Tensor] = {}
+    judges: dict[str, Judge] = {}
     for name, part in parts.items():
         if isinstance(part, Judge):
-            judges[name] = part
-        told[name] = _silence(codes) if name in judges else part(codes, list(prompts))
+            judges[name], told[name] = part, _silence(codes, prompts)
+        else:
+            told[name] = part(codes, list(prompts))
     for names, rows in _sittings(judges, prompts):
         heard = Heard(judges[names[0]].base, [prompts[row] for row in rows], codes=codes[rows])
         for name in names:
@@ -82,7 +84,7 @@ def weighted_slope(
     found: list[Tensor] = []
     for name, part in parts.items():
         if isinstance(part, SlopeOf):
-            judges[name], told[name] = part.judge, _silence(codes)
+            judges[name], told[name] = part.judge, _silence(codes, prompts)
         else:
             slope, told[name] = part(codes, list(prompts))
             found.append(torch.nan_to_num(slope, 0.0, 0.0, 0.0) * worth[name])
@@ -101,8 +103,10 @@ def weighted_slope(
     return sum(found[1:], start=found[0]), told
 
 
-def _silence(codes: Tensor) -> Tensor:
+def _silence(codes: Tensor, prompts: Sequence[str]) -> Tensor:
     """What is said of clips of which nobody is asked [B]."""
+    if len(prompts) != len(codes):
+        raise ValueError(f"{len(codes)} clips and {len(prompts)} prompts")
     return torch.full((len(codes),), float("nan"), device=codes.device)
 
 

@@ -28,7 +28,7 @@ from base_models.policy import Policy
 
 
 class OutsideJudge:
-    """A `rlhf.rewards.Score` by a program of its own."""
+    """A `rlhf.judges.Score` by a program of its own."""
 
     def __init__(self, command: Sequence[str], policy: Policy, flag: str = "--score-command") -> None:
         """Args: command: the program and its arguments. policy: whose codec turns codes into sound. flag: what named the program."""

@@ -69,7 +69,7 @@ class Task:
     codebooks: Tensor | None = None
     """What each code adds to the latents [K, V, D]; with `slopes`."""
     spread: Score | None = None
-    """How far the reward's heads disagree about clips."""
+    """How far the reward's members disagree about clips."""
     embed: Embed | None = None
     """Where diversity is measured."""
     sound: Sound | None = None

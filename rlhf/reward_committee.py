@@ -3,9 +3,9 @@
     committee of heads, what each is linear in [N, P_h] -> every head fitted by itself -> members [E, sum of P_h] / number of heads
 
 Every head is wrong in a way of its own: what one makes of chance the others contradict. With a few thousand noisy votes the mean
-foretells unseen ones better than the head that held-out votes would choose, and chance has less to choose from (docs/training.md has
-the figures). The mean of such scores, without weights, is the combination that votes need not teach (Clemen 1989, "Combining
-forecasts", International Journal of Forecasting 5).
+foretells unseen ones better than the head that held-out votes would choose, and chance has less to choose from
+(docs/reward-model.md has the figures). The mean of such scores, without weights, is the combination that votes need not
+teach (Clemen 1989, "Combining forecasts", International Journal of Forecasting 5).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """More heads beside the order of clips: one for each aspect that raters judge apart, one for "both bad", one for marked frames.
+Each but that of frames is a committee of heads, as the order's is (rlhf.reward_committee).
 
     aspects of preferences -> soft labels -> a head an aspect, judged on prompts it has not met
     both-bad votes -> their clips lose against clips that won elsewhere -> a head; a level on its scale from the votes -> log-odds

@@ -154,13 +154,8 @@ def features(base: Base, codes: Tensor, prompts: Sequence[str], blocks: Sequence
     return features_heard(Heard(base, prompts, codes=codes), blocks)
 
 
-def features_of_latents(base: Base, latents: Tensor, prompts: Sequence[str], blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """The same, with a gradient to the codes' latents [B, D, T]."""
-    return features_heard(Heard(base, prompts, latents=latents), blocks)
-
-
 def features_heard(heard: Heard, blocks: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """The same of clips that other judges hear as well."""
+    """The same of clips that other judges hear as well, with a gradient to their latents where they were given as such."""
     contrastive = heard.base.contrastive
     wanted = blocks_of(heard.base) if blocks is None else tuple(blocks)
     made: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Held-out votes as judges: which head, which weights of raters, and how right, each told by heads that never met the prompt.
+"""Held-out votes as judges: which heads, which weights of raters, and how right, each told by heads that never met the prompt.
 
     snapshot -> Clips: rows of a feature table; votes and preferences as pairs of rows
     pairs, folds of prompts -> scores [n_folds, N]: row f by heads that have not seen fold f

@@ -68,7 +68,7 @@ class Head:
 
 
 def candidates(blocks: Sequence[str]) -> tuple[Head, ...]:
-    """The heads that held-out votes choose among, for a base that gives these blocks."""
+    """The heads that committees are made of (rlhf.reward_committee), for a base that gives these blocks."""
     plain = tuple(block for block in blocks if block in (LATENTS, MAGNITUDES, SHARED))
     groups = [plain] + [(MAGNITUDES,)] * (MAGNITUDES in blocks and len(plain) > 1)
     named = tuple(block for block in blocks if block in (DESCRIPTORS, FIT))

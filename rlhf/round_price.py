@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from base_models.checkpoint import read_json, write_json
+from base_models.errors import UserError
 
 MOST = 2.0
 """By what factor the price moves in a round, at most."""
@@ -30,10 +31,13 @@ class Price:
         self.start, self.target_kl, self.path, self.writes = start, target_kl, path, writes
 
     def of(self, number: int, kl: float) -> float:
-        """The price of round `number`, before which a KL of `kl` nats a clip was measured."""
+        """The price of round `number`, before which a KL of `kl` nats a clip was measured. UserError where a resumed run had none."""
         if self.target_kl is None:
             return self.start
-        known = read_json(self.path) if number else {}
+        known = read_json(self.path) if number and self.path.is_file() else {}
+        if number and str(number - 1) not in known:
+            got = f"--target-kl {self.target_kl:g} in round {number} of a run whose price did not move before"
+            raise UserError(got, f"the price of round {number - 1} in {self.path}", "resume it without --target-kl")
         price = next_price(known[str(number - 1)], kl, self.target_kl, self.start) if number else self.start
         if self.writes:
             write_json(self.path, {**known, str(number): price})

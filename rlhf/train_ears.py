@@ -161,7 +161,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The t in [1, 4] by which softmax(logits [N, C] / t) gives labels [N] the least cross entropy, on a grid of 1 %.
 
     Never below 1: that would sharpen answers which the penalty keeps soft, on clips that are cleaner than those a policy plays, until
-    they are flat and have no slope.
+    those that are right have no slope.
     """
     there = labels >= 0
     grid = torch.logspace(0, 2, 140, base=2).tolist()

@@ -148,7 +148,7 @@ class Config:
     look_every: int = 10
     """Rounds between two looks at the held-out prompts, and between clips to listen to."""
     max_disagreement: float = 2.0
-    """Sign 2: on held-out clips the reward's heads disagree more than so many times as much as on the base's."""
+    """Sign 2: on held-out clips the reward's members disagree more than so many times as much as on the base's."""
     min_diversity: float = 0.8
     """Sign 3: held-out clips of one prompt lie closer together than this share of the base's distance, in the audio-text space."""
     patience: int = 2

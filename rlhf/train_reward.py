@@ -71,9 +71,9 @@ class Config:
     toy: bool = False
     """Take a small random codec and made-up votes instead of --snapshot and --policy (what --preset smoke does)."""
     members: int = 5
-    """Heads of the ensemble, each on a bootstrap of the prompts."""
+    """Members of the ensemble: committees of heads, each on a bootstrap of the prompts."""
     lam: float = 0.5
-    """Caution: how many standard deviations between the heads are taken off the score."""
+    """Caution: how many standard deviations between the members are taken off the score."""
     folds: int = 5
     """Parts of the prompts, each held out once."""
     weights_by: Literal["auto", "agreement", "slopes", "nothing"] = "auto"

@@ -145,4 +145,3 @@ def test_a_clip_that_is_surely_something_else_is_pulled_hardest(policy, real) ->
     assert fine.min() > -0.2
     pull, ease = lost.flatten(1).norm(dim=1), sure.flatten(1).norm(dim=1)
     assert bool((pull > 5 * ease).all())
-    assert bool((told.exp() * pull < 0.2 * pull).all())  # by the chain rule, what the probability's slope would be

@@ -112,6 +112,12 @@ def assert_alike(slope: Tensor, other: Tensor) -> None:
     assert bool((apart <= 1e-5 * length).all()), (apart / length).tolist()
 
 
+def test_clips_without_a_prompt_of_their_own_are_refused_and_not_passed_over(world: World) -> None:
+    for ask in (world.ways["tempo"], world.ways["tempo"].judge):
+        with pytest.raises(ValueError, match="7 clips and 6 prompts"):
+            ask(world.codes, PROMPTS[:-1])
+
+
 def test_scores_are_the_same_together_and_apart(world: World) -> None:
     judges = {name: way.judge for name, way in world.ways.items()}
     together = scores(judges, world.codes, PROMPTS)

@@ -69,9 +69,9 @@ def test_the_brake_stops_where_it_stands_or_not_at_all(tmp_path: Path) -> None:
     assert going["stopped"] == "steps"
 
 
-def test_heads_that_disagree_stop_the_run(tmp_path: Path) -> None:
+def test_members_that_disagree_stop_the_run(tmp_path: Path) -> None:
     figures = main(collapsing(tmp_path, min_diversity=0.0, max_disagreement=1.3))
-    assert "heads disagree" in figures["stopped"]
+    assert "members disagree" in figures["stopped"]
     assert figures["steps"] < STEPS
 
 

@@ -39,15 +39,6 @@ def test_slopes_find_the_careless_and_the_adversary_where_nobody_shares_a_pair(t
     assert found.weights["r3"] == 0
     assert found.told("r3")["against_the_music"]
     assert found.weights["r4"] < 0.5 * min(found.weights[rater] for rater in ("r0", "r1", "r2"))
-    turned_round = weigh(
-        replace(cfg, adversaries="invert"),
-        folds,
-        clips,
-        snapshot,
-        None,
-        pairs,
-        choice,
-        preferences,
-    )
+    turned_round = weigh(replace(cfg, adversaries="invert"), folds, clips, snapshot, None, pairs, choice, preferences)
     assert turned_round.weights["r3"] < 0
     assert turned_round.losses["slopes"] < found.losses["agreement"] - 0.05

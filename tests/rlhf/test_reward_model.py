@@ -102,7 +102,7 @@ def test_slope_is_the_derivative_of_the_score_along_the_latents(base, kind, bloc
 
     def at(moved):
         with torch.no_grad():
-            return model.score_features(rf.features_of_latents(base, moved, prompts, head.blocks))
+            return model.score_features(rf.features_heard(rf.Heard(base, prompts, latents=moved), head.blocks))
 
     measured, told = at(latents + step) - at(latents - step), 2 * (slope * step).sum((1, 2))
     assert float(measured.mean()) == pytest.approx(float(told.mean()), rel=within)

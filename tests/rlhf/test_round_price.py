@@ -20,7 +20,7 @@ def test_the_price_follows_the_kl_at_most_twofold_and_never_below_its_start():
 
 
 def test_a_policy_that_drifts_as_its_price_lets_it_is_brought_to_the_target():
-    """KL = 30 / price^.7: strong rewards and weak ones end at one KL."""
+    """KL = strength / price^.7: strong rewards and weak ones end at one KL."""
     for strength in (3.0, 30.0, 300.0):
         price = 0.001
         for _ in range(30):
@@ -37,6 +37,14 @@ def test_a_round_takes_up_the_price_of_the_round_before_whatever_was_done_since(
     assert json.loads((tmp_path / "price.json").read_text()) == {"0": 0.1}
     assert Price(0.1, None, tmp_path / "none.json", writes=True).of(3, 999) == 0.1
     assert not (tmp_path / "none.json").exists()
+
+
+def test_a_run_that_began_without_a_target_does_not_resume_with_one(tmp_path):
+    with pytest.raises(UserError, match="without --target-kl"):
+        Price(0.1, 50, tmp_path / "price.json", writes=True).of(3, 60)
+    Price(0.1, 50, tmp_path / "price.json", writes=True).of(0, 0)
+    with pytest.raises(UserError, match="price of round 2"):
+        Price(0.1, 50, tmp_path / "price.json", writes=True).of(3, 60)
 
 
 def config(out, **changes):
