@@ -64,7 +64,7 @@ DPO = (
 SFT: tuple[str, ...] = ()
 TRAINED_ON = {"ppo": "reward", "dpo": "reward", "sft": "votes"}
 CREW = ("--crew", "crowd", "--careless", "0.15", "--adversaries", "1")
-# A weak reward (few votes, one head, no caution), followed far; and the same votes with caution, a price and a brake.
+# A weak reward (few votes, one member, no caution), followed far; and the same votes with caution, a price and a brake.
 WEAK_REWARD = ("--members", "1", "--lam", "0")
 FREE = ("--steps", "60", "--lr", "1.5e-3", "--kl-coef", "0", "--brake", "off", "--save-every", "10")
 BRAKED = ("--steps", "60", "--lr", "1.5e-3", "--kl-coef", "0.005", "--brake", "rewind", "--save-every", "10")
