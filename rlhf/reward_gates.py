@@ -112,7 +112,7 @@ def overfit(committee: Committee, inputs: Mapping[Head, Tensor], pairs: Pairs, s
     What cannot tell apart what it was told sees no difference between the clips, or sees the wrong clips.
     """
     few = drawn(pairs, seed)
-    wide = {head: replace(head, prior=10 * head.prior) for head in committee.heads}
-    score = Committee(tuple(wide.values())).scores({wide[head]: inputs[head] for head in committee.heads}, few)
+    wide = {replace(head, prior=10 * head.prior): inputs[head] for head in committee.heads}
+    score = Committee(tuple(wide)).scores(wide, few)
     margin = score[few.chosen] - score[few.rejected]
     return float(((margin > 0).double() + 0.5 * (margin == 0)).mean())

@@ -49,7 +49,7 @@ from rlhf.reward_committee import committees
 from rlhf.reward_extras import Bench, fit_extras, fit_frame_head
 from rlhf.reward_features import Base, blocks_of
 from rlhf.reward_folds import Clips, Folds, baseline_scores, choose_committee, cross_calibrated, ordering, unseen_raters
-from rlhf.reward_heads import Share, best_temperature, expand, make_lens
+from rlhf.reward_heads import Share, best_temperature, candidates, expand, make_lens
 from rlhf.reward_model import RewardModel
 from rlhf.reward_report import judgement, name, report
 from rlhf.reward_toy import toy_base, write_toy_snapshot
@@ -139,7 +139,7 @@ def _main(cfg: Config) -> dict[str, Any]:
 
     # 2. Features of every clip, once.
     among = committees(blocks_of(base))
-    heads = sorted({head for committee in among for head in committee.heads}, key=repr)
+    heads = candidates(blocks_of(base))
     table = clips.table(base, sorted({block for head in heads for block in head.blocks}), share, progress=accelerator.is_main_process)
     lenses = {head: make_lens(head, table, clips.prompt) for head in heads}
     inputs = {head: expand(lens, head, table) for head, lens in lenses.items()}
