@@ -25,7 +25,7 @@ from rlhf import frame_reward, metrics
 from rlhf.preferences import BOTH_BAD, Preference, Snapshot, Vote, clip_marks
 from rlhf.reward_committee import Committee
 from rlhf.reward_folds import Clips, Folds, ordering, unseen_scores
-from rlhf.reward_heads import Pairs, best_temperature
+from rlhf.reward_heads import Pairs, sure_temperature
 from rlhf.reward_model import ACCEPTABLE, Extra
 
 MIN_PAIRS = 30
@@ -99,7 +99,7 @@ def fit_aspect(bench: Bench, preferences: Sequence[Preference], name: str) -> Fi
         return Fitted(None, {"n": n, "accuracy": None, "ci": None, "asked": MIN_PAIRS})
     margin = bench.folds.margins(bench.unseen(pairs), pairs)
     told = metrics.accuracy(margin.numpy(), pairs.prompt.tolist(), pairs.p.numpy(), bench.seed)
-    extra = Extra(*bench.kept(pairs), best_temperature(margin, pairs))
+    extra = Extra(*bench.kept(pairs), sure_temperature(margin, pairs)[0])
     return Fitted(extra, {"n": n, "accuracy": told.value, "ci": list(told.ci), "asked": MIN_PAIRS})
 
 

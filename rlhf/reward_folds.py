@@ -22,7 +22,7 @@ from tqdm import tqdm
 from rlhf.preferences import BOTH_BAD, TIE, Codes, Preference, Snapshot, Vote, X, checked_codes, prompt_folds, prompt_groups
 from rlhf.reward_committee import Committee
 from rlhf.reward_features import Base, Table, features, loudness_and_length
-from rlhf.reward_heads import Head, Pairs, Share, alone, best_temperature, expand, fit, log_loss, make_lens, pessimistic
+from rlhf.reward_heads import Head, Pairs, Share, alone, expand, fit, log_loss, make_lens, pessimistic, sure_temperature
 
 
 class Clips:
@@ -197,7 +197,7 @@ def cross_calibrated(margin: Tensor, pairs: Pairs, folds: Folds) -> Tensor:
     for f in range(folds.n):
         held = fold == f
         if bool((~held).any()) and float(pairs.weight[~held].sum()) > 0:
-            result[held] = margin[held] / best_temperature(margin[~held], pairs.index(~held))
+            result[held] = margin[held] / sure_temperature(margin[~held], pairs.index(~held))[0]
     return result
 
 

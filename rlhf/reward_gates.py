@@ -16,7 +16,7 @@ from torch import Tensor
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
 from rlhf.reward_committee import Committee
-from rlhf.reward_heads import Head, Pairs
+from rlhf.reward_heads import EARNED, Head, Pairs
 
 MIN_SHARE, SHARE_FROM = 0.8, 500
 """Of what the raters' ceiling leaves above chance, asked from so many pairs on."""
@@ -77,7 +77,13 @@ def share_of_ceiling(figures: Mapping[str, Any]) -> float | None:
 
 def doubt(reward: Path) -> str | None:
     """A line for whoever trains on a reward model that foretells held-out votes no better than chance; else None."""
-    low, high = read_json(reward / "figures.json")["ci"]
+    figures = read_json(reward / "figures.json")
+    (low, high), t = figures["ci"], figures.get("evidence")
+    if t is not None and t**2 < EARNED:
+        return (
+            f"{reward} has learnt nothing that held-out votes bear out (a slope of {t:.1f} standard errors): its scores differ by next "
+            "to nothing; collect more votes"
+        )
     if low > 0.5:
         return None
     return (

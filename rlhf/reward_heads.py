@@ -10,6 +10,7 @@ a taste is a sum of bumps in a few of the features and finds out which.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,6 +29,11 @@ PARTS = 256
 """Columns of a relevance head's kernel part; the strongest directions of the process, the rest is not missed."""
 ROUNDS, FLOOR = 3, 0.07
 """Rounds of reweighting by relevance, and what the least relevant feature keeps of the most relevant one's prior."""
+
+EARNED = 2.0
+"""The t^2 by which a slope pays for itself (Akaike 1974)."""
+MOST_TEMPERATURE = math.exp(4.0)
+"""That of a reward that knows nothing: its scores differ by next to nothing."""
 
 
 # ---- pairs, and kinds of heads ----------------------------------------------------------------------------------------
@@ -245,14 +251,45 @@ def best_temperature(margin: Tensor, pairs: Pairs) -> float:
 
     Guo et al. 2017, arXiv:1706.04599. Margins must come from pairs that the heads have not seen.
     """
-    low, high, ratio = -3.0, 4.0, 0.6180339887
+    low, high, ratio = -3.0, math.log(MOST_TEMPERATURE), 0.6180339887
     for _ in range(60):
         a, b = high - ratio * (high - low), low + ratio * (high - low)
-        if log_loss(margin / float(torch.tensor(a).exp()), pairs) < log_loss(margin / float(torch.tensor(b).exp()), pairs):
+        if log_loss(margin / math.exp(a), pairs) < log_loss(margin / math.exp(b), pairs):
             high = b
         else:
             low = a
-    return float(torch.tensor((low + high) / 2).exp())
+    return math.exp((low + high) / 2)
+
+
+def evidence(margin: Tensor, pairs: Pairs, temperature: float) -> float:
+    """How many standard errors the slope 1 / temperature of votes on margins is away from 0.
+
+    The error is that of a maximum-likelihood slope under clusters (Huber 1967; Liang and Zeger 1986): votes of a prompt share clips, and
+    are one observation.
+    """
+    slope, x = 1 / temperature, margin.double()
+    p = torch.sigmoid(slope * x)
+    gradient = pairs.weight.double() * (pairs.p.double() - p) * x
+    information = float((pairs.weight.double() * p * (1 - p) * x**2).sum())
+    groups, place = torch.unique(pairs.prompt, return_inverse=True)
+    by_prompt = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, place, gradient)
+    if information == 0 or len(groups) < 2:
+        return 0.0
+    error = float(by_prompt.square().sum() * len(groups) / (len(groups) - 1)) ** 0.5
+    return slope * information / error if error else math.inf
+
+
+def sure_temperature(margin: Tensor, pairs: Pairs) -> tuple[float, float]:
+    """The temperature that margins earn, and the evidence t for it: the best one, divided by max(0, 1 - 2 / t^2).
+
+    A reward that learnt from noise has a slope too, by chance, and whoever trains on it follows one random direction. So the slope is
+    shrunk by the non-negative garrote (Breiman 1995, Technometrics 37), and by as much as a parameter has to earn (Akaike 1974: a gain
+    in likelihood of t^2 < 2 counts for nothing). Three standard errors keep .78 of the slope, eight .97.
+    """
+    temperature = best_temperature(margin, pairs)
+    t = evidence(margin, pairs, temperature)
+    kept = max(0.0, 1 - EARNED / t**2) if t else 0.0
+    return (min(temperature / kept, MOST_TEMPERATURE) if kept else MOST_TEMPERATURE), t
 
 
 def pessimistic(member_scores: Tensor, lam: float) -> Tensor:

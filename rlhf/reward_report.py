@@ -86,7 +86,7 @@ def report(figures: dict[str, Any]) -> str:
         f"strangers  {new} on unseen prompts by unseen raters",
         f"ceiling    {best}",
         f"baseline   {figures['baseline']['value']:.3f} by loudness and length alone",
-        f"calibrated {figures['ece']:.3f} expected calibration error at temperature {figures['temperature']:.2f}",
+        f"calibrated {figures['ece']:.3f} expected calibration error at temperature {figures['temperature']:.2f}{_of_evidence(figures)}",
         f"heads      {name(read_committee(figures['heads']))}, over {figures['features']} features; their scores are averaged",
         _of_raters(figures),
         *(_of_extra(name, told) for name, told in figures["extras"].items()),
@@ -108,6 +108,11 @@ def _of_trunk(told: dict[str, Any]) -> str:
     tokens, frozen, gain = ("{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]".format(**told[name]) for name in ("tokens", "frozen", "gain"))
     done = "kept" if told["kept"] and not told["forced"] else "kept, as --trunk tokens asks" if told["forced"] else "not used"
     return f"trunk      {tokens} by codec tokens, {frozen} by frozen features, {gain} between them: {done}"
+
+
+def _of_evidence(figures: dict[str, Any]) -> str:
+    t = figures["evidence"]
+    return "" if t is None else f"; its slope is {t:.1f} standard errors from none"
 
 
 def _of_raters(figures: dict[str, Any]) -> str:

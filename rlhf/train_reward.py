@@ -23,6 +23,7 @@ arXiv:2310.02743 (ensembles against over-optimisation). Guo et al. 2017, arXiv:1
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,7 @@ from rlhf.reward_committee import committees
 from rlhf.reward_extras import Bench, fit_extras, fit_frame_head
 from rlhf.reward_features import Base, blocks_of
 from rlhf.reward_folds import Clips, Folds, baseline_scores, choose_committee, cross_calibrated, ordering, unseen_raters
-from rlhf.reward_heads import Share, best_temperature, candidates, expand, make_lens
+from rlhf.reward_heads import Share, candidates, expand, make_lens, sure_temperature
 from rlhf.reward_model import RewardModel
 from rlhf.reward_report import judgement, name, report
 from rlhf.reward_toy import toy_base, write_toy_snapshot
@@ -166,9 +167,8 @@ def _main(cfg: Config) -> dict[str, Any]:
 
     # 4. Learn from everything.
     members, offsets = committee.ensemble(inputs, pairs, cfg.members, cfg.seed, share)
-    model = RewardModel(
-        base, committee, [lenses[head] for head in committee.heads], members, offsets, cfg.lam, best_temperature(margin, true_pairs)
-    )
+    temperature, t = sure_temperature(folds.margins(scores, pairs), pairs)  # shuffled labels know no more than they taught
+    model = RewardModel(base, committee, [lenses[head] for head in committee.heads], members, offsets, cfg.lam, temperature)
     model.snapshot_sha256 = snapshot.sha256
     model.trunk = None if by_trunk is None else by_trunk.kept(pairs)
     bench = Bench(folds, clips, choice.chosen, committee, cfg.members, cfg.seed)
@@ -186,7 +186,8 @@ def _main(cfg: Config) -> dict[str, Any]:
         "trunk": None if rival is None else rival.figures,
         "heads": committee.as_json(),
         "held_out_loss": {name(option): round(loss, 4) for option, loss in choice.losses.items()},
-        "temperature": model.temperature,
+        "temperature": temperature,
+        "evidence": round(t, 3) if math.isfinite(t) else None,
         "features": sum(table[block].shape[1] for block in committee.blocks),
         "raters": {rater: asdict(q) | weighing.told(rater) for rater, q in quality.items()},
         "weights_by": weighing.name,

@@ -71,3 +71,7 @@ def test_a_reward_no_better_than_chance_is_doubted_and_another_is_not(tmp_path):
     assert "[0.470, 0.520]" in (doubt(tmp_path) or "")
     write_json(tmp_path / "figures.json", {"ci": [0.51, 0.55]})
     assert doubt(tmp_path) is None
+    write_json(tmp_path / "figures.json", {"ci": [0.51, 0.55], "evidence": 3.2})
+    assert doubt(tmp_path) is None
+    write_json(tmp_path / "figures.json", {"ci": [0.51, 0.55], "evidence": 1.3})
+    assert "1.3 standard errors" in (doubt(tmp_path) or "")

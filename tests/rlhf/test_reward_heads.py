@@ -178,6 +178,47 @@ def test_temperature_recovers_the_scale_of_the_noise():
     assert rh.best_temperature(3 * honest, pairs) == pytest.approx(3, rel=0.05)
 
 
+def noisy_votes(slope: float, n: int, seed: int, per_prompt: int = 8) -> tuple[torch.Tensor, rh.Pairs]:
+    """n margins, and votes that follow them with this slope; `per_prompt` of a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    margin = torch.randn(n, generator=generator)
+    p = (torch.rand(n, generator=generator) < (slope * margin).sigmoid()).float()
+    nowhere, prompt = torch.zeros(n, dtype=torch.long), torch.arange(n) // per_prompt
+    return margin, rh.Pairs(nowhere, nowhere, p, torch.ones(n), prompt)
+
+
+def test_evidence_is_that_of_a_standard_normal_where_votes_follow_nothing():
+    found = []
+    for seed in range(200):
+        margin, pairs = noisy_votes(0.0, 400, seed)
+        temperature = rh.best_temperature(margin, pairs)
+        if temperature < 0.99 * rh.MOST_TEMPERATURE:  # else no positive slope fits: half of all draws
+            found.append(rh.evidence(margin, pairs, temperature))
+    t = torch.tensor(found)
+    assert 0.35 < len(t) / 200 < 0.6
+    assert float(t.square().mean().sqrt()) == pytest.approx(1, abs=0.2)
+    assert 0.05 < float((t > 2**0.5).float().mean()) < 0.3  # .157 of a half-normal
+
+
+def test_a_slope_that_could_be_chance_counts_for_nothing_and_a_sure_one_stays():
+    idle = [rh.sure_temperature(*noisy_votes(0.0, 400, seed))[0] for seed in range(100)]
+    assert sum(temperature < rh.MOST_TEMPERATURE * 0.999 for temperature in idle) <= 15  # P(t > sqrt 2) = .08
+    margin, pairs = noisy_votes(1.0, 2000, 0)
+    temperature, t = rh.sure_temperature(margin, pairs)
+    assert t > 12
+    assert temperature == pytest.approx(rh.best_temperature(margin, pairs) / (1 - 2 / t**2))
+    assert temperature == pytest.approx(1, rel=0.15)
+
+
+def test_votes_of_a_prompt_that_repeat_each_other_are_one_observation():
+    margin, pairs = noisy_votes(0.5, 200, 1, per_prompt=1)
+    again = rh.Pairs(*(torch.cat([x] * 9) for x in (pairs.chosen, pairs.rejected, pairs.p, pairs.weight, pairs.prompt)))
+    alone, nine = (rh.evidence(m, q, rh.best_temperature(m, q)) for m, q in ((margin, pairs), (margin.repeat(9), again)))
+    assert nine == pytest.approx(alone, rel=0.01)
+    one = rh.Pairs(pairs.chosen, pairs.rejected, pairs.p, pairs.weight, torch.zeros(200, dtype=torch.long))
+    assert rh.evidence(margin, one, 1.0) == 0.0  # nobody knows how prompts differ
+
+
 def test_a_disputed_clip_scores_lower_than_an_agreed_one():
     members = torch.tensor([[1.0, 3.0], [1.0, -1.0], [1.0, 1.0]])
     agreed, disputed = rh.pessimistic(members, lam=0.5)
