@@ -71,6 +71,8 @@ class OwnPairs:
         """What was played when it was last measured."""
         self.seconds: dict[str, float] = {}
         """By phase (look, play, judge), since they were told."""
+        self.held: dict[str, dict[str, float]] = {}
+        """The weights of held parts by round, as they stand in held.json."""
         self.collator = PreferenceCollator(pad_token_id=flat.config.pad_token_id, max_length=None)
 
     def round(self, number: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -246,12 +248,14 @@ class OwnPairs:
         """
         assert isinstance(self.score, Mixed)
         reward, path = self.score.reward, Path(self.args.output_dir) / "held.json"
-        known = read_json(path) if number else {}
-        reward.now |= known[str(number - 1)] if number else {name: reward.parts[name].weight for name in self.plan.held}
+        if number and str(number - 1) not in self.held:
+            self.held = read_json(path)
+        reward.now |= self.held[str(number - 1)] if number else {name: reward.parts[name].weight for name in self.plan.held}
         marks = reward.marks(played.codes.to(self.args.device), [self.prompts[row] for row in played.rows])
         reward.hold(self.plan.held, marks)
+        self.held = {**self.held, str(number): {name: reward.now[name] for name in self.plan.held}}
         if self.args.should_save:
-            write_json(path, {**known, str(number): {name: reward.now[name] for name in self.plan.held}})
+            write_json(path, self.held)
         return dataclasses.replace(played, score=reward.judge(marks, stated=True).total.float().cpu())
 
     def _play(self, rows: Sequence[int], seeds: Sequence[int], seconds: dict[str, float], judged: bool = True) -> Judged:

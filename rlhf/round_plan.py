@@ -55,6 +55,12 @@ class Plan:
         return self.n_prompts * self.pairs_per_prompt + self.n_rated
 
 
+def whole_prompts(n: int, n_clips: int) -> int:
+    """The most clips, up to n, that are whole prompts of n_clips each, at least one: parts of a reward that compare a prompt's clips
+    (diversity) need all of them at once."""
+    return max(n // n_clips, 1) * n_clips
+
+
 def round_plan(cfg: Config, n_rated: int) -> Plan:
     """How a round is made. Raises UserError for sizes that make no pair."""
     least = 1 if cfg.pairing in BY_SLOPE else 2
@@ -77,8 +83,8 @@ def round_plan(cfg: Config, n_rated: int) -> Plan:
         label_smoothing=cfg.label_smoothing,
         n_frames=cfg.n_frames,
         temperature=cfg.temperature,
-        sample_batch=cfg.sample_batch,
-        score_batch=2 * cfg.batch_size,
+        sample_batch=whole_prompts(cfg.sample_batch, cfg.round_clips),
+        score_batch=whole_prompts(2 * cfg.batch_size, cfg.round_clips),
         held_out_clips=cfg.held_out_clips,
         kl_budget=cfg.kl_budget,
         edit_price=cfg.edit_price,

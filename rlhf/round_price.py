@@ -24,21 +24,25 @@ def next_price(price: float, kl: float, target_kl: float, least: float) -> float
 
 
 class Price:
-    """The price of every round, in a file: a resumed run takes up that of the round before, whatever it had done since."""
+    """The price of every round, remembered and in a file: a resumed run takes up that of the round before, whatever it had done since."""
 
     def __init__(self, start: float, target_kl: float | None, path: Path, writes: bool) -> None:
         """target_kl: nats a clip; None keeps the price as it is. writes: whether this process keeps the file."""
         self.start, self.target_kl, self.path, self.writes = start, target_kl, path, writes
+        self.known: dict[str, float] = {}
 
     def of(self, number: int, kl: float) -> float:
         """The price of round `number`, before which a KL of `kl` nats a clip was measured. UserError where a resumed run had none."""
         if self.target_kl is None:
             return self.start
-        known = read_json(self.path) if number and self.path.is_file() else {}
-        if number and str(number - 1) not in known:
+        if number and str(number - 1) not in self.known and self.path.is_file():
+            self.known = read_json(self.path)
+        if number and str(number - 1) not in self.known:
             got = f"--target-kl {self.target_kl:g} in round {number} of a run whose price did not move before"
             raise UserError(got, f"the price of round {number - 1} in {self.path}", "resume it without --target-kl")
-        price = next_price(known[str(number - 1)], kl, self.target_kl, self.start) if number else self.start
+        before = {str(n): self.known[str(n)] for n in range(number)}
+        price = next_price(before[str(number - 1)], kl, self.target_kl, self.start) if number else self.start
+        self.known = {**before, str(number): price}
         if self.writes:
-            write_json(self.path, {**known, str(number): price})
+            write_json(self.path, self.known)
         return price

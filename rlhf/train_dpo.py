@@ -204,15 +204,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1.2e-3,
         "beta": 0.03,
         "kl_weight": 6e-4,
-        "target_kl": 50.0,
+        "target_kl": 55.0,
         "pairing": "expected",
         "edit_price": 0.2,
         "rated_share": 0.0,
-        "rounds": 16,
-        "round_prompts": 40,
+        "rounds": 32,
+        "round_prompts": 20,
         "round_epochs": 2,
         "batch_size": 16,
-        "held_out_clips": 96,
+        "held_out_clips": 48,
         "weights": f"{HUMAN}=1,similarity=0.2,tempo=0.15,genre=0.5,diversity=0.1",
         "hold": "similarity,tempo,genre,diversity",
     },
@@ -315,6 +315,8 @@ def check(cfg: Config) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     refuse_another_run(cfg.out, cfg.resume)
     check_sharding()
+    if cfg.toy_reward and not cfg.toy:
+        raise UserError("--toy-reward without --toy", "both: a toy reward judges a toy policy alone", "add --toy, or give --reward")
     if cfg.kl_weight < 0:
         raise UserError(f"--kl-weight {cfg.kl_weight}", "0 or more", "a nat has a price, or none")
     if cfg.target_kl is not None and (cfg.target_kl <= 0 or not cfg.kl_weight or not (cfg.reward or cfg.toy_reward)):

@@ -395,3 +395,11 @@ def test_rounds_of_expected_edits_raise_the_held_out_score_from_a_first_loss_of_
 def test_expected_edits_are_refused_where_there_are_two_clips_to_compare(tmp_path, changes):
     with pytest.raises(UserError, match="--pairing expected"):
         round_plan(config(tmp_path, **{"pairing": "expected", "rated_share": 0.0, **changes}), 10)
+
+
+def test_clips_of_a_prompt_are_played_and_judged_together(tmp_path):
+    cfg = dataclasses.replace(Config(**PRESETS["smoke_reward"]), out=tmp_path, round_clips=6, batch_size=8, sample_batch=64)
+    plan = round_plan(cfg, n_rated=0)
+    assert (plan.score_batch, plan.sample_batch) == (12, 60)
+    assert round_plan(dataclasses.replace(cfg, round_clips=24), n_rated=0).score_batch == 24  # one prompt at least
+    assert round_plan(dataclasses.replace(cfg, round_clips=2), n_rated=0).score_batch == 16

@@ -33,6 +33,8 @@ def test_a_round_takes_up_the_price_of_the_round_before_whatever_was_done_since(
     told = [price.of(number, kl) for number, kl in enumerate((0, 75, 100))]
     assert told == pytest.approx([0.1, 0.15, 0.3])
     assert Price(0.1, 50, tmp_path / "price.json", writes=False).of(2, 100) == pytest.approx(0.3)
+    elsewhere = Price(0.1, 50, tmp_path / "a-disk-of-its-own" / "price.json", writes=False)
+    assert [elsewhere.of(number, kl) for number, kl in enumerate((0, 75, 100))] == told  # a node without the file
     assert price.of(0, 0) == 0.1
     assert json.loads((tmp_path / "price.json").read_text()) == {"0": 0.1}
     assert Price(0.1, None, tmp_path / "none.json", writes=True).of(3, 999) == 0.1
@@ -76,6 +78,7 @@ def test_a_run_is_brought_back_towards_its_target_and_resumes_bitwise_at_the_pri
         ({"target_kl": -1.0}, "--target-kl -1"),
         ({"kl_weight": 0.0}, "with --kl-weight 0.0"),
         ({"toy_reward": False}, "rounds of own clips"),
+        ({"toy": False}, "--toy-reward without --toy"),
     ],
 )
 def test_a_target_that_nothing_can_keep_is_refused(tmp_path, changes, message):
