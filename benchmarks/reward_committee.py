@@ -73,9 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     for asked, value in mean.items():
         print(f"{value:.4f}  {' '.join(f'{told[asked]:.4f}' for told in found)}  {asked}")
     gains = [told[ONE] - told[SEVERAL] for told in found]
-    print(
-        f"{np.mean(gains):+.4f} nats a vote by asking several; in {sum(gain > 0 for gain in gains)} of {len(gains)} snapshots for the better"
-    )
+    better = sum(gain > 0 for gain in gains)
+    print(f"{np.mean(gains):+.4f} nats a vote by asking several, for the better in {better} of {len(gains)} snapshots")
     if args.out:
         args.out.write_text(json.dumps({"snapshots": [str(path) for path in args.snapshot], "loss": found, "mean": mean}, indent=2))
     return 0
