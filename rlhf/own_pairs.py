@@ -191,7 +191,7 @@ class OwnPairs:
                 self._unit(),
                 plan.edit_price,
                 plan.temperature,
-                torch.tensor([plan.labels == "soft" or index % VERIFY == 0 for index in indices[p]]),
+                torch.tensor([plan.labels == "soft" or index // plan.n_clips % VERIFY == 0 for index in indices[p]]),
             )
             for p in self._parts(len(names))
         ]
@@ -212,7 +212,7 @@ class OwnPairs:
 
     def _measure(self, number: int) -> dict[str, float]:
         plan, apart = self.plan, dict[str, float]()
-        rows = [self.held_out[i % len(self.held_out)] for i in range(plan.held_out_clips)]
+        rows = [self.held_out[(i // plan.n_clips) % len(self.held_out)] for i in range(plan.held_out_clips)]  # a prompt's clips in a row
         seeds = [sample_seed(plan.seed ^ 0x4E1D, i) for i in range(len(rows))]
         if self.base_scores is None:
             with adapter_disabled(self.lm):
@@ -220,6 +220,9 @@ class OwnPairs:
             names = [self.prompts[row] for row in rows]
             if isinstance(self.score, Mixed):  # the base's clips set the scale of the reward's parts
                 self.score.measure(base.codes.to(self.args.device), names)
+                idle = [name for name in plan.held if name not in self.score.reward.scales]
+                if idle and self.args.should_save:
+                    print(f"not held: {', '.join(idle)}, of which no clip of the held-out prompts tells anything", flush=True)
                 base = dataclasses.replace(base, score=self.score(base.codes.to(self.args.device), names).float().cpu())
             self.base_scores = base.score
         self.heard = played = self._play(rows, seeds, apart, not plan.held)

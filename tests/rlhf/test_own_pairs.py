@@ -403,3 +403,26 @@ def test_clips_of_a_prompt_are_played_and_judged_together(tmp_path):
     assert (plan.score_batch, plan.sample_batch) == (12, 60)
     assert round_plan(dataclasses.replace(cfg, round_clips=24), n_rated=0).score_batch == 24  # one prompt at least
     assert round_plan(dataclasses.replace(cfg, round_clips=2), n_rated=0).score_batch == 16
+
+
+def test_looks_have_several_clips_of_a_prompt_however_few_they_are(tmp_path):
+    """Else nothing is known of what compares a prompt's clips, and it cannot be held (once missed: 48 clips of 48 prompts)."""
+    own = own_pairs(tmp_path, toy_task(config(tmp_path)), round_clips=2, held_out_clips=4)
+    assert len(own.held_out) >= 2
+    own.measure(0)
+    assert own.heard is not None
+    first, second = own.held_out[:2]
+    assert own.heard.rows == [first, first, second, second]
+
+
+def test_a_held_part_that_no_look_tells_anything_of_is_named(tmp_path, capsys):
+    task = toy_task(config(tmp_path))
+    assert task.own is not None
+    heard = task.own.score
+    silent = Part(lambda codes, prompts: torch.full((len(codes),), math.nan), 0.5, asked=True)
+    assert isinstance(heard, Mixed)
+    mixed = Mixed(Reward({**heard.reward.parts, "silent": silent}), heard.slopes, heard.codebooks)
+    own = own_pairs(tmp_path, dataclasses.replace(task, own=dataclasses.replace(task.own, score=mixed)))
+    own.plan = dataclasses.replace(own.plan, held=("silent",))
+    own.measure(0)
+    assert "not held: silent" in capsys.readouterr().out
