@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +101,12 @@ def play_best(lm: MusicLM, cond: Conditions, n_frames: int, seeds: Sequence[int]
 
 def best_of(n: int, reward_dir: str | Path | None, policy: Policy) -> BestOf:
     """The command line's: a reward model's folder, on the policy that plays. Raises UserError for one of another base."""
+    from rlhf.reward_gates import doubt
     from rlhf.reward_model import load_reward
 
     if reward_dir is None:
         raise UserError(f"--best-of {n} without --reward", "the folder of a reward model", "train one with rlhf/train_reward.py")
     reward = load_reward(reward_dir, policy)
+    if doubted := doubt(Path(reward_dir)):
+        print(f"{doubted}; the best of {n} is one by chance", file=sys.stderr, flush=True)
     return BestOf(n, reward.score, reward.sha256)

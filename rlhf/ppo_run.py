@@ -45,7 +45,7 @@ class Run:
 
     def __init__(self, cfg: Config, task: Task, accelerator: Accelerator) -> None:
         self.cfg, self.task, self.accelerator = cfg, task, accelerator
-        self.reward = weighted(parse_weights(cfg.weights), task.score, task.checks, task.least, task.watched)
+        self.reward = weighted(parse_weights(cfg.weights), task.score, task.checks, task.least, task.watched, task.voted)
         self.held = held_parts(cfg.hold, parse_weights(cfg.weights))
         self.credit = credit_of(cfg.credit, task, self.reward.trained, bool(cfg.frame_weight))
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster(accelerator.device))

@@ -58,6 +58,8 @@ class Task:
     base_sha256: str
     least: float = 0.0
     """The least spread of that score among the base's clips which counts as one (rlhf.rewards.LEAST_LOGITS)."""
+    voted: tuple[str, ...] = ()
+    """The checks that votes taught too, of which the same holds."""
     reward_sha256: str | None = None
     snapshot_sha256: str | None = None
     ears_sha256: str | None = None
@@ -124,6 +126,7 @@ def load_task(
         score=score,
         base_sha256=policy.sha256,
         least=0.0 if reward is None else LEAST_LOGITS,
+        voted=() if reward is None else tuple(reward.extras),
         reward_sha256=None if reward is None else reward.sha256,
         snapshot_sha256=None if reward is None else reward.snapshot_sha256,
         ears_sha256=ears.sha256() if ears else None,

@@ -77,11 +77,13 @@ def share_of_ceiling(figures: Mapping[str, Any]) -> float | None:
 
 def doubt(reward: Path) -> str | None:
     """A line for whoever trains on a reward model that foretells held-out votes no better than chance; else None."""
+    if not (reward / "figures.json").is_file():
+        return f"{reward} without figures.json: nobody can tell whether votes bear it out"
     figures = read_json(reward / "figures.json")
     (low, high), t = figures["ci"], figures.get("evidence")
-    if t is not None and t**2 < EARNED:
+    if t is not None and t < EARNED**0.5:
         return (
-            f"{reward} has learnt nothing that held-out votes bear out (a slope of {t:.1f} standard errors): its scores differ by next "
+            f"{reward} has learnt nothing that held-out votes bear out ({t:.1f} standard errors): its scores differ by next "
             "to nothing; collect more votes"
         )
     if low > 0.5:

@@ -261,35 +261,32 @@ def best_temperature(margin: Tensor, pairs: Pairs) -> float:
     return math.exp((low + high) / 2)
 
 
-def evidence(margin: Tensor, pairs: Pairs, temperature: float) -> float:
-    """How many standard errors the slope 1 / temperature of votes on margins is away from 0.
+def evidence(margin: Tensor, pairs: Pairs) -> float:
+    """How many standard errors away from 0 the mean over prompts is of what votes say for margins: sum of w * (p - 1/2) * margin.
 
-    The error is that of a maximum-likelihood slope under clusters (Huber 1967; Liang and Zeger 1986): votes of a prompt share clips, and
-    are one observation.
+    That sum is the slope of their likelihood along the margins where nothing is believed yet (a score test: Rao 1948), which is told as
+    well where votes follow margins without a fault and no best slope exists. Votes of a prompt share clips, and are one observation
+    (Liang and Zeger 1986). Negative where votes go against margins; 0 where fewer than two prompts have votes.
     """
-    slope, x = 1 / temperature, margin.double()
-    p = torch.sigmoid(slope * x)
-    gradient = pairs.weight.double() * (pairs.p.double() - p) * x
-    information = float((pairs.weight.double() * p * (1 - p) * x**2).sum())
-    groups, place = torch.unique(pairs.prompt, return_inverse=True)
-    by_prompt = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, place, gradient)
-    if information == 0 or len(groups) < 2:
+    gain = pairs.weight.double() * (pairs.p.double() - 0.5) * margin.double()
+    prompts, place = torch.unique(pairs.prompt, return_inverse=True)
+    by_prompt = torch.zeros(len(prompts), dtype=torch.float64).index_add_(0, place, gain)
+    if len(prompts) < 2 or not bool(by_prompt.any()):
         return 0.0
-    error = float(by_prompt.square().sum() * len(groups) / (len(groups) - 1)) ** 0.5
-    return slope * information / error if error else math.inf
+    error = float(by_prompt.std(correction=1)) / len(prompts) ** 0.5
+    return float(by_prompt.mean()) / error if error else math.copysign(math.inf, float(by_prompt[0]))
 
 
 def sure_temperature(margin: Tensor, pairs: Pairs) -> tuple[float, float]:
-    """The temperature that margins earn, and the evidence t for it: the best one, divided by max(0, 1 - 2 / t^2).
+    """The temperature that margins earn, and the evidence t for it: the best one, divided by max(0, 1 - 2 / t^2), t above 0.
 
     A reward that learnt from noise has a slope too, by chance, and whoever trains on it follows one random direction. So the slope is
     shrunk by the non-negative garrote (Breiman 1995, Technometrics 37), and by as much as a parameter has to earn (Akaike 1974: a gain
     in likelihood of t^2 < 2 counts for nothing). Three standard errors keep .78 of the slope, eight .97.
     """
-    temperature = best_temperature(margin, pairs)
-    t = evidence(margin, pairs, temperature)
-    kept = max(0.0, 1 - EARNED / t**2) if t else 0.0
-    return (min(temperature / kept, MOST_TEMPERATURE) if kept else MOST_TEMPERATURE), t
+    t = evidence(margin, pairs)
+    kept = 1 - EARNED / t**2 if t**2 > EARNED and t > 0 else 0.0
+    return (min(best_temperature(margin, pairs) / kept, MOST_TEMPERATURE) if kept else MOST_TEMPERATURE), t
 
 
 def pessimistic(member_scores: Tensor, lam: float) -> Tensor:

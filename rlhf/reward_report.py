@@ -112,7 +112,7 @@ def _of_trunk(told: dict[str, Any]) -> str:
 
 def _of_evidence(figures: dict[str, Any]) -> str:
     t = figures["evidence"]
-    return "" if t is None else f"; its slope is {t:.1f} standard errors from none"
+    return "" if t is None else f"; held-out votes follow it by {t:.1f} standard errors"
 
 
 def _of_raters(figures: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ of the constraint "not worse than the base" (constrained RLHF: Moskovitz et al. 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -272,14 +272,21 @@ def held_parts(text: str, weights: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def weighted(
-    weights: Mapping[str, float], human: Score | None, checks: Mapping[str, Score], least: float = 0.0, watched: Score | None = None
+    weights: Mapping[str, float],
+    human: Score | None,
+    checks: Mapping[str, Score],
+    least: float = 0.0,
+    watched: Score | None = None,
+    voted: Collection[str] = (),
 ) -> Reward:
     """The listeners' part and the checks (verifiable parts, `asked`) under these weights: those that are named are judged every round,
     those that are not have weight 0. UserError for an unknown name. human: None where no listener is asked; `human=0` may be said then.
-    least: the listeners' least spread that counts as one (LEAST_LOGITS for a reward model). watched: a judge that can have no weight."""
+    least: the listeners' least spread that counts as one (LEAST_LOGITS for a reward model), which holds for the `voted` of the checks as
+    well: those that votes taught too (aspects). watched: a judge that can have no weight."""
     if human is None and not weights.get(HUMAN):
         weights = {name: weight for name, weight in weights.items() if name != HUMAN}
-    known = ({} if human is None else {HUMAN: Part(human, least=least)}) | {name: Part(score, asked=True) for name, score in checks.items()}
+    parts = {name: Part(score, asked=True, least=least if name in voted else 0.0) for name, score in checks.items()}
+    known = ({} if human is None else {HUMAN: Part(human, least=least)}) | parts
     unknown = sorted(set(weights) - set(known))
     if unknown:
         raise UserError(f"weights for {unknown}", f"some of {list(known)}", "correct --weights")

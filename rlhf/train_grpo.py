@@ -47,6 +47,7 @@ from rlhf.flat_grpo import FlatGRPOTrainer, FlatRLOOTrainer, Judge
 from rlhf.flat_policy import FlatCausalLM
 from rlhf.journal import speeds
 from rlhf.ppo_task import Task, load_task
+from rlhf.reward_gates import doubt
 from rlhf.rollout import prompt_of
 from rlhf.tracking import Kind
 
@@ -133,6 +134,9 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     if task is None:
         task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts)
     args = training_arguments(cfg, task.lm.n_q)
+    doubted = doubt(cfg.reward) if cfg.reward else None
+    if doubted and args.should_save:
+        print(f"{doubted}; scores are compared within a group, and any spread is a full one here", flush=True)
     parents = parents_of(cfg, task)
     newest = latest_training_state(cfg.out, parents) if cfg.resume else None
 

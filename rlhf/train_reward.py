@@ -156,7 +156,7 @@ def _main(cfg: Config) -> dict[str, Any]:
     pairs, true_pairs = clips.pairs(learnt), clips.pairs(truth)
     rival = None if trial is None else verdict(trial, weighing, snapshot.votes, forced=cfg.trunk == "tokens")
     by_trunk, scores = (trial, rival.scores) if rival is not None and rival.kept else (None, weighing.scores)
-    margin = folds.margins(scores, true_pairs)
+    margin = folds.margins(scores, pairs)  # shuffled labels know no more than they taught
     baseline = baseline_scores(base, clips, folds, pairs)
     votes = ordering(snapshot.votes)
     stranger = (
@@ -167,7 +167,7 @@ def _main(cfg: Config) -> dict[str, Any]:
 
     # 4. Learn from everything.
     members, offsets = committee.ensemble(inputs, pairs, cfg.members, cfg.seed, share)
-    temperature, t = sure_temperature(folds.margins(scores, pairs), pairs)  # shuffled labels know no more than they taught
+    temperature, t = sure_temperature(margin, pairs)
     model = RewardModel(base, committee, [lenses[head] for head in committee.heads], members, offsets, cfg.lam, temperature)
     model.snapshot_sha256 = snapshot.sha256
     model.trunk = None if by_trunk is None else by_trunk.kept(pairs)
@@ -179,9 +179,7 @@ def _main(cfg: Config) -> dict[str, Any]:
     # 5. Tell.
     figures = {
         **judgement(snapshot, truth, clips, folds, scores, baseline, stranger, cfg.seed),
-        "ece": metrics.pair_calibration_error(
-            cross_calibrated(margin, true_pairs, folds).numpy(), true_pairs.p.numpy(), true_pairs.weight.numpy()
-        ),
+        "ece": metrics.pair_calibration_error(cross_calibrated(margin, pairs, folds).numpy(), pairs.p.numpy(), pairs.weight.numpy()),
         "overfit": by_trunk.overfit(pairs) if by_trunk is not None else reward_gates.overfit(committee, inputs, pairs, cfg.seed),
         "trunk": None if rival is None else rival.figures,
         "heads": committee.as_json(),

@@ -67,6 +67,7 @@ def test_a_head_that_sees_nothing_does_not_overfit():
 
 
 def test_a_reward_no_better_than_chance_is_doubted_and_another_is_not(tmp_path):
+    assert "nobody can tell" in (doubt(tmp_path) or "")
     write_json(tmp_path / "figures.json", {"ci": [0.47, 0.52]})
     assert "[0.470, 0.520]" in (doubt(tmp_path) or "")
     write_json(tmp_path / "figures.json", {"ci": [0.51, 0.55]})

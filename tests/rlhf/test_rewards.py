@@ -173,6 +173,17 @@ def test_a_held_part_weighs_more_while_it_is_worse_than_the_bases_and_no_less_th
     assert reward.now["fit"] == 0.5  # prompts that ask nothing move nothing
 
 
+def test_aspects_that_votes_hardly_support_are_not_blown_up_either() -> None:
+    faint = says(0.001, 0.0, -0.001, 0.0)
+    reward = weighted(
+        {"human": 1.0, "musicality": 0.5, "tempo": 0.5}, faint, {"musicality": faint, "tempo": faint}, 0.25, voted=("musicality",)
+    )
+    reward, marks = measured(reward)
+    z = reward.judge(marks).parts
+    assert float(z["musicality"].abs().max()) == float(z["human"].abs().max()) == pytest.approx(0.001 / 0.25)
+    assert float(z["tempo"].abs().max()) > 1
+
+
 def test_one_clip_that_lost_everything_moves_a_held_weight_by_no_more_than_its_share_of_the_bound() -> None:
     reward, marks = measured(Reward({"human": Part(says(0, 1, 2, 3)), "fit": Part(says(0, 0, 0, -1), 0.5, asked=True)}))
     lost = marks.clone()
