@@ -153,7 +153,7 @@ def _main(cfg: Config) -> dict[str, Any]:
     weighing = weigh(cfg, folds, clips, snapshot, agreed, clips.pairs(learnt), choice, preferences)
     if weighing.weights is not agreed:
         learnt = truth = preferences(weighing.weights)
-    pairs, true_pairs = clips.pairs(learnt), clips.pairs(truth)
+    pairs = clips.pairs(learnt)
     rival = None if trial is None else verdict(trial, weighing, snapshot.votes, forced=cfg.trunk == "tokens")
     by_trunk, scores = (trial, rival.scores) if rival is not None and rival.kept else (None, weighing.scores)
     margin = folds.margins(scores, pairs)  # shuffled labels know no more than they taught
