@@ -28,11 +28,6 @@ from rlhf.judges import Score, Slope, scores, weighted_slope
 HOLD_RATE, HOLD_MOST = 1.0, 2.0
 """A held weight moves by so much a look for each spread that is missing, and stays between what it began with and this."""
 
-HOLD_BOUND = 3.0
-"""How many spreads a clip counts for at most where weights of held parts are moved. Log-probabilities have no floor: a twentieth of clips
-that surely lost their genre would else outweigh all others, and wind a weight up that then takes rounds to come down (measured on four
-of six DPO runs: .5 to 2 after one leap)."""
-
 HUMAN = "human"
 """The part that listeners' votes taught (a reward model)."""
 WATCHED = "watched"
@@ -73,8 +68,6 @@ class Reward:
         """The parts that are judged in every round; the others only where `marks` is asked for everything."""
         self.scales: dict[str, tuple[float, float]] = {}
         """Name -> mean and sd of the base's marks; empty until `measure`."""
-        self.levels: dict[str, float] = {}
-        """Name -> mean bounded z of the base's marks, which a held part is to keep; empty until `measure`."""
         self.now = {name: part.weight for name, part in self.parts.items()}
         """The weights as they stand; those of held parts move."""
 
@@ -118,11 +111,9 @@ class Reward:
             mean, sd = float(finite.mean()), float(finite.std(correction=0))
             varied = sd > 1e-6 * max(1.0, abs(mean))
             self.scales[name] = (mean, max(sd if varied else 1.0, self.parts[name].least))
-            self.levels[name] = bounded_mean((finite - mean) / self.scales[name][1])
 
     def hold(self, names: Sequence[str], marks: Tensor) -> None:
-        """Move the weights of held parts by what clips of the policy [B, P] miss of the base's level: w - rate * (mean z - base's), within
-        bounds; no clip counts for more than HOLD_BOUND spreads.
+        """Move the weights of held parts by what clips of the policy [B, P] miss of the base's level: w - rate * mean z, within bounds.
 
         None falls below what it began with: a part whose weight went to nothing was kept on the prompts of the looks, and lost by a tenth
         of the clips on prompts of new combinations (measured; docs/proof.md).
@@ -134,15 +125,8 @@ class Reward:
         for name in names:
             there = z[name][torch.isfinite(z[name])]
             if len(there):
-                if name in self.scales and name not in self.levels:
-                    raise UserError(
-                        f"a checkpoint without the level that {name} is held at",
-                        "one of this version, not an earlier version's",
-                        "start the run anew",
-                    )
                 least = self.parts[name].weight
-                missing = self.levels.get(name, 0.0) - bounded_mean(there)
-                self.now[name] = min(max(self.now[name] + HOLD_RATE * missing, least), max(least, HOLD_MOST))
+                self.now[name] = min(max(self.now[name] - HOLD_RATE * float(there.double().mean()), least), max(least, HOLD_MOST))
 
     def judge(self, marks: Tensor, stated: bool = False) -> Judgement:
         """marks [B, P] -> total = sum of w * z [B], and each part's z. stated: by the weights of the start, so that marks of different
@@ -195,8 +179,7 @@ class Reward:
     def state_dict(self) -> dict[str, Any]:
         weights = {name: self.parts[name].weight for name in self.trained}
         scales = {name: list(scale) for name, scale in self.scales.items()}
-        now = {name: self.now[name] for name in self.trained}
-        return {"weights": weights, "scales": scales, "levels": dict(self.levels), "now": now}
+        return {"weights": weights, "scales": scales, "now": {name: self.now[name] for name in self.trained}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises UserError where the parts or their weights are not those of the run that is to go on."""
@@ -206,13 +189,7 @@ class Reward:
                 f"a run of the reward {state['weights']}, now {mine}", "the same parts and weights", "resume with its --weights"
             )
         self.scales = {name: (float(mean), float(sd)) for name, (mean, sd) in state["scales"].items()}
-        self.levels = dict(state.get("levels", {}))
         self.now.update(state["now"])
-
-
-def bounded_mean(z: Tensor) -> float:
-    """The mean of finite z [N], none further than HOLD_BOUND from 0 (a winsorised mean)."""
-    return float(z.double().clamp(-HOLD_BOUND, HOLD_BOUND).mean())
 
 
 class Mixed:

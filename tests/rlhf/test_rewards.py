@@ -8,7 +8,7 @@ from torch import Tensor
 
 from base_models.errors import UserError
 from rlhf.judges import Score
-from rlhf.rewards import HOLD_BOUND, HOLD_MOST, HOLD_RATE, Part, Reward, held_parts, parse_weights, weighted
+from rlhf.rewards import HOLD_RATE, Part, Reward, held_parts, parse_weights, weighted
 
 NAN = float("nan")
 CODES = torch.zeros(4, 1, 2, dtype=torch.int64)
@@ -182,40 +182,6 @@ def test_aspects_that_votes_hardly_support_are_not_blown_up_either() -> None:
     z = reward.judge(marks).parts
     assert float(z["musicality"].abs().max()) == float(z["human"].abs().max()) == pytest.approx(0.001 / 0.25)
     assert float(z["tempo"].abs().max()) > 1
-
-
-def test_one_clip_that_lost_everything_moves_a_held_weight_by_no_more_than_its_share_of_the_bound() -> None:
-    reward, marks = measured(Reward({"human": Part(says(0, 1, 2, 3)), "fit": Part(says(0, 0, 0, -1), 0.5, asked=True)}))
-    lost = marks.clone()
-    lost[0, 1] = -1000.0
-    reward.hold(["fit"], lost)
-    spread = reward.scales["fit"][1]
-    assert reward.now["fit"] == pytest.approx(0.5 + HOLD_RATE * (HOLD_BOUND + 0.25 / spread) / 4)
-    assert reward.now["fit"] < HOLD_MOST
-
-
-def test_the_level_to_be_held_is_the_bases_own_where_its_marks_have_a_long_tail_too() -> None:
-    tail = says(*[0.0] * 30, -100.0)
-    codes, prompts = torch.zeros(31, 1, 2, dtype=torch.int64), ["p"] * 31
-    reward = Reward({"human": Part(says(*range(31))), "fit": Part(tail, 0.5, asked=True)})
-    marks = reward.marks(codes, prompts)
-    reward.measure(marks)
-    for _ in range(50):
-        reward.hold(["fit"], marks)
-    assert reward.now["fit"] == pytest.approx(0.5)
-    again = Reward(reward.parts)
-    again.load_state_dict(reward.state_dict())
-    again.hold(["fit"], marks - 0.1 * reward.scales["fit"][1])
-    assert again.now["fit"] == pytest.approx(0.5 + HOLD_RATE * 0.1 * 30 / 31)
-
-
-def test_a_checkpoint_that_knows_no_levels_cannot_hold() -> None:
-    parts = {"human": Part(says(0, 1, 2, 3)), "fit": Part(says(3, 1, 0, 1), 0.5, asked=True)}
-    reward, marks = measured(Reward(parts))
-    old = Reward(parts)
-    old.load_state_dict({name: value for name, value in reward.state_dict().items() if name != "levels"})
-    with pytest.raises(UserError, match="earlier version"):
-        old.hold(["fit"], marks)
 
 
 def test_looks_are_judged_by_the_weights_of_the_start_and_held_ones_are_taken_up_again() -> None:
