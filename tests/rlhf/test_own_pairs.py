@@ -339,6 +339,8 @@ def test_held_weights_move_between_rounds_from_where_the_round_before_had_left_t
     assert moved["held_out/weight_even"] == pytest.approx(min(max(0.5 - HOLD_RATE * float(missed), 0.5), HOLD_MOST))
     assert moved["held_out/weight_even"] != 0.5
     assert own.measure(1) == moved  # a run that is resumed measures its round again
+    shutil.rmtree(tmp_path)  # as on a node whose disk never had held.json
+    tmp_path.mkdir()
     further = own.measure(2)
     assert further["held_out/score"] == moved["held_out/score"]  # judged by the weights of the start
     assert abs(further["held_out/weight_even"] - 0.5) >= abs(moved["held_out/weight_even"] - 0.5)
