@@ -1,6 +1,6 @@
 """Heads of the reward model one by one, and asked together: held-out loss on the votes of frozen snapshots.
 
-    python benchmarks/reward_committee.py --snapshot runs/a/snapshot --snapshot runs/b/snapshot
+    python benchmarks/reward_committee.py --snapshot runs/a/snapshot runs/b/snapshot
 
     votes -> folds of prompts -> each head, the head that the other folds like best, each committee, the committee that they like best
 
@@ -16,14 +16,17 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
+from base_models.checkpoint import write_json
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, load_policy
+from base_models.settings import run
 from rlhf.preferences import load_snapshot
 from rlhf.reward_committee import Committee, committees
 from rlhf.reward_features import Base, blocks_of
@@ -32,6 +35,21 @@ from rlhf.reward_heads import alone, candidates, expand, log_loss, make_lens
 from rlhf.reward_report import name
 from rlhf.snapshot import Snapshot
 from rlhf.trusted import trusted
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compared on what."""
+
+    snapshot: tuple[Path, ...] = ()
+    """Folders of frozen snapshots, each judged by itself."""
+    policy: Path = PRETRAINED
+    """The base whose clips were voted on."""
+    folds: int = 5
+    """Folds of prompts."""
+    out: Path | None = None
+    """Where the figures go, as JSON; nowhere by default."""
+
 
 ONE, SEVERAL = "one head, chosen", "committee, chosen"
 
@@ -52,37 +70,38 @@ def compare(base: Base, snapshot: Snapshot, n_folds: int = 5, seed: int = 0, blo
     inputs = {head: expand(make_lens(head, table, clips.prompt), head, table) for head in heads}
     folds = Folds(inputs, clips.fold_of_prompt(n_folds, seed), n_folds)
 
+    alone_in = {head: unseen_scores(folds, pairs, [Committee((head,))] * n_folds, 1, seed) for head in heads}  # each fitted once
+
     def loss(chosen: Sequence[Committee]) -> float:
-        return log_loss(cross_calibrated(folds.margins(unseen_scores(folds, pairs, chosen, 1, seed), pairs), pairs, folds), pairs)
+        scores = torch.stack([torch.stack([alone_in[head][f] for head in committee.heads]).mean(0) for f, committee in enumerate(chosen)])
+        return log_loss(cross_calibrated(folds.margins(scores, pairs), pairs, folds), pairs)
 
     singles, several = [Committee((head,)) for head in heads], committees(blocks)
     told = {title(committee): loss([committee] * n_folds) for committee in (*singles, *several)}
     return told | {which: loss(choose_committee(folds, pairs, among).chosen) for which, among in ((ONE, singles), (SEVERAL, several))}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--snapshot", type=Path, action="append", required=True, help="may be given several times")
-    parser.add_argument("--policy", type=Path, default=PRETRAINED)
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
-    args = parser.parse_args(argv)
-    policy = load_policy(args.policy)
-    found = [compare(policy, load_snapshot(path, policy.sha256), args.folds) for path in args.snapshot]
+def main(cfg: Config) -> dict[str, Any]:
+    """Compares on each snapshot by itself; returns loss by snapshot and the mean over them."""
+    if not cfg.snapshot:
+        raise UserError("no --snapshot", "the folders of one or more frozen snapshots", "export one with `encore ratings export`")
+    policy = load_policy(cfg.policy)
+    found = [compare(policy, load_snapshot(path, policy.sha256), cfg.folds) for path in cfg.snapshot]
     mean = {asked: float(np.mean([told[asked] for told in found])) for asked in found[0]}
-    for asked, value in mean.items():
-        print(f"{value:.4f}  {' '.join(f'{told[asked]:.4f}' for told in found)}  {asked}")
+    figures = {"snapshots": [str(path) for path in cfg.snapshot], "loss": found, "mean": mean}
+    if cfg.out:
+        write_json(cfg.out, figures)
+    return figures
+
+
+def table(figures: dict[str, Any]) -> str:
+    """What the script prints: the mean, each snapshot, what was asked."""
+    found = figures["loss"]
+    lines = [f"{value:.4f}  {' '.join(f'{told[asked]:.4f}' for told in found)}  {asked}" for asked, value in figures["mean"].items()]
     gains = [told[ONE] - told[SEVERAL] for told in found]
     better = sum(gain > 0 for gain in gains)
-    print(f"{np.mean(gains):+.4f} nats a vote by asking several, for the better in {better} of {len(gains)} snapshots")
-    if args.out:
-        args.out.write_text(json.dumps({"snapshots": [str(path) for path in args.snapshot], "loss": found, "mean": mean}, indent=2))
-    return 0
+    return "\n".join([*lines, f"{np.mean(gains):+.4f} nats a vote by asking several, for the better in {better} of {len(gains)} snapshots"])
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run(main, Config, show=table)

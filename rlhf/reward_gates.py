@@ -75,8 +75,10 @@ def share_of_ceiling(figures: Mapping[str, Any]) -> float | None:
     return None if ceiling is None or ceiling <= 0.5 else float((figures["accuracy"] - 0.5) / (ceiling - 0.5))
 
 
-def doubt(reward: Path) -> str | None:
-    """A line for whoever trains on a reward model that foretells held-out votes no better than chance; else None."""
+def doubt(reward: Path | None) -> str | None:
+    """A line for whoever trains on a reward model that foretells held-out votes no better than chance; else None, as without a reward."""
+    if reward is None:
+        return None
     if not (reward / "figures.json").is_file():
         return f"{reward} without figures.json: nobody can tell whether votes bear it out"
     figures = read_json(reward / "figures.json")

@@ -285,7 +285,7 @@ def sure_temperature(margin: Tensor, pairs: Pairs) -> tuple[float, float]:
     in likelihood of t^2 < 2 counts for nothing). Three standard errors keep .78 of the slope, eight .97.
     """
     t = evidence(margin, pairs)
-    kept = 1 - EARNED / t**2 if t**2 > EARNED and t > 0 else 0.0
+    kept = 1 - EARNED / t**2 if t > EARNED**0.5 else 0.0
     return (min(best_temperature(margin, pairs) / kept, MOST_TEMPERATURE) if kept else MOST_TEMPERATURE), t
 
 

@@ -238,7 +238,7 @@ def main(cfg: Config) -> dict[str, Any]:
     newest = latest_training_state(cfg.out, parents) if cfg.resume else None
     first_step = 0 if newest is None else read_json(newest / "state.json")["step"]
     recorder = Recorder(cfg, "dpo", first_step, args.should_save, task.sound)
-    doubted = doubt(cfg.reward) if cfg.reward else None
+    doubted = doubt(cfg.reward)
     for line in (*(task.voted.notes if task.voted else ()), *([doubted] if doubted else [])):
         if args.should_save:
             print(line)

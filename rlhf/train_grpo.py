@@ -134,7 +134,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     if task is None:
         task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts)
     args = training_arguments(cfg, task.lm.n_q)
-    doubted = doubt(cfg.reward) if cfg.reward else None
+    doubted = doubt(cfg.reward)
     if doubted and args.should_save:
         print(f"{doubted}; scores are compared within a group, and any spread is a full one here", flush=True)
     parents = parents_of(cfg, task)

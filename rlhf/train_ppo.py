@@ -211,7 +211,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         sources = (cfg.policy, cfg.reward, cfg.prompts, cfg.heldout_prompts, cfg.score_command, listeners, cfg.watch_command)
         task = toy_task(cfg.seed) if cfg.toy else load_task(*sources)
     check_task(cfg, task)
-    doubted = doubt(cfg.reward) if cfg.reward else None
+    doubted = doubt(cfg.reward)
     if doubted:
         accelerator.print(doubted)
     run = Run(cfg, task, accelerator)

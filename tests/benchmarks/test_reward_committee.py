@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from benchmarks.reward_committee import ONE, SEVERAL, compare, main
+from base_models.errors import UserError
+from benchmarks.reward_committee import ONE, SEVERAL, Config, compare, main
 from rlhf.preferences import load_snapshot
 from rlhf.reward_committee import committees
 from rlhf.reward_features import DESCRIPTORS, LATENTS
@@ -27,5 +28,5 @@ def test_heads_and_committees_are_told_beside_what_folds_would_choose(tmp_path) 
     assert len(alone) == len(candidates(BLOCKS))
     assert told[ONE] < max(alone)  # folds do not choose the worst
     assert told[SEVERAL] < max(alone)
-    with pytest.raises(SystemExit):
-        main([])
+    with pytest.raises(UserError, match="no --snapshot"):
+        main(Config())
