@@ -57,6 +57,13 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: floa
     return torch.where(mask, white, torch.zeros_like(white)).to(x.dtype)
 
 
+def masked_spread(x: Tensor, mask: Tensor) -> float:
+    """Standard deviation of x [B, S] over the valid places, in float64; 0 where there is none. NaNs at other places are not seen."""
+    _check(mask, x)
+    valid = x[mask].double()
+    return valid.std(correction=0).item() if len(valid) else 0.0
+
+
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: A_s = sum_i (gamma lam)^i delta_{s+i}, delta_s = r_s + gamma V_{s+1} - V_s.
 

@@ -26,7 +26,7 @@ from rlhf.brake import Brake
 from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer, leave_one_out
 from rlhf.dense import limited
 from rlhf.judges import weighted_slope
-from rlhf.losses import explained_variance, gae, masked_mean, masked_whiten, ppo_policy_loss, ppo_value_loss
+from rlhf.losses import explained_variance, gae, masked_mean, masked_spread, masked_whiten, ppo_policy_loss, ppo_value_loss
 from rlhf.ppo_dense import DenseTable, dense_table, sampled_log_ratio
 from rlhf.ppo_task import Task
 from rlhf.rewards import held_parts, parse_weights, weighted
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 FRAME_GAMMA = 0.9
 """Discount a step of what frames are worth: some ten steps, .4 s of the shipped codec, the window in which a frame is judged. Each clip's
 frames sum to 0, so that without a discount of their own they would tell a policy nothing at all."""
+LEAST_SPREAD = {"score": 0.1, "codes": 0.001}
+"""Spread of a round's advantages, in standard deviations of the score, below which its steps shorten in proportion. Whitening makes what is
+left of them as large as any advantages, and Adam every gradient as large as any: rounding alone would then be learnt at the full rate.
+Measured where a reward has something to say: about 1 a clip, .006 to .03 a code; where it is constant, .01 and .0002."""
 
 
 class Run:
@@ -176,25 +180,31 @@ class Run:
         updates = self._minibatches(len(rollout.codes))
         if self.credit == "codes":
             return self._learn_by_codes(rollout, updates)
-        advantages, returns = self.advantages(rollout)
+        advantages, returns, spread = self.advantages(rollout)
         for number, rows in enumerate(updates):
-            stats = self._update(rollout, advantages, returns, rows)
+            stats = self._update(rollout, advantages, returns, rows, self.heed(spread))
             first_ratio = stats["ratio"] if number == 0 else first_ratio
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value / len(updates)
-        sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": first_ratio}
+        sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": first_ratio, "advantage_spread": spread}
         sums["explained_variance"] = explained_variance(rollout.values, returns, rollout.mask).item()
         self.scheduler.step()
         return sums
 
-    def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Advantages, whitened over the steps of all processes, and returns [B, S] of a judged, global rollout. What frames are worth has a
-        discount of its own (as Burda et al. 2018, arXiv:1810.12894, have for a second reward) and no critic: it is 0 on average."""
+    def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor, float]:
+        """Advantages, whitened over the steps of all processes, and returns [B, S] of a judged, global rollout; and the former's spread before.
+        What frames are worth has a discount of its own (as Burda et al. 2018, arXiv:1810.12894, have for a second reward) and no critic:
+        it is 0 on average."""
         advantages, returns = gae(rollout.rewards, rollout.values, rollout.mask, self.cfg.gamma, self.cfg.lam)
         if self.cfg.frame_weight:
             worth = self.frame_price * rollout.frames
             advantages = advantages + gae(worth, torch.zeros_like(worth), rollout.mask, FRAME_GAMMA, 1.0)[0]
-        return masked_whiten(advantages, rollout.mask), returns
+        return masked_whiten(advantages, rollout.mask), returns, masked_spread(advantages, rollout.mask)
+
+    def heed(self, spread: float) -> float:
+        """Share of the learning rate for a round whose advantages have this spread: all of it, unless that is next to nothing."""
+        unit = self.frame_price if self.cfg.frame_weight else 1.0  # of which a frame is worth a small part
+        return min(1.0, spread / (LEAST_SPREAD[self.credit] * unit))
 
     @property
     def frame_price(self) -> float:
@@ -207,7 +217,7 @@ class Run:
         passes = [torch.randperm(n, generator=generator) for _ in range(self.cfg.epochs)]
         return [rows for order in passes for rows in order.chunk(self.cfg.minibatches)]
 
-    def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
+    def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, heed: float) -> dict[str, float]:
         """One optimiser step on global rows: this process takes its share in microbatches; gradients and figures are summed."""
         cfg, device = self.cfg, self.accelerator.device
         rows = rows.to(device)
@@ -234,7 +244,7 @@ class Run:
             losses = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
             for name, value in {**stats, **more, **losses}.items():
                 totals[name] = totals.get(name, torch.zeros((), device=device)) + value
-        return self._optimise(totals)
+        return self._optimise(totals, heed)
 
     def _learn_by_codes(self, rollout: Rollout, updates: list[Tensor]) -> dict[str, float]:
         """The same passes with credit for every choice of every code (rlhf.dense); the critic has nothing to add and rests."""
@@ -243,7 +253,7 @@ class Run:
         table = self.advantages_by_codes(rollout, torch.cat(shares))
         told = [self._update_by_codes(rollout, table, rows, mine) for rows, mine in zip(updates, shares)]
         sums = {name: sum(stats[name] for stats in told) / len(told) for name in told[0]}
-        sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": told[0]["ratio"], "dense_scale": table.scale}
+        sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": told[0]["ratio"], "advantage_spread": table.scale}
         self.scheduler.step()
         return sums
 
@@ -283,14 +293,17 @@ class Run:
                 stats["approx_kl"] = masked_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask[part], n_steps)
             for name, value in {**stats, "clipfrac": stats["dense_clipfrac"], "policy_loss": loss.detach()}.items():
                 totals[name] = totals.get(name, torch.zeros((), device=device)) + value
-        return self._optimise(totals)
+        return self._optimise(totals, self.heed(table.scale))
 
     def _logits(self, codes: Tensor, cond: Conditions) -> Tensor:
         cfg = self.cfg
         return code_logits(self.lm, codes, cond, temperature=cfg.temperature, cfg_coef=cfg.cfg_coef, bf16=self.bf16)[0]
 
-    def _optimise(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Sum gradients and figures over the processes in one flat tensor, clip each group, step; skip where not finite."""
+    def _optimise(self, totals: dict[str, Tensor], heed: float) -> dict[str, float]:
+        """Sum gradients and figures over the processes in one flat tensor, clip each group, step; skip where not finite.
+
+        heed: share of the adapter's learning rate that this step takes; Adam would undo a share of the gradient.
+        """
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters()]
         flat = torch.cat([g.reshape(-1) for g in gradients] + [value.float().reshape(1) for value in totals.values()])
         flat = self.accelerator.reduce(flat, "sum")
@@ -302,7 +315,10 @@ class Run:
         norms = [nn.utils.clip_grad_norm_(group, self.cfg.max_grad_norm) for group in self.groups]
         healthy = all(math.isfinite(norm.item()) for norm in norms)
         if healthy:
+            adapter = self.optimizer.param_groups[0]
+            rate, adapter["lr"] = adapter["lr"], adapter["lr"] * heed
             self.optimizer.step()
+            adapter["lr"] = rate
         return {**stats, "grad_norm": norms[0].item() if healthy else 0.0, "updates_skipped": float(not healthy)}
 
     def any_rank(self, flag: bool) -> bool:

@@ -78,7 +78,7 @@ def test_the_penalty_of_a_marked_stretch_lands_on_its_steps_and_not_on_those_aft
     assert (rollout.frames[:, 8:] > 0).all()
     torch.testing.assert_close(rollout.frames.sum(1), torch.zeros(4), atol=1e-6, rtol=0)
     assert told["frames_worst"] == pytest.approx(-0.75)
-    advantages, _ = run.advantages(rollout)
+    advantages, _, _ = run.advantages(rollout)
     assert (advantages[:, 4:7] < advantages[:, 8:].min()).all()
     assert (advantages[:, 8:] > 0).all()
 
