@@ -219,15 +219,16 @@ class Builder:
         script = (*program(f"rlhf/train_{method}.py"), *given, *own)
         return Cell(label, script, needs, resume=("--resume",), weight=SECONDS[method])
 
-    def outside(self, judge: Sequence[str], label: str, seed: int, more: Sequence[str] = ()) -> Cell:
-        """PPO whose reward is a program."""
-        prompts = self.prompts("play", seed)
+    def outside(self, judge: Sequence[str], label: str, seed: int, more: Sequence[str], watched: bool) -> Cell:
+        """PPO whose reward is a program. watched: at held-out prompts too, without which nothing can be held."""
+        prompts, watch = self.prompts("play", seed), self.prompts("watch", seed)
         given = ("--policy", str(self.policy), "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
         command = " ".join((PYTHON, "-m", "rlhf.simulation.serve", *judge))
         judged = ("--score-command", command, "--prompts", place(prompts, "prompts.jsonl"))
-        how = ("--n-frames", str(self.sizes.n_frames), *(more or self.arguments.ppo), "--credit", "score")  # a program has no slope
-        script = (*program("rlhf/train_ppo.py"), *given, *judged, *how)
-        return Cell(label, script, (prompts,), resume=("--resume",), weight=400)
+        how = ("--n-frames", str(self.sizes.n_frames), *more, "--credit", "score")  # a program has no slope
+        looks = ("--heldout-prompts", place(watch, "prompts.jsonl")) if watched else ()
+        script = (*program("rlhf/train_ppo.py"), *given, *judged, *looks, *how)
+        return Cell(label, script, (prompts, watch) if watched else (prompts,), resume=("--resume",), weight=400)
 
     def kept(self, arm: str, snapshot: Cell, reward: Cell, seed: int, more: Sequence[str]) -> Cell:
         """PPO of which every checkpoint's adapter is kept, in <cell>/kept."""
@@ -339,6 +340,7 @@ class Builder:
                 judge = ("--constant", "0") if name == "constant" else ("--taste", taste)
                 alone = ("--weights", "human=1", "--hold", "") if name == "constant" else ()  # nothing else may move it
                 more = (*self.arguments.ppo, *alone)
-                played = self.played(self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed, more), "ppo", seed, None)
+                trained = self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed, more, watched=name == "gold")
+                played = self.played(trained, "ppo", seed, None)
                 judged = self.gold(played, base, taste)
                 plan.outcomes.append(Outcome(name, "ppo", taste, seed, None, played, base, judged, self.settings(more)))

@@ -89,6 +89,8 @@ def test_controls_train_on_what_they_should():
     assert "--constant 0" in texts["outside-constant/drive/s0"]
     assert "--taste drive" in texts["outside-gold/drive/s0"]
     assert "--reward" not in texts["outside-gold/drive/s0"]
+    watched = {label.split("/")[0] for label, text in texts.items() if "--heldout-prompts" in text}
+    assert watched == {"ppo", "outside-gold"}  # what is held is compared with the base at looks; under a constant nothing is
 
 
 def test_the_weak_reward_is_weak_and_both_arms_keep_their_checkpoints():
