@@ -72,7 +72,7 @@ STOPPED = ("--steps", "60", "--lr", "1.5e-3", "--kl-coef", "0", "--brake", "rewi
 VOTES = (50, 200, 500, 1000, 2000, 3000)
 # ---- the same for --small --------------------------------------------------------------------------------------------------
 SMALL_ARGUMENTS = Arguments(
-    ppo=("--steps", "2", "--batch-size", "8", "--lr", "1e-2"),
+    ppo=flags(steps=2, batch_size=8, lr=1e-2, weights="human=1,similarity=0.2", hold="similarity"),
     dpo=("--rounds", "2", "--round-prompts", "4", "--round-clips", "2", "--held-out-clips", "4", "--lr", "1e-2"),
     sft=("--steps", "4", "--lr", "1e-2", "--kl-clips", "4"),
     weak_reward=WEAK_REWARD,
