@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from adapters.lora import adapter_disabled
-from base_models.checkpoint import read_json, write_json
+from rlhf.by_round import ByRound
 from rlhf.dense import limited
 from rlhf.edits import Edits, antithetic_edits
 from rlhf.flat_dpo import PreferenceCollator, reference_logps, smoothed
@@ -71,8 +71,8 @@ class OwnPairs:
         """What was played when it was last measured."""
         self.seconds: dict[str, float] = {}
         """By phase (look, play, judge), since they were told."""
-        self.held: dict[str, dict[str, float]] = {}
-        """The weights of held parts by round, as they stand in held.json."""
+        self.held = ByRound[dict[str, float]](Path(args.output_dir) / "held.json", args.should_save)
+        """The weights of held parts after each round."""
         self.collator = PreferenceCollator(pad_token_id=flat.config.pad_token_id, max_length=None)
 
     def round(self, number: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -245,20 +245,13 @@ class OwnPairs:
         }
 
     def _hold(self, number: int, played: Judged) -> Judged:
-        """Move the weights of held parts by what was played, which is judged by the weights of the start.
-
-        Weights after each round stand in held.json, so that a resumed run takes up those of the round before, whatever it had done since.
-        """
+        """Move the weights of held parts by what was played, which is judged by the weights of the start."""
         assert isinstance(self.score, Mixed)
-        reward, path = self.score.reward, Path(self.args.output_dir) / "held.json"
-        if number and str(number - 1) not in self.held:
-            self.held = read_json(path)
-        reward.now |= self.held[str(number - 1)] if number else {name: reward.parts[name].weight for name in self.plan.held}
+        reward = self.score.reward
+        reward.now |= self.held.before(number) if number else {name: reward.parts[name].weight for name in self.plan.held}
         marks = reward.marks(played.codes.to(self.args.device), [self.prompts[row] for row in played.rows])
         reward.hold(self.plan.held, marks)
-        self.held = {**self.held, str(number): {name: reward.now[name] for name in self.plan.held}}
-        if self.args.should_save:
-            write_json(path, self.held)
+        self.held.put(number, {name: reward.now[name] for name in self.plan.held})
         return dataclasses.replace(played, score=reward.judge(marks, stated=True).total.float().cpu())
 
     def _play(self, rows: Sequence[int], seeds: Sequence[int], seconds: dict[str, float], judged: bool = True) -> Judged:

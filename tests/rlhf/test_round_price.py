@@ -37,15 +37,19 @@ def test_a_round_takes_up_the_price_of_the_round_before_whatever_was_done_since(
     assert [elsewhere.of(number, kl) for number, kl in enumerate((0, 75, 100))] == told  # a node without the file
     assert price.of(0, 0) == 0.1
     assert json.loads((tmp_path / "price.json").read_text()) == {"0": 0.1}
-    assert Price(0.1, None, tmp_path / "none.json", writes=True).of(3, 999) == 0.1
-    assert not (tmp_path / "none.json").exists()
 
 
-def test_a_run_that_began_without_a_target_does_not_resume_with_one(tmp_path):
-    with pytest.raises(UserError, match="without --target-kl"):
-        Price(0.1, 50, tmp_path / "price.json", writes=True).of(3, 60)
+def test_a_run_that_had_no_target_takes_one_up_at_the_price_that_it_paid(tmp_path):
+    path = tmp_path / "price.json"
+    moved, still = Price(0.1, 50, path, writes=True), Price(0.1, None, path, writes=True)
+    assert [moved.of(number, kl) for number, kl in enumerate((0, 75, 100))] == pytest.approx([0.1, 0.15, 0.3])
+    assert still.of(2, 999) == 0.1  # resumed without a target, and it is this that the next round goes on from
+    assert Price(0.1, 50, path, writes=True).of(3, 75) == pytest.approx(0.15)
+
+
+def test_a_run_that_has_lost_its_file_does_not_resume_at_another_price(tmp_path):
     Price(0.1, 50, tmp_path / "price.json", writes=True).of(0, 0)
-    with pytest.raises(UserError, match="price of round 2"):
+    with pytest.raises(UserError, match=r"round 3 and .*price.json without the one before; expected the value of round 2"):
         Price(0.1, 50, tmp_path / "price.json", writes=True).of(3, 60)
 
 
