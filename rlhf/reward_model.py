@@ -13,7 +13,9 @@ Deliberately not here: the taste of any rater, or a waveform.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,9 @@ from rlhf.reward_committee import Committee, read_committee
 from rlhf.reward_features import Base, Heard, Table, blocks_of, features_heard, features_sha256
 from rlhf.reward_heads import Lens, pessimistic
 from rlhf.token_reward import TokenTrunk, TrunkShape
+
+SETTINGS = ("heads", "lam", "temperature", "extras", "trunk")
+"""What of a manifest a score depends on."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +212,19 @@ class RewardModel:
             state |= {f"trunk.{name}": tensor for name, tensor in self.trunk.tensors().items()}
         return {**state, **frame_tensors(self.frames), "members": self.members, "offsets": self.offsets}
 
+    def settings(self) -> dict[str, Any]:
+        """What a score depends on beside the tensors, by the names of SETTINGS."""
+        return {
+            "heads": self.committee.as_json(),
+            "lam": self.lam,
+            "temperature": self.temperature,
+            "extras": {name: extra.temperature for name, extra in self.extras.items()},
+            "trunk": None if self.trunk is None else {"members": len(self.trunk.names), **asdict(self.trunk.shape)},
+        }
+
     @property
     def sha256(self) -> str:
-        return tensors_sha256(self.tensors())
+        return hash_of(self.settings(), self.tensors())
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors, then manifest.json with its hash: without a manifest that fits, nothing loads."""
@@ -222,13 +237,14 @@ class RewardModel:
             "features_sha256": features_sha256(self.base),
             "snapshot_sha256": self.snapshot_sha256,
             "reward_sha256": self.sha256,
-            "heads": self.committee.as_json(),
-            "lam": self.lam,
-            "temperature": self.temperature,
-            "extras": {name: extra.temperature for name, extra in self.extras.items()},
-            "trunk": None if self.trunk is None else {"members": len(self.trunk.names), **asdict(self.trunk.shape)},
+            **self.settings(),
         }
         write_json(folder / "manifest.json", manifest)
+
+
+def hash_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Over all that a score depends on: the same heads at another temperature are another reward."""
+    return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{tensors_sha256(tensors)}".encode()).hexdigest()
 
 
 def load_reward(folder: str | Path, base: Base) -> RewardModel:
@@ -257,8 +273,12 @@ def load_reward(folder: str | Path, base: Base) -> RewardModel:
             "restore the policy's contrastive/ folder",
         )
     state = load_tensors(folder / "model.safetensors")
-    if tensors_sha256(state) != manifest["reward_sha256"]:
-        raise UserError(f"{folder} with changed weights", f"hash {manifest['reward_sha256'][:12]}", "train or copy it again")
+    if tensors_sha256(state) == manifest["reward_sha256"]:
+        raise UserError(
+            f"{folder}, a reward model of an earlier version", "one whose hash covers its temperature", "train it again on its snapshot"
+        )
+    if hash_of({name: manifest.get(name) for name in SETTINGS}, state) != manifest["reward_sha256"]:
+        raise UserError(f"{folder}, which was changed", f"hash {manifest['reward_sha256'][:12]}", "train or copy it again")
     committee = read_committee(manifest["heads"])
     lenses = [Lens(**{field.name: state[f"lens.{i}.{field.name}"] for field in fields(Lens)}) for i in range(len(committee.heads))]
     if unknown := sorted(set(committee.blocks) - set(blocks_of(base))):

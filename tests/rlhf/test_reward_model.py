@@ -1,9 +1,10 @@
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from base_models.checkpoint import read_json, write_json
+from base_models.checkpoint import read_json, tensors_sha256, write_json
 from base_models.errors import UserError
 from rlhf import reward_features as rf
 from rlhf import reward_heads as rh
@@ -53,13 +54,32 @@ def test_another_base_is_refused(model, base, tmp_path):
         rm.load_reward(tmp_path / "reward", blind)
 
 
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.1), ("lam", 0.0)])
+def test_changed_settings_are_refused_and_make_another_hash(name, value, model, base, tmp_path):
+    model.save(tmp_path / "reward")
+    path, other = tmp_path / "reward" / "manifest.json", copy.copy(model)
+    write_json(path, read_json(path) | {name: value})
+    with pytest.raises(UserError, match="which was changed"):
+        rm.load_reward(tmp_path / "reward", base)
+    setattr(other, name, value)
+    assert other.sha256 != model.sha256
+
+
+def test_a_reward_whose_hash_is_of_its_tensors_alone_is_of_an_earlier_version(model, base, tmp_path):
+    model.save(tmp_path / "reward")
+    path = tmp_path / "reward" / "manifest.json"
+    write_json(path, read_json(path) | {"reward_sha256": tensors_sha256(model.tensors())})
+    with pytest.raises(UserError, match=r"earlier version.*train it again on its snapshot"):
+        rm.load_reward(tmp_path / "reward", base)
+
+
 def test_changed_weights_are_refused(model, base, tmp_path):
     from base_models.checkpoint import load_tensors, save_tensors
 
     model.save(tmp_path / "reward")
     state = load_tensors(tmp_path / "reward" / "model.safetensors")
     save_tensors(tmp_path / "reward" / "model.safetensors", state | {"offsets": state["offsets"] + 1})
-    with pytest.raises(UserError, match="changed weights"):
+    with pytest.raises(UserError, match="which was changed"):
         rm.load_reward(tmp_path / "reward", base)
 
 
