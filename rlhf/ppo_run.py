@@ -192,7 +192,7 @@ class Run:
         return sums
 
     def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor, float]:
-        """Advantages, whitened over the steps of all processes, and returns [B, S] of a judged, global rollout; and the former's spread before.
+        """Advantages, whitened over the steps of all processes, and returns [B, S] of a judged, global rollout; and the former's spread.
         What frames are worth has a discount of its own (as Burda et al. 2018, arXiv:1810.12894, have for a second reward) and no critic:
         it is 0 on average."""
         advantages, returns = gae(rollout.rewards, rollout.values, rollout.mask, self.cfg.gamma, self.cfg.lam)
