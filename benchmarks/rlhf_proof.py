@@ -107,7 +107,7 @@ def build(args: argparse.Namespace) -> Plan:
                 builder.over_optimisation(plan, taste, seed)
         else:
             for taste, seed in product(tastes, seeds):
-                builder.controls(plan, args.controls, taste, seed, [m for m in args.methods if m in ("ppo", "dpo")])
+                builder.controls(plan, args.controls, taste, seed, args.methods)
     return plan
 
 

@@ -2,6 +2,7 @@
 
     encore sample --best-of 8 --reward runs/reward --prompts prompts.jsonl --out runs/best-of-8
     encore evaluate --best-of 8 --reward runs/reward --prompts heldout.jsonl --out runs/compared
+    encore sample --best-of 8 --score-command "python my_judge.py" --prompts prompts.jsonl --out runs/best-of-8
 
     prompts -> n candidates each, codes [B, K, T] -> score [B] -> the best one -> the manifest that any sampling writes
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,11 +43,18 @@ class BestOf:
 
     n: int
     score: Score
-    reward_sha256: str
+    reward_sha256: str | None
+    command: str | None = None
+    """The program that chooses, where no reward model does."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MOST:
             raise UserError(f"best of {self.n}", f"1 to {MOST} candidates", "pass another --best-of")
+
+    @property
+    def chooser(self) -> dict[str, str | None]:
+        """Who chooses, as clips tell it."""
+        return {"reward_sha256": self.reward_sha256} if self.command is None else {"score_command": self.command}
 
     @property
     def kl_bound(self) -> float:
@@ -99,13 +108,19 @@ def play_best(lm: MusicLM, cond: Conditions, n_frames: int, seeds: Sequence[int]
     return Best(codes, top, candidate, kept)
 
 
-def best_of(n: int, reward_dir: str | Path | None, policy: Policy) -> BestOf:
-    """The command line's: a reward model's folder, on the policy that plays. Raises UserError for one of another base."""
+def best_of(n: int, reward_dir: str | Path | None, policy: Policy, command: str | None = None) -> BestOf:
+    """The command line's: a reward model's folder on the policy that plays, or a program (rlhf.outside_judge). Raises UserError for a reward
+    of another base, and for none or two judges."""
+    from rlhf.outside_judge import OutsideJudge
     from rlhf.reward_gates import doubt
     from rlhf.reward_model import load_reward
 
-    if reward_dir is None:
-        raise UserError(f"--best-of {n} without --reward", "the folder of a reward model", "train one with rlhf/train_reward.py")
+    if (reward_dir is None) == (command is None):
+        got = f"--best-of {n} without --reward or --score-command" if command is None else "--reward and --score-command"
+        raise UserError(got, "one of them: the folder of a reward model, or a program", "train a reward with rlhf/train_reward.py")
+    if command is not None:
+        return BestOf(n, OutsideJudge(shlex.split(command), policy), None, command)
+    assert reward_dir is not None
     reward = load_reward(reward_dir, policy)
     if doubted := doubt(Path(reward_dir)):
         print(f"{doubted}; the best of {n} is one by chance", file=sys.stderr, flush=True)

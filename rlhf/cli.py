@@ -207,6 +207,7 @@ def _policy_arguments(parser: argparse.ArgumentParser) -> None:
 def _best_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--best-of", type=int, default=1, metavar="N", help="keep the best of N candidates for each clip")
     parser.add_argument("--reward", type=Path, help="folder of the reward model that says which is best")
+    parser.add_argument("--score-command", metavar="PROGRAM", help="a program that says it instead, as for train_ppo.py")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def sample(args: argparse.Namespace) -> int:
     from rlhf.sample_pairs import Settings, sample_folder
 
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
-    best = {"n_best": args.best_of, "reward_dir": args.reward}
+    best = {"n_best": args.best_of, "reward_dir": args.reward, "command": args.score_command}
     manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight, **best)
     print(manifest)
     if args.campaign:
@@ -135,8 +135,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if len(systems) < len(args.adapter):
         raise UserError("two adapters of one name", "different names", "rename one of the folders' manifests")
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
-    if args.best_of != 1 or args.reward is not None:
-        systems[f"best-of-{args.best_of}"] = best_of(args.best_of, args.reward, policy)
+    if (args.best_of, args.reward, args.score_command) != (1, None, None):
+        systems[f"best-of-{args.best_of}"] = best_of(args.best_of, args.reward, policy, args.score_command)
     figures = run(policy, systems, read_prompts(args.prompts), args.out, settings)
     print(json.dumps(figures, indent=2))
 

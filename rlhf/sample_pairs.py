@@ -125,7 +125,7 @@ def sample(
         "system": system,
         "prompts": [[p.prompt, p.prompt_id, p.tempo_bpm] for p in prompts],
         **{k: v for k, v in vars(settings).items() if k != "batch_size"},
-        **({"best_of": best.n, "reward_sha256": best.reward_sha256} if best else {}),
+        **({"best_of": best.n, **best.chooser} if best else {}),
     }
     manifest, partial = out / "manifest.jsonl", out / "manifest.partial.jsonl"
     if (out / "sample.json").is_file():
@@ -177,7 +177,7 @@ def sample(
 def _won(won: Best, best: BestOf) -> list[dict[str, Any]]:
     """What the rows of a best of n say beside the settings: `seed` stays the row's place, `sampled_seed` gives the codes again."""
     return [
-        {"best_of": best.n, "candidate": int(number), "sampled_seed": seed, "score": float(score), "reward_sha256": best.reward_sha256}
+        {"best_of": best.n, "candidate": int(number), "sampled_seed": seed, "score": float(score), **best.chooser}
         for number, seed, score in zip(won.candidate, won.seeds, won.score)
     ]
 
@@ -224,6 +224,7 @@ def sample_folder(
     weights: Sequence[float] | None = None,
     n_best: int = 1,
     reward_dir: str | Path | None = None,
+    command: str | None = None,
 ) -> Path:
     """The command line's work: load, adapt, sample; the best of `n_best` where that is more than 1."""
     prompts = read_prompts(prompts_file)
@@ -234,7 +235,7 @@ def sample_folder(
         manifests = load_adapter(policy, list(adapter_dirs), weights)
         hashes = [m.adapter_sha256 for m in manifests]
         name = system or "+".join(m.name for m in manifests)
-    best = best_of(n_best, reward_dir, policy) if n_best != 1 or reward_dir is not None else None
+    best = None if (n_best, reward_dir, command) == (1, None, None) else best_of(n_best, reward_dir, policy, command)
     if best is not None and system is None:
         name = f"{name}-best-of-{n_best}"
     return sample(policy, prompts, out, settings, name, hashes, best)

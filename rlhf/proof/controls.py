@@ -78,10 +78,11 @@ def constant(members: Sequence[Told]) -> Row:
     return {**row, "held": not short, "why": ", ".join(short)}
 
 
-def gold(members: Sequence[Told], main: Sequence[Told]) -> Row:
-    """Beside the same method on votes, paired by clip: not worse where the difference's interval reaches 0."""
+def gold(members: Sequence[Told], by_votes: Sequence[Told]) -> Row:
+    """Beside the same method on votes, paired by clip: not worse where the difference's interval reaches 0. Of several runs of a method
+    the last of `by_votes` counts."""
     row = base_row("gold", members)
-    beside = {(told.row["taste"], told.row["seed"], told.row["method"]): told for told in main}
+    beside = {(told.row["taste"], told.row["seed"], told.row["method"]): told for told in by_votes}
     pairs = [(told, beside.get((told.row["taste"], told.row["seed"], told.row["method"]))) for told in members]
     differences, prompts = [], []
     for told, votes in pairs:
@@ -89,7 +90,7 @@ def gold(members: Sequence[Told], main: Sequence[Told]) -> Row:
             differences.append(wins(told) - wins(votes))
             prompts += [f"{told.row['taste']}|{told.row['seed']}|{prompt}" for prompt in told.pairs.prompts]
     if not differences:
-        return {**row, "held": None, "why": "no row of the main table to compare with"}
+        return {**row, "held": None, "why": "no row of votes to compare with"}
     more = mean_ci(np.concatenate(differences), prompts)
     told_more = f"{more.value:+.3f} [{more.ci[0]:+.3f}, {more.ci[1]:+.3f}] to votes"
     return {**row, "more_than_votes": more.value, "more_ci": list(more.ci), "held": more.ci[1] >= 0, "why": told_more}
@@ -99,9 +100,9 @@ def wins(told: Told) -> np.ndarray:
     return np.asarray(paired_outcomes(told.pairs.gold, told.pairs.base))
 
 
-def judge_controls(found: Mapping[str, Sequence[Told]], main: Sequence[Told]) -> list[Row]:
+def judge_controls(found: Mapping[str, Sequence[Told]], by_votes: Sequence[Told]) -> list[Row]:
     """A row a control and method (and taste, but for shuffled votes, whose draws are pooled over tastes)."""
     rows = [shuffled(members) for members in grouped(found.get("shuffled", []), ("method",))]
     rows += [reversed_votes(members) for members in grouped(found.get("reversed", []), ("taste", "method"))]
     rows += [constant(members) for members in grouped(found.get("constant", []), ("taste", "method"))]
-    return rows + [gold(members, main) for members in grouped(found.get("gold", []), ("taste", "method"))]
+    return rows + [gold(members, by_votes) for members in grouped(found.get("gold", []), ("taste", "method"))]

@@ -135,6 +135,11 @@ class Plan:
         return [cell for cell in results if isinstance(cell, Cell)]
 
 
+def serving(*judge: str) -> str:
+    """The command of a taste, or a constant, as a judge in a process of its own."""
+    return " ".join((PYTHON, "-m", "rlhf.simulation.serve", *judge))
+
+
 def program(name: str) -> tuple[str, ...]:
     """A script by its path, or a module by its dotted name."""
     return (PYTHON, name) if name.endswith(".py") else (PYTHON, "-m", name)
@@ -223,8 +228,7 @@ class Builder:
         """PPO whose reward is a program. watched: at held-out prompts too, without which nothing can be held."""
         prompts, watch = self.prompts("play", seed), self.prompts("watch", seed)
         given = ("--policy", str(self.policy), "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
-        command = " ".join((PYTHON, "-m", "rlhf.simulation.serve", *judge))
-        judged = ("--score-command", command, "--prompts", place(prompts, "prompts.jsonl"))
+        judged = ("--score-command", serving(*judge), "--prompts", place(prompts, "prompts.jsonl"))
         how = ("--n-frames", str(self.sizes.n_frames), *more, "--credit", "score")  # a program has no slope
         looks = ("--heldout-prompts", place(watch, "prompts.jsonl")) if watched else ()
         script = (*program("rlhf/train_ppo.py"), *given, *judged, *looks, *how)
@@ -276,6 +280,16 @@ class Builder:
         judged = ("--reward", place(reward, "reward"), "--proxy", place(reward, "reward"))
         label = f"play/{reward.label.replace('reward/', 'best_of_n/', 1)}"
         return Cell(label, (*program("rlhf.proof.play"), *given, *judged, *how), (*needs, reward, base), weight=300)
+
+    def best_by_gold(self, taste: str, seed: int) -> Cell:
+        """The best of n as the taste itself would choose: what a perfect reward would bring without training."""
+        how, needs = self.how_to_play(seed)
+        base = self.base(seed)
+        given = ("--system", "best_of_n", "--out", HERE, "--beside", place(base), "--best-of", str(self.sizes.best_of))
+        judged = ("--score-command", serving("--taste", taste))
+        return Cell(
+            f"play/gold-best_of_n/{taste}/s{seed}", (*program("rlhf.proof.play"), *given, *judged, *how), (*needs, base), weight=300
+        )
 
     def gold(self, played: Cell, base: Cell, taste: str) -> Cell:
         manifests = [part for cell in (base, played) for part in ("--manifest", place(cell, "samples", "manifest.jsonl"))]
@@ -329,18 +343,27 @@ class Builder:
             plan.trails.append(Trail(arm, taste, seed, self.sizes.weak_votes, trail, settings))
 
     def controls(self, plan: Plan, which: Sequence[str], taste: str, seed: int, methods: Sequence[str]) -> None:
-        base, votes = self.base(seed), self.sizes.votes
+        votes, trainers = self.sizes.votes, [method for method in methods if method in ("ppo", "dpo")]
+        alone = (*self.arguments.ppo, "--weights", "human=1", "--hold", "")  # nothing but the constant may move it
         for name in which:
             if name == "reversed":
-                plan.outcomes += [self.outcome("reversed", method, taste, seed, votes, "all") for method in methods]
+                plan.outcomes += [self.outcome("reversed", method, taste, seed, votes, "all") for method in trainers]
             elif name == "shuffled":
                 for draw in range(1, self.sizes.shuffles + 1):
-                    plan.outcomes += [self.outcome("shuffled", method, taste, seed, votes, "half", draw) for method in methods]
-            elif name in ("constant", "gold"):
-                judge = ("--constant", "0") if name == "constant" else ("--taste", taste)
-                alone = ("--weights", "human=1", "--hold", "") if name == "constant" else ()  # nothing else may move it
-                more = (*self.arguments.ppo, *alone)
-                trained = self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed, more, watched=name == "gold")
-                played = self.played(trained, "ppo", seed, None)
-                judged = self.gold(played, base, taste)
-                plan.outcomes.append(Outcome(name, "ppo", taste, seed, None, played, base, judged, self.settings(more)))
+                    plan.outcomes += [self.outcome("shuffled", method, taste, seed, votes, "half", draw) for method in trainers]
+            elif name == "constant" and "ppo" in methods:
+                plan.outcomes.append(self.ppo_outside(name, ("--constant", "0"), taste, seed, alone))
+            elif name == "gold":
+                if "ppo" in methods:
+                    plan.outcomes.append(self.ppo_outside(name, ("--taste", taste), taste, seed, self.arguments.ppo))
+                if "best_of_n" in methods:
+                    played, base = self.best_by_gold(taste, seed), self.base(seed)
+                    plan.outcomes.append(
+                        Outcome(name, "best_of_n", taste, seed, None, played, base, self.gold(played, base, taste), self.settings())
+                    )
+
+    def ppo_outside(self, name: str, judge: Sequence[str], taste: str, seed: int, more: tuple[str, ...]) -> Outcome:
+        """PPO on what a program says, watched and held where the program is a taste."""
+        trained = self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed, more, watched=name == "gold")
+        played, base = self.played(trained, "ppo", seed, None), self.base(seed)
+        return Outcome(name, "ppo", taste, seed, None, played, base, self.gold(played, base, taste), self.settings(more))

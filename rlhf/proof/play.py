@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, policy: Policy, manifest: Path) -> dict[st
 def play(args: argparse.Namespace) -> dict[str, Any]:
     policy = load_policy(args.policy)
     hashes = [manifest.adapter_sha256 for manifest in load_adapter(policy, args.adapter)] if args.adapter else []
-    best = best_of(args.best_of, args.reward, policy) if args.best_of > 1 else None
+    best = best_of(args.best_of, args.reward, policy, args.score_command) if args.best_of > 1 else None
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
     manifest = sample(policy, read_prompts(args.prompts), args.out / "samples", settings, args.system, hashes, best)
     found = measure(args, policy, manifest)
@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--best-of", type=int, default=1)
     parser.add_argument("--reward", type=Path)
+    parser.add_argument("--score-command")
     parser.add_argument("--beside", type=Path, help="the cell in which the base played the same prompts")
     parser.add_argument("--proxy", type=Path, help="a reward model whose opinion is told beside the others")
     parser.add_argument("--probe", type=Path, help="of genre, fitted on the base's own clips (--fit-probe)")

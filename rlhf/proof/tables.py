@@ -27,7 +27,7 @@ def collect_figures(plan: Plan, root: Path) -> dict[str, Any]:
         "main_by_seed": in_order(main),
         "curve": over_seeds(curve),
         "curve_by_seed": in_order(curve),
-        "controls": judge_controls(found, main),
+        "controls": judge_controls(found, sorted([*curve, *main], key=lambda told: told.row["votes"])),
         "controls_by_seed": {name: in_order(found[name]) for name in MUST if name in found},
         "rewards": [reward_row(entry, root) for entry in rewards.values()],
         "trails": dict(trails),

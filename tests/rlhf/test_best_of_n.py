@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from base_models.policy import load_policy
 from base_models.sampling import generate
 from rlhf import cli
 from rlhf.best_of_n import BestOf, candidate_seed, kl_bound, play_best
+from rlhf.outside_judge import OutsideJudge
 from rlhf.ppo_task import share_of_code_3, toy_task
 from rlhf.sample_pairs import Settings, read_prompts, sample
 
@@ -96,10 +98,36 @@ def test_evaluate_sets_the_best_of_n_beside_the_base_with_its_bound(policy_dir, 
     assert {row["system"] for row in rows} == {"base-best-of-2"}
 
 
+LOUDEST = """
+import json, sys, soundfile
+for line in sys.stdin:
+    waves = [soundfile.read(name)[0] for name in json.loads(line)["files"]]
+    print(json.dumps({"scores": [float((wave ** 2).mean()) for wave in waves]}), flush=True)
+"""
+
+
+def test_a_program_may_choose_the_best(policy_dir, tmp_path):
+    (tmp_path / "p.txt").write_text("sad piano\n")
+    (tmp_path / "loudest.py").write_text(LOUDEST)
+    command = f"{sys.executable} {tmp_path / 'loudest.py'}"
+    where = ["--policy", str(policy_dir), "--prompts", str(tmp_path / "p.txt"), "--duration", "0.6", "--out", str(tmp_path / "s")]
+    assert cli.main(["sample", *where, "-n", "1", "--best-of", "4", "--score-command", command]) == 0
+    (row,) = read_jsonl(tmp_path / "s" / "manifest.jsonl")
+    assert row["gen"]["score_command"] == command
+    assert "reward_sha256" not in row["gen"]
+    policy, judge = load_policy(policy_dir), OutsideJudge([sys.executable, str(tmp_path / "loudest.py")], load_policy(policy_dir))
+    drawn = [candidate_seed(row["seed"], number) for number in range(4)]
+    cond = policy.conditions(["sad piano"] * 4, [None] * 4)
+    scores = judge(generate(policy.lm, cond, 15, seeds=drawn).codes, ["sad piano"] * 4)
+    assert row["gen"]["sampled_seed"] == drawn[int(scores.argmax())]
+    assert row["gen"]["score"] == pytest.approx(float(scores.max()), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (["--best-of", "4"], "without --reward"),
+        (["--best-of", "4"], "without --reward or --score-command"),
+        (["--best-of", "4", "--reward", "{reward}", "--score-command", "true"], "--reward and --score-command"),
         (["--best-of", "0", "--reward", "{reward}"], "1 to 1024 candidates"),
         (["--best-of", "4", "--reward", "{reward}", "--policy", "{other}"], "reward model of base"),
     ],

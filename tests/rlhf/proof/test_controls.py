@@ -55,3 +55,6 @@ def test_gold_is_compared_with_votes_of_the_same_taste_and_seed_by_clip():
     assert held(found, [told(0.8, "main")]) == [("gold", True)]
     assert held(found, [told(0.8, "main", taste="drive")]) == [("gold", None)]
     assert held({"gold": [told(0.6, "gold")]}, [told(0.9, "main")]) == [("gold", False)]
+    few, many = told(0.5, "curve"), told(0.9, "curve")
+    assert held({"gold": [told(0.6, "gold")]}, [few, many]) == [("gold", False)]  # the most votes count
+    assert held({"gold": [told(0.6, "gold")]}, [few, told(0.9, "curve", method="best_of_n")]) == [("gold", True)]

@@ -82,12 +82,14 @@ def test_other_settings_of_ppo_leave_all_else_alone():
 
 def test_controls_train_on_what_they_should():
     plan, builder = Plan(), Builder(SMALL, Arguments())
-    builder.controls(plan, ["shuffled", "reversed", "constant", "gold"], "drive", 0, ["ppo", "dpo"])
+    builder.controls(plan, ["shuffled", "reversed", "constant", "gold"], "drive", 0, ["ppo", "dpo", "best_of_n"])
     texts = {cell.label: " ".join(cell.argv) for cell in closure(plan.cells())}
     assert sum(outcome.experiment == "shuffled" for outcome in plan.outcomes) == 2 * SMALL.shuffles
     assert "--turn all" in texts["snapshot/drive/s0/n60-all0"]
     assert "--constant 0" in texts["outside-constant/drive/s0"]
     assert "--taste drive" in texts["outside-gold/drive/s0"]
+    assert "--score-command" in texts["play/gold-best_of_n/drive/s0"]
+    assert [outcome.method for outcome in plan.outcomes if outcome.experiment == "gold"] == ["ppo", "best_of_n"]
     assert "--reward" not in texts["outside-gold/drive/s0"]
     watched = {label.split("/")[0] for label, text in texts.items() if "--heldout-prompts" in text}
     assert watched == {"ppo", "outside-gold"}  # what is held is compared with the base at looks; under a constant nothing is
