@@ -109,8 +109,8 @@ def play_best(lm: MusicLM, cond: Conditions, n_frames: int, seeds: Sequence[int]
 
 
 def best_of(n: int, reward_dir: str | Path | None, policy: Policy, command: str | None = None) -> BestOf:
-    """The command line's: a reward model's folder on the policy that plays, or a program (rlhf.outside_judge). Raises UserError for a reward
-    of another base, and for none or two judges."""
+    """The command line's: a reward model's folder on the policy that plays, or a program (rlhf.outside_judge). Raises UserError for a
+    reward of another base, and for none or two judges."""
     from rlhf.outside_judge import OutsideJudge
     from rlhf.reward_gates import doubt
     from rlhf.reward_model import load_reward
