@@ -1,15 +1,16 @@
 """Does a reward for what the prompt says make "sad piano" sadder and more piano, to judges that the reward does not know?
 
-    python benchmarks/consistency.py --out runs/consistency                                # about five minutes of one core
-    python benchmarks/consistency.py --out runs/tuning --judge-on tuning --lr 1e-3         # choose settings here, and nowhere else
+    python benchmarks/consistency.py --out runs/consistency --seeds 0 1 2                  # five minutes of one core a seed, ten for judges
+    python benchmarks/consistency.py --out runs/violin --pair "dark violin"                # another pair: choose settings there
+    python benchmarks/consistency.py --out runs/others --learn others --judge-on heldout   # learnt from other pairs than those judged
     python benchmarks/consistency.py --out runs/consistency --reward runs/reward --taste warm     # beside, and together with, listeners
     python benchmarks/consistency.py --out runs/consistency --steps 0                      # the judges and the checks alone
 
     real melodies, moods, leads and genres drawn apart -> two judges on waveforms; what they hear of melodies they do not know
     the same held-out clips -> each check of rlhf/consistency.py under the right prompt and under another clip's: AUC
-    20 pairs of a mood and an instrument -> train_ppo.py --weights mood=1,instrument=1,similarity=0.2, no listener
-    10 other pairs, "sad piano" among them -> base and adapter play them with the same seeds -> how sure the judges are of the mood and
-    of the instrument, clip by clip, the interval by pair; diversity and KL beside
+    every word for the pair's mood with its instrument -> train_ppo.py --weights mood=1,instrument=3,diversity=0.5, no listener
+    base and adapter play the pair with the same new seeds -> how sure the judges are of the mood and of the instrument, clip by
+    clip, interval by clip; diversity and KL beside. With --learn others: learnt from 20 pairs, judged on 10 others, interval by pair
 
 The checks are ears on the codec's latents (rlhf/ears.py) and the audio-text space, and a policy that is trained on them may fool them.
 The judges hear waveforms by other features, fitted on other melodies: theirs are of `val`, told on `test`; those of ears are of `train`.
@@ -49,10 +50,13 @@ from rlhf.evaluate_models import BASE, evaluate, read_codes
 from rlhf.judges import Score
 from rlhf.metrics import mean_ci
 from rlhf.reward_model import load_reward
+from rlhf.rewards import parse_weights
 from rlhf.sample_pairs import Prompt, Settings
 
 ASKED = "sad piano"
-CHECKS = "mood=1,instrument=1,similarity=0.2"
+VARIED = "diversity=0.5"
+"""Held at the base's level. Without it a policy finds the one clip that ears are sure of, which is neither sad nor a piano."""
+CHECKS = f"mood=1,instrument=3,{VARIED}"
 Part = Literal["heldout", "tuning", "train"]
 PARTS: tuple[Part, ...] = ("heldout", "tuning", "train", "train")
 
@@ -71,33 +75,42 @@ class Config:
     """A reward model; then two more adapters are trained, on it alone (human=1) and on it with the checks."""
     taste: str | None = None
     """The simulated taste behind that reward model, asked for its own opinion of the clips."""
-    fit_clips: int = 640
+    fit_clips: int = 2400
     """Known clips that the judges learn from."""
     test_clips: int = 120
     """Known clips of other melodies, by which it is told what the judges hear; half as many again as the corpus has them."""
+    learn: Literal["pair", "others"] = "pair"
+    """Which prompts are learnt from: every word for the mood of --pair with its instrument, or twenty other pairs."""
+    pair: str = ASKED
+    """A mood and an instrument."""
     judge_on: Literal["heldout", "tuning"] = "heldout"
-    """Which pairs of mood and instrument are played. Settings are chosen on the tuning pairs."""
+    """With --learn others: which pairs are played. Settings are chosen on the tuning pairs."""
     weights: str = CHECKS
     """What is trained on."""
-    steps: int = 24
+    steps: int = 36
     """Rounds of PPO; 0 measures judges and checks alone."""
-    batch_size: int = 16
+    batch_size: int = 128
     """Clips a round."""
-    lr: float = 1.5e-3
+    samples_per_prompt: int = 32
+    """Clips of a prompt in a row, among which diversity is held."""
+    credit: Literal["auto", "score", "codes"] = "score"
+    """score learns from clips as they are played; codes (auto) follows the slope of the ears, which leads to what fools them."""
+    lr: float = 7e-4
     """Learning rate."""
-    kl_coef: float = 0.006
+    kl_coef: float = 0.02
     """Price of a nat, in standard deviations of the score."""
     n_frames: int = 100
     """Codec frames of a clip."""
     clips: int = 4
     """Clips of each prompt that is judged."""
-    asked_clips: int = 48
-    """Clips of "sad piano" alone."""
+    pair_clips: int = 96
+    """Clips of --pair."""
     seeds: tuple[int, ...] = (0,)
     """Training runs of each kind."""
 
 
 def main(cfg: Config) -> dict[str, Any]:
+    learnt = learnt_from(cfg)
     policy = load_policy(cfg.policy)
     # 1. Judges, and what they hear.
     fit, apart, usual = (known(cfg, policy, *source) for source in sources(cfg))
@@ -112,14 +125,15 @@ def main(cfg: Config) -> dict[str, Any]:
     if cfg.steps:
         kinds = {"checks": cfg.weights}
         if cfg.reward is not None:
-            kinds |= {"listeners": "human=1", "both": f"human=1,{cfg.weights}"}
+            kinds |= {"listeners": f"human=1,{VARIED}", "both": f"human=1,{cfg.weights}"}
         for seed in cfg.seeds:
-            adapters |= {f"{kind}-{seed}": learn(cfg, f"{kind}-{seed}", weights, seed) for kind, weights in kinds.items()}
+            adapters |= {f"{kind}-{seed}": learn(cfg, f"{kind}-{seed}", learnt, weights, seed) for kind, weights in kinds.items()}
     # 3. Compare.
     if adapters:
-        figures["prompts"] = compare(cfg, policy, judges, adapters, prompts(cfg.judge_on), cfg.clips, f"clips-{cfg.judge_on}")
-        if cfg.judge_on == "heldout":
-            figures[ASKED] = compare(cfg, policy, judges, adapters, [ASKED], cfg.asked_clips, "clips-asked")
+        if cfg.learn == "others":
+            figures["prompts"] = compare(cfg, policy, judges, adapters, prompts(cfg.judge_on), cfg.clips, f"clips-{cfg.judge_on}")
+        if cfg.learn == "pair" or cfg.pair in prompts(cfg.judge_on):
+            figures[cfg.pair] = compare(cfg, policy, judges, adapters, [cfg.pair], cfg.pair_clips, "clips-pair")
         (cfg.out / "table.md").write_text(table(figures), encoding="utf-8")
     write_json(cfg.out / "figures.json", figures)
     return figures
@@ -137,6 +151,14 @@ def prompts(part: Part) -> list[str]:
             if PARTS[(column - row - 2) % len(PARTS)] == part:
                 chosen += [f"{word} {lead}" for word in mood.words]
     return chosen
+
+
+def learnt_from(cfg: Config) -> list[str]:
+    """The prompts that a run plays."""
+    mood, _, lead = cfg.pair.partition(" ")
+    if mood not in MOODS or lead not in LEADS:
+        raise UserError(f"--pair {cfg.pair!r}", f"one of {', '.join(MOODS)} and one of {', '.join(LEADS)}", 'give one such as "sad piano"')
+    return [f"{word} {lead}" for word in MOODS[mood].words] if cfg.learn == "pair" else prompts("train")
 
 
 def asked(prompt: str) -> tuple[str, str]:
@@ -198,20 +220,26 @@ def judged(score: Score, codes: torch.Tensor, texts: list[str]) -> np.ndarray:
 # ---- learning and comparing ------------------------------------------------------------------------------------------
 
 
-def learn(cfg: Config, name: str, weights: str, seed: int) -> Path:
-    """An adapter's folder; what was trained before is not trained again, what was interrupted goes on."""
+def learn(cfg: Config, name: str, learnt: list[str], weights: str, seed: int) -> Path:
+    """An adapter's folder; what was trained before is not trained again, what was interrupted goes on. The same prompts are looked at on
+    the way, by clips of other seeds."""
     out, file = cfg.out / name, cfg.out / "train.txt"
     if not (out / "adapter" / "manifest.json").is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(prompts("train")) + "\n", encoding="utf-8")
+        file.write_text("\n".join(learnt) + "\n", encoding="utf-8")
         settings = train_ppo.Config(
             out=out,
             policy=cfg.policy,
             reward=cfg.reward if "human" in weights else None,
             prompts=file,
+            heldout_prompts=file,
+            heldout_clips=12 if cfg.learn == "pair" else 2,
             weights=weights,
+            hold="diversity" if "diversity" in parse_weights(weights) else "",
+            credit=cfg.credit,
             steps=cfg.steps,
             batch_size=cfg.batch_size,
+            samples_per_prompt=cfg.samples_per_prompt,
             n_frames=cfg.n_frames,
             lr=cfg.lr,
             kl_coef=cfg.kl_coef,
@@ -291,10 +319,9 @@ def gold(taste: str, manifest: Path) -> np.ndarray:
 def table(figures: Mapping[str, Any]) -> str:
     """Markdown: a row a system, the figure and, in brackets, the interval of its gain over the base."""
     blocks = []
-    for title in ("prompts", ASKED):
-        if title not in figures:
+    for title, told in figures.items():
+        if title in ("hearing", "checks"):
             continue
-        told = figures[title]
         names = [*told[BASE], "kl", "diversity_ratio"]
         lines = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for system, row in told.items():

@@ -10,8 +10,9 @@ import torch
 
 from base_models.corpus.known import LEADS, OTHER, lead_name
 from base_models.corpus.styles import MOODS
+from base_models.errors import UserError
 from base_models.policy import PRETRAINED, load_policy
-from benchmarks.consistency import ASKED, Config, asked, cell, prompts, sources
+from benchmarks.consistency import ASKED, Config, asked, cell, learnt_from, prompts, sources
 from benchmarks.consistency_judges import (
     FACTS,
     OTHERS,
@@ -39,6 +40,18 @@ def test_no_pair_of_mood_and_instrument_is_both_trained_on_and_judged() -> None:
     assert pairs["tuning"].isdisjoint(pairs["heldout"])
     assert set.union(*pairs.values()) == {(mood, lead) for mood in MOODS for lead in LEADS}
     assert ASKED in prompts("heldout")
+
+
+def test_a_pair_is_learnt_from_all_its_words_and_from_no_other_pair() -> None:
+    assert learnt_from(Config()) == ["sad piano", "melancholic piano", "wistful piano", "gloomy piano"]
+    assert {asked(prompt) for prompt in learnt_from(Config(pair="dark violin"))} == {("dark", "violin")}
+    assert ("sad", "piano") not in {asked(prompt) for prompt in learnt_from(Config(learn="others"))}
+
+
+@pytest.mark.parametrize("pair", ["sad kazoo", "piano", "jolly piano", ""])
+def test_a_pair_that_nobody_knows_is_refused(pair: str) -> None:
+    with pytest.raises(UserError, match=r"expected one of happy, calm, sad, dark and one of piano"):
+        learnt_from(Config(pair=pair))
 
 
 @pytest.mark.parametrize("part", ["train", "tuning", "heldout"])
