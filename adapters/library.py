@@ -116,6 +116,38 @@ def save_lora(folder: str | Path, lora: LoraTensors, manifest: Manifest | Mappin
     return complete
 
 
+def save_mix(folder: str | Path, folders: Sequence[str | Path], weights: Sequence[float] | None = None, name: str = "") -> Manifest:
+    """The exact weighted sum of adapters as one of its own, its rank the sum of theirs; by default their mean.
+
+    A mean of runs that differ in their seed keeps what they share, and little of what each one has found to fool its reward (Rame et al.
+    2024, "WARP: On the Benefits of Weight Averaged Rewarded Policies", arXiv:2406.16768).
+    Raises UserError for adapters of different bases, before anything is written.
+    """
+    if not folders:
+        raise UserError("no adapter folders", "at least one", "name a folder")
+    adapters = [read_adapter(path) for path in folders]
+    first = adapters[0].manifest
+    for adapter in adapters:
+        check_base(adapter, first.base_sha256)
+    chosen = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+    lora = mix([adapter.lora for adapter in adapters], chosen)
+
+    def shared(key: str) -> Any:
+        return getattr(first, key) if len({getattr(adapter.manifest, key) for adapter in adapters}) == 1 else None
+
+    parts = [{"adapter_sha256": adapter.manifest.adapter_sha256, "weight": weight} for adapter, weight in zip(adapters, chosen)]
+    manifest = Manifest(
+        name=name or Path(folder).name,
+        base_sha256=first.base_sha256,
+        method="mix",
+        snapshot_sha256=shared("snapshot_sha256"),
+        reward_sha256=shared("reward_sha256"),
+        licence=shared("licence") or "unspecified",
+        config={"parts": parts},
+    )
+    return save_lora(folder, lora, manifest)
+
+
 def lora_sha256(lora: LoraTensors) -> str:
     """Hash of what the adapter does: its tensors, rank and alpha."""
     shape = torch.tensor([float(lora.r), lora.alpha], dtype=torch.float64)

@@ -9,8 +9,9 @@
     real melodies, moods, leads and genres drawn apart -> two judges on waveforms; what they hear of melodies they do not know
     the same held-out clips -> each check of rlhf/consistency.py under the right prompt and under another clip's: AUC
     every word for the pair's mood with its instrument -> train_ppo.py --weights mood=1,instrument=3,diversity=0.5, no listener
-    base and adapter play the pair with the same new seeds -> how sure the judges are of the mood and of the instrument, clip by
-    clip, interval by clip; diversity and KL beside. With --learn others: learnt from 20 pairs, judged on 10 others, interval by pair
+    base, adapters and the mean of all seeds' adapters play the pair with the same new seeds -> how sure the judges are of the mood and
+    of the instrument, interval by clip; diversity and KL beside.
+    With --learn others: learnt from 20 pairs, judged on 10 others, interval by pair
 
 The checks are ears on the codec's latents (rlhf/ears.py) and the audio-text space, and a policy that is trained on them may fool them.
 The judges hear waveforms by other features, fitted on other melodies: theirs are of `val`, told on `test`; those of ears are of `train`.
@@ -35,6 +36,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from adapters.library import save_mix
 from base_models.audio import read_audio
 from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.corpus.known import LEADS, OTHER
@@ -128,6 +130,8 @@ def main(cfg: Config) -> dict[str, Any]:
             kinds |= {"listeners": f"human=1,{VARIED}", "both": f"human=1,{cfg.weights}"}
         for seed in cfg.seeds:
             adapters |= {f"{kind}-{seed}": learn(cfg, f"{kind}-{seed}", learnt, weights, seed) for kind, weights in kinds.items()}
+        if len(cfg.seeds) > 1:
+            adapters |= {f"{kind}_averaged-0": averaged(cfg, kind) for kind in kinds}
     # 3. Compare.
     if adapters:
         if cfg.learn == "others":
@@ -250,6 +254,13 @@ def learn(cfg: Config, name: str, learnt: list[str], weights: str, seed: int) ->
         )
         train_ppo.main(settings)
     return out / "adapter"
+
+
+def averaged(cfg: Config, kind: str) -> Path:
+    """The mean of the adapters of all seeds: what fools the ears differs from seed to seed, and what they are meant for does not."""
+    out = cfg.out / f"{kind}_averaged" / "adapter"
+    save_mix(out, [cfg.out / f"{kind}-{seed}" / "adapter" for seed in cfg.seeds], name=f"{kind}_averaged")
+    return out
 
 
 def compare(

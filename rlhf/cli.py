@@ -1,7 +1,7 @@
 """`encore ...`: one door to what is not training.
 
     encore corpus import|build   encore sample   encore app   encore owners   encore ratings export|import|stats
-    encore generate   encore adapters list|show   encore evaluate   encore lineage   encore loop
+    encore generate   encore adapters list|show|mix   encore evaluate   encore lineage   encore loop
     encore demo
 
 Training is launched with `accelerate launch <folder>/train_*.py`. Bad input ends with one line on stderr (got, expected, remedy)
@@ -134,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("root", type=Path, nargs="?", default=Path("runs"))
     p = _command(adapters, "show", commands.adapters_show, "one adapter's manifest")
     p.add_argument("folder", type=Path)
+    p = _command(adapters, "mix", commands.adapters_mix, "the mean of several adapters, or any weighted sum, as one of its own")
+    p.add_argument("folder", type=Path, nargs="+")
+    p.add_argument("--weight", type=float, action="append", help="weight of each adapter, in order; default: one over their number")
+    p.add_argument("--name", help="its name; default: that of its folder")
+    p.add_argument("--out", type=Path, required=True)
 
     p = _command(top, "evaluate", commands.evaluate, "play held-out prompts with a base and its adapters; KL and diversity")
     _policy_arguments(p)

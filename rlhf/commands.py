@@ -123,6 +123,14 @@ def adapters_show(args: argparse.Namespace) -> None:
     print(json.dumps(dataclasses.asdict(read_adapter(args.folder).manifest), indent=2))
 
 
+def adapters_mix(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from adapters.library import save_mix
+
+    print(json.dumps(dataclasses.asdict(save_mix(args.out, args.folder, args.weight, args.name or "")), indent=2))
+
+
 def evaluate(args: argparse.Namespace) -> None:
     from adapters.library import read_adapter
     from base_models.policy import load_policy

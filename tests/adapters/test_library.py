@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from adapters.library import Manifest, find_adapter, list_adapters, load_adapter, read_adapter, save_adapter, unload_adapters
+from adapters.library import Manifest, find_adapter, list_adapters, load_adapter, read_adapter, save_adapter, save_mix, unload_adapters
 from adapters.lora import active_adapters, attach_lora, trainable_parameters
 from base_models.errors import UserError
 
@@ -34,6 +34,34 @@ def test_a_saved_adapter_speaks_the_same_after_loading(saved, make_tiny):
     assert trainable_parameters(other.lm) == []
     unload_adapters(other.lm)
     assert torch.equal(other.logps(), before)
+
+
+def test_a_saved_mean_speaks_as_a_loaded_one_and_names_its_parts(saved, make_tiny, tmp_path):
+    source, folder = saved
+    second = make_tiny(0)
+    attach_lora(second.lm, r=2, alpha=4, init_b=True)
+    save_adapter(tmp_path / "cold", second.lm, Manifest(name="cold", base_sha256=source.sha256, method="dpo", licence="CC-BY-4.0"))
+    told = save_mix(tmp_path / "mean", [folder, tmp_path / "cold"])
+    loaded, mixed = make_tiny(0), make_tiny(0)
+    load_adapter(loaded, [folder, tmp_path / "cold"], [0.5, 0.5])
+    load_adapter(mixed, tmp_path / "mean")
+    torch.testing.assert_close(mixed.logps(), loaded.logps(), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(mixed.logps(), source.logps(), atol=1e-3)
+    assert (told.name, told.method, told.licence) == ("mean", "mix", "unspecified")
+    assert [part["weight"] for part in told.config["parts"]] == [0.5, 0.5]
+    assert told.config["parts"][0]["adapter_sha256"] == read_adapter(folder).manifest.adapter_sha256
+
+
+def test_adapters_of_two_bases_make_no_mean(saved, make_tiny, tmp_path):
+    _, folder = saved
+    other = make_tiny(1)
+    attach_lora(other.lm, r=4, alpha=8)
+    save_adapter(tmp_path / "other", other.lm, Manifest(name="other", base_sha256=other.sha256, method="dpo"))
+    with pytest.raises(UserError, match="of base"):
+        save_mix(tmp_path / "mean", [folder, tmp_path / "other"])
+    with pytest.raises(UserError, match="no adapter folders"):
+        save_mix(tmp_path / "mean", [])
+    assert not (tmp_path / "mean").exists()
 
 
 def test_the_folder_is_complete_and_its_card_tells_the_figures(saved):
