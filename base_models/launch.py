@@ -8,15 +8,19 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import distributed
 
 from base_models.errors import UserError
+from base_models.settings import keep_until_the_end
 
 Sharding = Literal["no", "fsdp", "deepspeed"]
 WHOLE = "configs/accelerate/cpu.yaml or ddp.yaml"
 
 
 def check_processes(found: int, wanted: int) -> None:
-    """UserError where `--processes` asks for another number than the launcher made; 0 does not ask."""
+    """UserError where `--processes` asks for another number than the launcher made; 0 does not ask. Several end in good order."""
+    if distributed.is_available() and distributed.is_initialized():
+        keep_until_the_end(distributed.group.WORLD)
     if wanted and found != wanted:
         raise UserError(
             f"{found} process(es)",

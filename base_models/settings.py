@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -69,12 +70,28 @@ def run(
     Bad input and a disk in trouble end it with exit code 2 and one line on stderr.
     """
     threading.excepthook = _quiet_on_disk_trouble
-    exit_code = _run(main, config_class, presets, show)
+    with _running:
+        exit_code = _run(main, config_class, presets, show)
+    if _kept:
+        for _ in range(25):  # whatever waits for Python's lock gets it
+            time.sleep(0.02)
+        _kept.clear()
     # Here nothing refers to the run any more, but its model and trainer hold each other, and with them gloo's process group, which has
     # threads of its own even when it has been destroyed. Left to themselves they live while Python shuts down, and the first that then
     # drops a tensor ends the process by SIGABRT ("terminate called without an active exception"), after all has gone well. So they end now.
     gc.collect()
     sys.exit(exit_code)
+
+
+_running, _kept = threading.Lock(), list[object]()
+
+
+def keep_until_the_end(thing: object) -> None:
+    """Let a process group outlive the `main` of `run`; without a run, nothing. Its destructor waits for gloo's threads and holds Python's
+    lock meanwhile, while a thread that has just finished the last collective may need that lock to drop a tensor: on a busy machine the
+    two wait for each other for ever."""
+    if _running.locked():
+        _kept.append(thing)
 
 
 def _run(

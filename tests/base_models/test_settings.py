@@ -93,7 +93,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from base_models.errors import UserError
-from base_models.settings import run
+from base_models.settings import keep_until_the_end, run
 
 
 def threads():
@@ -113,6 +113,7 @@ class Trainer:
 
 def main(cfg):
     distributed.init_process_group("gloo", init_method=f"file://{cfg.store}", rank=0, world_size=1)
+    keep_until_the_end(distributed.group.WORLD)
     trainer = Trainer(DistributedDataParallel(torch.nn.Linear(2, 1)))
     trainer.model(torch.ones(1, 2)).sum().backward()
     print("training", threads())
@@ -123,12 +124,12 @@ def main(cfg):
 
 
 atexit.register(lambda: print("leaving", threads()))
-run(main, Config, show=lambda trainer: f"shown {type(trainer).__name__}")
+run(main, Config, show=lambda trainer: f"shown {type(trainer).__name__}, {bool(threads())}")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
-@pytest.mark.parametrize(("flags", "code", "shown"), [([], 0, ["shown Trainer"]), (["--fails"], 2, [])])
+@pytest.mark.parametrize(("flags", "code", "shown"), [([], 0, ["shown Trainer, True"]), (["--fails"], 2, [])])
 def test_a_script_leaves_without_the_threads_of_its_process_group(tmp_path, flags, code, shown):
     script = tmp_path / "script.py"
     script.write_text(TRAINS)
