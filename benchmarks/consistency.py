@@ -1,6 +1,6 @@
 """Does a reward for what the prompt says make "sad piano" sadder and more piano, to judges that the reward does not know?
 
-    python benchmarks/consistency.py --out runs/consistency --seeds 0 1 2                  # five minutes of one core a seed, ten for judges
+    python benchmarks/consistency.py --out runs/consistency --seeds 6 7 8    # five minutes of one core a seed, ten for judges
     python benchmarks/consistency.py --out runs/violin --pair "dark violin"                # another pair: choose settings there
     python benchmarks/consistency.py --out runs/others --learn others --judge-on heldout   # learnt from other pairs than those judged
     python benchmarks/consistency.py --out runs/consistency --reward runs/reward --taste warm     # beside, and together with, listeners
@@ -257,7 +257,7 @@ def learn(cfg: Config, name: str, learnt: list[str], weights: str, seed: int) ->
 
 
 def averaged(cfg: Config, kind: str) -> Path:
-    """The mean of the adapters of all seeds: what fools the ears differs from seed to seed, and what they are meant for does not."""
+    """The mean of the adapters of all seeds: as sure to the ears as each of them, at less drift."""
     out = cfg.out / f"{kind}_averaged" / "adapter"
     save_mix(out, [cfg.out / f"{kind}-{seed}" / "adapter" for seed in cfg.seeds], name=f"{kind}_averaged")
     return out
