@@ -119,8 +119,8 @@ def save_lora(folder: str | Path, lora: LoraTensors, manifest: Manifest | Mappin
 def save_mix(folder: str | Path, folders: Sequence[str | Path], weights: Sequence[float] | None = None, name: str = "") -> Manifest:
     """The exact weighted sum of adapters as one of its own, its rank the sum of theirs; by default their mean.
 
-    A mean of runs that differ in their seed keeps what they share at less drift (Rame et al. 2024, "WARP: On the Benefits of Weight Averaged
-    Rewarded Policies", arXiv:2406.16768).
+    A mean of runs that differ in their seed keeps what they share at less drift (Rame et al. 2024, "WARP: On the Benefits of Weight
+    Averaged Rewarded Policies", arXiv:2406.16768).
     Raises UserError for adapters of different bases, before anything is written.
     """
     if not folders:
