@@ -123,13 +123,10 @@ def save_mix(folder: str | Path, folders: Sequence[str | Path], weights: Sequenc
     Averaged Rewarded Policies", arXiv:2406.16768).
     Raises UserError for adapters of different bases, before anything is written.
     """
-    if not folders:
-        raise UserError("no adapter folders", "at least one", "name a folder")
-    adapters = [read_adapter(path) for path in folders]
+    adapters, chosen = _read_weighted(folders, [1 / max(len(folders), 1)] * len(folders) if weights is None else weights)
     first = adapters[0].manifest
     for adapter in adapters:
         check_base(adapter, first.base_sha256)
-    chosen = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     lora = mix([adapter.lora for adapter in adapters], chosen)
 
     def shared(key: str) -> Any:
@@ -220,12 +217,7 @@ def load_adapter(
     the same name is replaced, others stay, inactive. Raises UserError for another base, before anything is changed.
     """
     paths = [folders] if isinstance(folders, str | Path) else list(folders)
-    if not paths:
-        raise UserError("no adapter folders", "at least one", "name a folder")
-    chosen = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
-    if len(chosen) != len(paths) or not all(math.isfinite(weight) for weight in chosen):
-        raise UserError(f"weights {chosen} for {len(paths)} adapters", "one finite number an adapter", "correct the weights")
-    adapters = [read_adapter(path) for path in paths]
+    adapters, chosen = _read_weighted(paths, [1.0] * len(paths) if weights is None else weights)
     for adapter in adapters:
         check_base(adapter, policy.sha256)
     single = len(adapters) == 1 and chosen[0] == 1.0
@@ -233,6 +225,16 @@ def load_adapter(
     name = adapters[0].manifest.name if single else "mix"
     put_lora(policy.lm, lora, name, trainable)
     return [adapter.manifest for adapter in adapters]
+
+
+def _read_weighted(folders: Sequence[str | Path], weights: Sequence[float]) -> tuple[list[Adapter], list[float]]:
+    """Adapters and their weights. Raises UserError for none, and for weights that do not fit."""
+    if not folders:
+        raise UserError("no adapter folders", "at least one", "name a folder")
+    chosen = [float(weight) for weight in weights]
+    if len(chosen) != len(folders) or not all(math.isfinite(weight) for weight in chosen):
+        raise UserError(f"weights {chosen} for {len(folders)} adapters", "one finite number an adapter", "correct the weights")
+    return [read_adapter(path) for path in folders], chosen
 
 
 def put_lora(lm: MusicLM, lora: LoraTensors, name: str, trainable: bool = False) -> None:

@@ -23,8 +23,7 @@ class ByRound(Generic[Value]):
     def before(self, number: int) -> Value:
         """The value of the round before `number`, which is not the first. UserError where neither memory nor the file has it."""
         name = str(number - 1)
-        if name not in self.known and self.path.is_file():
-            self.known = read_json(self.path)
+        self._recall(name)
         if name not in self.known:
             expected, remedy = f"the value of round {name} in it", "restore the file, or resume with the settings that the run began with"
             raise UserError(f"round {number} and {self.path} without the one before", expected, remedy)
@@ -32,6 +31,13 @@ class ByRound(Generic[Value]):
 
     def put(self, number: int, value: Value) -> None:
         """Of round `number`; later ones are no more."""
+        if number:
+            self._recall(str(number - 1))
         self.known = {name: known for name, known in self.known.items() if int(name) < number} | {str(number): value}
         if self.writes:
             write_json(self.path, self.known)
+
+    def _recall(self, name: str) -> None:
+        """Read the file where memory lacks a round: a resumed run."""
+        if name not in self.known and self.path.is_file():
+            self.known = read_json(self.path)

@@ -36,6 +36,14 @@ def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) ->
     return total / (mask.sum().clamp(min=1) if count is None else count)
 
 
+def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, S] in float64 with 0 at masked places; mean and variance over the valid ones (0 where there is none), scalars."""
+    wide = torch.where(mask, x, torch.zeros_like(x)).double()
+    count = mask.sum().double().clamp(min=1)
+    mean = wide.sum() / count
+    return wide, mean, torch.where(mask, (wide - mean) ** 2, torch.zeros_like(wide)).sum() / count
+
+
 def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps), moments over the valid places, in float64.
 
@@ -47,10 +55,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: floa
     Returns: [B, S]; 0 at masked places.
     """
     _check(mask, x)
-    wide = torch.where(mask, x, torch.zeros_like(x)).double()
-    count = mask.sum().double().clamp(min=1)
-    mean = wide.sum() / count
-    variance = torch.where(mask, (wide - mean) ** 2, torch.zeros_like(wide)).sum() / count
+    wide, mean, variance = _moments(x, mask)
     white = (wide - mean) * torch.rsqrt(variance + eps)
     if not shift_mean:
         white = white + mean
@@ -60,8 +65,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: floa
 def masked_spread(x: Tensor, mask: Tensor) -> float:
     """Standard deviation of x [B, S] over the valid places, in float64; 0 where there is none. NaNs at other places are not seen."""
     _check(mask, x)
-    valid = x[mask].double()
-    return valid.std(correction=0).item() if len(valid) else 0.0
+    return _moments(x, mask)[2].sqrt().item()
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -287,11 +291,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """
     _check(mask, values, returns)
 
-    def variance(x: Tensor) -> Tensor:
-        x = x.detach().double()
-        mean = masked_mean(x, mask)
-        return masked_mean((x - mean) ** 2, mask)
-
-    of_returns = variance(returns)
-    share = 1.0 - variance(returns - values) / of_returns.clamp(min=1e-12)
+    of_returns, left = (_moments(x.detach(), mask)[2] for x in (returns, returns - values))
+    share = 1.0 - left / of_returns.clamp(min=1e-12)
     return torch.where(of_returns > 1e-12, share, torch.zeros_like(share)).float()

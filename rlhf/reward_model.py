@@ -224,7 +224,7 @@ class RewardModel:
 
     @property
     def sha256(self) -> str:
-        return hash_of(self.settings(), self.tensors())
+        return hash_of(self.settings(), tensors_sha256(self.tensors()))
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors, then manifest.json with its hash: without a manifest that fits, nothing loads."""
@@ -242,9 +242,9 @@ class RewardModel:
         write_json(folder / "manifest.json", manifest)
 
 
-def hash_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def hash_of(settings: Mapping[str, Any], weights_sha256: str) -> str:
     """Over all that a score depends on: the same heads at another temperature are another reward."""
-    return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{tensors_sha256(tensors)}".encode()).hexdigest()
+    return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{weights_sha256}".encode()).hexdigest()
 
 
 def load_reward(folder: str | Path, base: Base) -> RewardModel:
@@ -273,11 +273,12 @@ def load_reward(folder: str | Path, base: Base) -> RewardModel:
             "restore the policy's contrastive/ folder",
         )
     state = load_tensors(folder / "model.safetensors")
-    if tensors_sha256(state) == manifest["reward_sha256"]:
+    weights_sha256 = tensors_sha256(state)
+    if weights_sha256 == manifest["reward_sha256"]:
         raise UserError(
             f"{folder}, a reward model of an earlier version", "one whose hash covers its temperature", "train it again on its snapshot"
         )
-    if hash_of({name: manifest.get(name) for name in SETTINGS}, state) != manifest["reward_sha256"]:
+    if hash_of({name: manifest.get(name) for name in SETTINGS}, weights_sha256) != manifest["reward_sha256"]:
         raise UserError(f"{folder}, which was changed", f"hash {manifest['reward_sha256'][:12]}", "train or copy it again")
     committee = read_committee(manifest["heads"])
     lenses = [Lens(**{field.name: state[f"lens.{i}.{field.name}"] for field in fields(Lens)}) for i in range(len(committee.heads))]

@@ -274,22 +274,19 @@ class Builder:
         return Cell(f"play/{run.label}", (*program("rlhf.proof.play"), *given, *more, *how), needs, weight=75)
 
     def best_of_n(self, reward: Cell, seed: int) -> Cell:
-        how, needs = self.how_to_play(seed)
-        base = self.base(seed)
-        given = ("--system", "best_of_n", "--out", HERE, "--beside", place(base), "--best-of", str(self.sizes.best_of))
         judged = ("--reward", place(reward, "reward"), "--proxy", place(reward, "reward"))
-        label = f"play/{reward.label.replace('reward/', 'best_of_n/', 1)}"
-        return Cell(label, (*program("rlhf.proof.play"), *given, *judged, *how), (*needs, reward, base), weight=300)
+        return self.best_by(judged, f"play/{reward.label.replace('reward/', 'best_of_n/', 1)}", seed, reward)
 
     def best_by_gold(self, taste: str, seed: int) -> Cell:
         """The best of n as the taste itself would choose: what a perfect reward would bring without training."""
+        return self.best_by(("--score-command", serving("--taste", taste)), f"play/gold-best_of_n/{taste}/s{seed}", seed)
+
+    def best_by(self, judged: Sequence[str], label: str, seed: int, *judges: Cell) -> Cell:
+        """The best of n as play's flags `judged` choose; judges: the cells that these name."""
         how, needs = self.how_to_play(seed)
         base = self.base(seed)
         given = ("--system", "best_of_n", "--out", HERE, "--beside", place(base), "--best-of", str(self.sizes.best_of))
-        judged = ("--score-command", serving("--taste", taste))
-        return Cell(
-            f"play/gold-best_of_n/{taste}/s{seed}", (*program("rlhf.proof.play"), *given, *judged, *how), (*needs, base), weight=300
-        )
+        return Cell(label, (*program("rlhf.proof.play"), *given, *judged, *how), (*needs, *judges, base), weight=300)
 
     def gold(self, played: Cell, base: Cell, taste: str) -> Cell:
         manifests = [part for cell in (base, played) for part in ("--manifest", place(cell, "samples", "manifest.jsonl"))]

@@ -59,6 +59,8 @@ def test_adapters_of_two_bases_make_no_mean(saved, make_tiny, tmp_path):
     save_adapter(tmp_path / "other", other.lm, Manifest(name="other", base_sha256=other.sha256, method="dpo"))
     with pytest.raises(UserError, match="of base"):
         save_mix(tmp_path / "mean", [folder, tmp_path / "other"])
+    with pytest.raises(UserError, match="one finite number an adapter"):
+        save_mix(tmp_path / "mean", [folder], [float("nan")])
     with pytest.raises(UserError, match="no adapter folders"):
         save_mix(tmp_path / "mean", [])
     assert not (tmp_path / "mean").exists()

@@ -43,6 +43,8 @@ def test_a_run_that_had_no_target_takes_one_up_at_the_price_that_it_paid(tmp_pat
     path = tmp_path / "price.json"
     moved, still = Price(0.1, 50, path, writes=True), Price(0.1, None, path, writes=True)
     assert [moved.of(number, kl) for number, kl in enumerate((0, 75, 100))] == pytest.approx([0.1, 0.15, 0.3])
+    assert still.of(2, 999) == 0.1
+    assert json.loads(path.read_text()) == pytest.approx({"0": 0.1, "1": 0.15, "2": 0.1})  # it forgets nothing that it resumed from
     assert still.of(2, 999) == 0.1  # resumed without a target, and it is this that the next round goes on from
     assert Price(0.1, 50, path, writes=True).of(3, 75) == pytest.approx(0.15)
 
