@@ -18,15 +18,19 @@ WHOLE = "configs/accelerate/cpu.yaml or ddp.yaml"
 
 
 def check_processes(found: int, wanted: int) -> None:
-    """UserError where `--processes` asks for another number than the launcher made; 0 does not ask. Several end in good order."""
-    if distributed.is_available() and distributed.is_initialized():
-        keep_until_the_end(distributed.group.WORLD)
+    """UserError where `--processes` asks for another number than the launcher made; 0 does not ask."""
     if wanted and found != wanted:
         raise UserError(
             f"{found} process(es)",
             f"{wanted}, as --processes asks",
             "launch with torchrun --nproc-per-node N, or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu` on a CPU",
         )
+
+
+def end_in_good_order() -> None:
+    """To be called once a script has joined its process group, where there is one: it then outlives `main`."""
+    if distributed.is_available() and distributed.is_initialized():
+        keep_until_the_end(distributed.group.WORLD)
 
 
 def asked_sharding(environment: Mapping[str, str] | None = None) -> Sharding:
@@ -57,6 +61,7 @@ def open_accelerator(processes: int = 0, can: tuple[Sharding, ...] = (), mps: bo
     check_sharding(can)
     apple = mps and torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"
     accelerator = Accelerator(cpu=not (torch.cuda.is_available() or apple), **settings)
+    end_in_good_order()
     check_processes(accelerator.num_processes, processes)
     return accelerator
 

@@ -47,7 +47,7 @@ from transformers import ProgressCallback
 from adapters.library import Manifest, save_adapter
 from base_models.checkpoint import latest_training_state, read_json, refuse_another_run
 from base_models.errors import UserError
-from base_models.launch import check_processes, check_sharding
+from base_models.launch import check_processes, check_sharding, end_in_good_order
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.dpo_arguments import training_arguments
@@ -233,6 +233,7 @@ def main(cfg: Config) -> dict[str, Any]:
         raise UserError(f"--pairing {cfg.pairing} with a reward without a slope", "a reward model", "use --pairing best_worst")
     plan = round_plan(cfg, len(train))
     args = training_arguments(cfg, plan.n_rows if task.own else len(train))
+    end_in_good_order()
     check_processes(args.world_size, cfg.processes)
     parents = parents_of(cfg, task, train)
     newest = latest_training_state(cfg.out, parents) if cfg.resume else None

@@ -39,7 +39,7 @@ from trl.trainer.rloo_config import RLOOConfig
 from adapters.library import Manifest, save_adapter
 from base_models.checkpoint import latest_training_state, read_json, refuse_another_run
 from base_models.errors import UserError
-from base_models.launch import bf16_is_faster, check_processes, check_sharding
+from base_models.launch import bf16_is_faster, check_processes, check_sharding, end_in_good_order
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.dpo_report import NothingLeftError, Recorder
@@ -134,6 +134,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     if task is None:
         task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts)
     args = training_arguments(cfg, task.lm.n_q)
+    end_in_good_order()
     doubted = doubt(cfg.reward)
     if doubted and args.should_save:
         print(f"{doubted}; scores are compared within a group, and any spread is a full one here", flush=True)
