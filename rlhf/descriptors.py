@@ -74,17 +74,19 @@ def pooled(series: Tensor, n: int) -> Tensor:
     return series[:, :whole].unflatten(1, (-1, n)).mean(2) if whole > n else series
 
 
-def _mean_over(series: Tensor, weight: Tensor) -> Tensor:
+def mean_over(series: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean over time: [B, N], [B, N] -> [B]."""
     return (series * weight).sum(1) / weight.sum(1).clamp_min(1e-6)
 
 
-def _moments(prefix: str, series: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    mean = _mean_over(series, weight)
-    return {f"{prefix}_mean": mean, f"{prefix}_sd": _mean_over((series - mean[:, None]).square(), weight).clamp_min(0).sqrt()}
+def moments(prefix: str, series: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Weighted mean and spread over time, by name: [B, N], [B, N] -> twice [B]."""
+    mean = mean_over(series, weight)
+    return {f"{prefix}_mean": mean, f"{prefix}_sd": mean_over((series - mean[:, None]).square(), weight).clamp_min(1e-12).sqrt()}
 
 
-def _between(hz: Tensor, low: float, high: float) -> Tensor:
+def between(hz: Tensor, low: float, high: float) -> Tensor:
+    """Frequencies [n_bins] -> which of them lie from `low` to below `high`, Hz [n_bins] bool."""
     return (hz >= low) & (hz < high)
 
 
@@ -100,7 +102,7 @@ def _timbre(power: Tensor, hz: Tensor, loud: Tensor) -> dict[str, Tensor]:
     spread = ((power * (pitch - centroid[..., None]).square()).sum(-1) / whole).clamp_min(0).sqrt()
     cumulative = power.cumsum(-1) / whole[..., None]
     rolloff = torch.log2(hz[(cumulative < 0.9).sum(-1).clamp(max=len(hz) - 1)].clamp_min(30.0) / 440.0)
-    audible = _between(hz, 100.0, 6000.0)
+    audible = between(hz, 100.0, 6000.0)
     shape = power[..., audible] + FLOOR
     flatness_db = 10 * (torch.log10(shape).mean(-1) - torch.log10(shape.mean(-1)))
     crest_db = 10 * torch.log10(shape.amax(-1) / shape.mean(-1))
@@ -111,26 +113,26 @@ def _timbre(power: Tensor, hz: Tensor, loud: Tensor) -> dict[str, Tensor]:
         ("flatness_db", flatness_db),
         ("crest_db", crest_db),
     ):
-        found |= _moments(name, series, loud)
+        found |= moments(name, series, loud)
     total = (power * loud[..., None]).sum(1)
 
     def band_db(low: float, high: float) -> Tensor:
-        return 10 * torch.log10(total[:, _between(hz, low, high)].sum(-1) + FLOOR)
+        return 10 * torch.log10(total[:, between(hz, low, high)].sum(-1) + FLOOR)
 
     everything = band_db(30.0, 8000.0)
     for low, high in pairwise(OCTAVES_HZ):
-        inside = _between(hz, low, high)
+        inside = between(hz, low, high)
         found[f"share_{low:.0f}hz_db"] = band_db(low, high) - everything
         octave = (10 * torch.log10(power[..., inside] + FLOOR)).sort(-1).values
         few = max(1, octave.shape[-1] // 5)
-        found[f"contrast_{low:.0f}hz_db"] = _mean_over(octave[..., -few:].mean(-1) - octave[..., :few].mean(-1), loud)
+        found[f"contrast_{low:.0f}hz_db"] = mean_over(octave[..., -few:].mean(-1) - octave[..., :few].mean(-1), loud)
     found["roughness"] = _roughness(power, hz, loud)
     return found
 
 
 def _roughness(power: Tensor, hz: Tensor, loud: Tensor) -> Tensor:
     """Beating of the mean spectrum's neighbouring partials, a quarter of a critical band apart counting most; [B]."""
-    low = _between(hz, 100.0, 4000.0)
+    low = between(hz, 100.0, 4000.0)
     spectrum = (power * loud[..., None]).sum(1)[:, low]
     spectrum = spectrum / spectrum.sum(1, keepdim=True).clamp_min(FLOOR)
     peak = torch.zeros_like(spectrum)
@@ -173,7 +175,7 @@ def _loudness(level_db: Tensor, frame_s: float) -> dict[str, Tensor]:
     rate = torch.fft.rfftfreq(level_db.shape[1], frame_s, device=level_db.device)
     every = spectrum[:, 1:].sum(1).clamp_min(1e-6)
     for low, high_hz in pairwise(MODULATIONS_HZ):
-        found[f"modulation_{low:g}hz"] = torch.log10(spectrum[:, _between(rate, low, high_hz)].sum(1) / every + 1e-4)
+        found[f"modulation_{low:g}hz"] = torch.log10(spectrum[:, between(rate, low, high_hz)].sum(1) / every + 1e-4)
     return found
 
 
@@ -235,12 +237,15 @@ def autocorrelation(series: Tensor) -> Tensor:
 # ---- pitch -----------------------------------------------------------------------------------------------------------
 
 
-def chromagram(power: Tensor, hz: Tensor) -> Tensor:
-    """Power [B, N, n_bins] -> energy by pitch class [B, N, 12], C first, between 130 Hz and 4 kHz; sums to 1 in each frame."""
+def chromagram(power: Tensor, hz: Tensor, low: float = 130.0, high: float = 4000.0, width: float = 0.5, exponent: float = 0.5) -> Tensor:
+    """Power [B, N, n_bins] -> energy by pitch class [B, N, 12], C first; sums to 1 in each frame.
+
+    Args: low, high: what is listened to, Hz. width: of a pitch class, semitones. exponent: of the power; 1/2 is the magnitude.
+    """
     semitone = 12 * torch.log2(hz.clamp_min(1.0) / 261.6256)
     away = (semitone[:, None] - torch.arange(12, device=hz.device)[None] + 6) % 12 - 6
-    weight = torch.exp(-0.5 * (away / 0.5) ** 2) * _between(hz, 130.0, 4000.0)[:, None]
-    chroma = power.sqrt() @ weight
+    weight = torch.exp(-0.5 * (away / width) ** 2) * between(hz, low, high)[:, None]
+    chroma = (power.sqrt() if exponent == 0.5 else power.pow(exponent)) @ weight
     return chroma / chroma.sum(-1, keepdim=True).clamp_min(1e-9)
 
 
@@ -263,18 +268,18 @@ def _pitch(power: Tensor, chroma: Tensor, hz: Tensor, loud: Tensor, frame_s: flo
     change = (chroma[:, 1:] - chroma[:, :-1]).abs().sum(-1)
     far = max(1, min(round(0.5 / frame_s), chroma.shape[1] - 1))
     slow = (chroma[:, far:] - chroma[:, :-far]).abs().sum(-1)
-    inside = _between(hz, 130.0, 4000.0)
+    inside = between(hz, 130.0, 4000.0)
     notes = power[..., inside]
     top = torch.log2(hz[inside][notes.argmax(-1)] / 440.0)
     return {
-        **_moments("chroma_entropy", entropy, loud),
+        **moments("chroma_entropy", entropy, loud),
         "chroma_entropy_whole": -(total * torch.log(total + 1e-9)).sum(1),
         "key_clarity": fit.amax(1),
         "major_against_minor": fit[:, :12].amax(1) - fit[:, 12:].amax(1),
-        "chroma_change_fast": _mean_over(change, loud[:, 1:]),
-        "chroma_change_slow": _mean_over(slow, loud[:, far:]),
-        **_moments("strongest_pitch_octaves", top, loud),
-        "held_pitch_share": _mean_over((notes[:, 1:].argmax(-1) == notes[:, :-1].argmax(-1)).float(), loud[:, 1:]),
+        "chroma_change_fast": mean_over(change, loud[:, 1:]),
+        "chroma_change_slow": mean_over(slow, loud[:, far:]),
+        **moments("strongest_pitch_octaves", top, loud),
+        "held_pitch_share": mean_over((notes[:, 1:].argmax(-1) == notes[:, :-1].argmax(-1)).float(), loud[:, 1:]),
     }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.reward_features import DESCRIPTORS, Table
+from rlhf.reward_features import DESCRIPTORS, DETAILS, Table
 from rlhf.reward_heads import Head, Lens, Pairs, Share, alone, candidates, expand, fit, fit_ensemble
 
 
@@ -61,8 +61,10 @@ def read_committee(told: Sequence[Mapping[str, Any]]) -> Committee:
 
 def committees(blocks: Sequence[str]) -> tuple[Committee, ...]:
     """Which held-out votes choose among, for a base that gives these blocks: heads that hear what has a name (tempo, brightness ...),
-    heads that hear statistics of the codec and the audio-text space, or all of them."""
+    heads that hear details of it as well, both, heads that hear statistics of the codec and the audio-text space, or all of them."""
     heads = candidates(blocks)
-    named = tuple(head for head in heads if DESCRIPTORS in head.blocks)
-    plain = tuple(head for head in heads if head not in named)
-    return tuple(Committee(group) for group in (named, plain, heads) if group and (group is not heads or (named and plain)))
+    few = tuple(head for head in heads if DESCRIPTORS in head.blocks and DETAILS not in head.blocks)
+    many = tuple(head for head in heads if DETAILS in head.blocks)
+    plain = tuple(head for head in heads if DESCRIPTORS not in head.blocks)
+    asked = (few, many, few + many, plain, heads)
+    return tuple(Committee(group) for group in dict.fromkeys(asked) if group)

@@ -1,6 +1,6 @@
 """What of a clip a reward's heads see: frozen features of the codes, in blocks.
 
-    codes [B, K, T] + prompts [B] -> latents [B, D, T] -> blocks [B, F]: latents, magnitudes, descriptors, shared, fit
+    codes [B, K, T] + prompts [B] -> latents [B, D, T] -> blocks [B, F]: latents, magnitudes, descriptors, details, shared, fit
 
 Statistics of the magnitudes that the codec is about to play and descriptors of them (where the codec is ours), statistics of its
 latents, and the shared audio-text space (base_models.contrastive). Nothing here has parameters that votes train, or decodes a waveform.
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from base_models.codec import Codec, MagnitudeCodec
 from rlhf.descriptors import describe
+from rlhf.details import detail
 
-LATENTS, MAGNITUDES, DESCRIPTORS, SHARED, FIT = "latents", "magnitudes", "descriptors", "shared", "fit"
+LATENTS, MAGNITUDES, DESCRIPTORS, DETAILS, SHARED, FIT = "latents", "magnitudes", "descriptors", "details", "shared", "fit"
 Table = Mapping[str, Tensor]
 """Blocks of features by name, [N, F] each."""
 
@@ -89,6 +90,12 @@ class Heard:
         return describe(self.magnitude, self.base.codec.sample_rate, self.base.codec.config.stft_hop).float()
 
     @cached_property
+    def detailed(self) -> Tensor:
+        """Finer descriptors of the magnitudes [B, F]."""
+        assert isinstance(self.base.codec, MagnitudeCodec)
+        return detail(self.magnitude, self.base.codec.sample_rate, self.base.codec.config.stft_hop).float()
+
+    @cached_property
     def embedding(self) -> Tensor:
         """In the audio-text space: unit vectors [B, E]."""
         found: Tensor = self.base.contrastive.embed_latents(self.latents)
@@ -141,7 +148,7 @@ def magnitude_statistics(magnitude: Tensor, n_bands: int = 24) -> Tensor:
 def blocks_of(base: Hearing) -> tuple[str, ...]:
     """The blocks of features that this base can give."""
     ours, shared = isinstance(base.codec, MagnitudeCodec), base.contrastive is not None
-    known = {LATENTS: True, MAGNITUDES: ours, DESCRIPTORS: ours, SHARED: shared, FIT: shared}
+    known = {LATENTS: True, MAGNITUDES: ours, DESCRIPTORS: ours, DETAILS: ours, SHARED: shared, FIT: shared}
     return tuple(name for name, there in known.items() if there)
 
 
@@ -165,6 +172,8 @@ def features_heard(heard: Heard, blocks: Sequence[str] | None = None) -> dict[st
         made[MAGNITUDES] = heard.statistics
     if DESCRIPTORS in wanted:
         made[DESCRIPTORS] = heard.described
+    if DETAILS in wanted:
+        made[DETAILS] = heard.detailed
     if {SHARED, FIT} & set(wanted):
         with torch.no_grad():  # over the text alone: what is heard first in here would have no gradient
             said = contrastive.embed_text(heard.prompts)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf.losses import bradley_terry_loss
-from rlhf.reward_features import DESCRIPTORS, FIT, LATENTS, MAGNITUDES, SHARED, Table
+from rlhf.reward_features import DESCRIPTORS, DETAILS, FIT, LATENTS, MAGNITUDES, SHARED, Table
 
 REACH = 4.0
 """Features are cut off at so many spreads within a prompt: no score runs away where no clip has been heard."""
@@ -27,7 +27,7 @@ LANDMARKS = 1024
 """A Gaussian process is spanned by at most so many clips (Williams and Seeger 2001, "Using the Nystroem method"); fewer are exact."""
 PARTS = 256
 """Columns of a relevance head's kernel part; the strongest directions of the process, the rest is not missed."""
-ROUNDS, FLOOR = 3, 0.07
+ROUNDS, FLOOR = 5, 0.04
 """Rounds of reweighting by relevance, and what the least relevant feature keeps of the most relevant one's prior."""
 
 EARNED = 2.0
@@ -77,14 +77,20 @@ def candidates(blocks: Sequence[str]) -> tuple[Head, ...]:
     """The heads that committees are made of (rlhf.reward_committee), for a base that gives these blocks."""
     plain = tuple(block for block in blocks if block in (LATENTS, MAGNITUDES, SHARED))
     groups = [plain] + [(MAGNITUDES,)] * (MAGNITUDES in blocks and len(plain) > 1)
-    named = tuple(block for block in blocks if block in (DESCRIPTORS, FIT))
-    relevant = (
-        Head("relevance", named, 2.0, 2.0),
-        Head("relevance", named, 3.0, 2.5),
-        Head("kernel", (DESCRIPTORS,), 2.0, 1.5),
-        Head("linear", named, 0.6),
+    few = tuple(block for block in blocks if block in (DESCRIPTORS, FIT))
+    many = tuple(block for block in blocks if block in (DESCRIPTORS, DETAILS, FIT))
+    relevant = tuple(
+        head
+        for named in ((few, many) if DETAILS in blocks else (few,))
+        for head in (
+            Head("relevance", named, 2.0, 2.0),
+            Head("relevance", named, 1.5, 2.0),
+            Head("relevance", named, 2.0, 3.0),
+            Head("kernel", tuple(block for block in named if block != FIT), 2.0, 1.5),
+            Head("linear", named, 0.6),
+        )
     )
-    return (relevant if DESCRIPTORS in named else ()) + tuple(
+    return (relevant if DESCRIPTORS in blocks else ()) + tuple(
         head
         for group in groups
         for head in (
