@@ -168,7 +168,9 @@ def _harmonicity(power: Tensor, root: Tensor, hz: Tensor, loud: Tensor) -> Found
         found[f"tonal_share_{name}"] = tonal[..., inside].sum((1, 2)) / power[..., inside].sum((1, 2)).clamp_min(1e-9)
     fundamental = 110.0 * 2 ** (torch.arange(48, device=hz.device) / 12)
     partial = torch.arange(1, 7, device=hz.device)[:, None, None] * fundamental[:, None]  # [6, 48, 1]
-    comb = (torch.exp(-0.5 * ((hz - partial) / (0.03 * partial).clamp_min(12.0)).square()) / torch.arange(1, 7, device=hz.device)[:, None, None]).sum(0)
+    comb = (
+        torch.exp(-0.5 * ((hz - partial) / (0.03 * partial).clamp_min(12.0)).square()) / torch.arange(1, 7, device=hz.device)[:, None, None]
+    ).sum(0)
     comb = comb / comb.norm(dim=1, keepdim=True)
     salience = (root / _length(root)[..., None]) @ comb.T
     found |= moments("salience", torch.logsumexp(20 * salience, -1) / 20, loud)
@@ -229,7 +231,8 @@ def _octaves(level_db: Tensor, frame_s: float) -> Found:
     step = level_db[..., 1:] - level_db[..., :-1]
     rise, fall = step.clamp_min(0), (-step).clamp_min(0)
     by_octave = {
-        f"modulation_{low:g}hz": torch.log10(spectrum[..., between(rate, low, high)].sum(-1) / whole + 1e-4) for low, high in pairwise(RATES_HZ)
+        f"modulation_{low:g}hz": torch.log10(spectrum[..., between(rate, low, high)].sum(-1) / whole + 1e-4)
+        for low, high in pairwise(RATES_HZ)
     }
     by_octave |= {
         "level_sd_db": _length(centred) / centred.shape[-1] ** 0.5,
@@ -251,7 +254,8 @@ def _octaves(level_db: Tensor, frame_s: float) -> Found:
 
 
 def _course(energy: Tensor, level_db: Tensor, frame_s: float) -> Found:
-    """Energy and level over the clip [B, N]: how far the level falls and rises within a lag, start and end against the whole, and where the weight lies."""
+    """Energy and level over the clip [B, N]: how far the level falls and rises within a lag, start and end
+    against the whole, and where the weight lies."""
     found: Found = {}
     n = level_db.shape[1]
     for lag in LAGS_S[:4]:

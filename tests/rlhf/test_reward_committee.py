@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.reward_committee import Committee, committees, read_committee
-from rlhf.reward_features import DESCRIPTORS, FIT, LATENTS, MAGNITUDES, SHARED
+from rlhf.reward_features import DESCRIPTORS, DETAILS, FIT, LATENTS, MAGNITUDES, SHARED
 from rlhf.reward_heads import Head, Pairs, bootstrap, expand, fit, make_lens
 
 LINEAR, KERNEL, OTHER = Head("linear", ("all",), 0.6), Head("kernel", ("all",), 2.0, 1.5), Head("kernel", ("more",), 1.0, 1.0)
@@ -67,15 +67,23 @@ def test_with_few_noisy_votes_it_foretells_the_taste_better_than_most_of_its_hea
         ((LATENTS,), [{LATENTS}]),
         ((LATENTS, MAGNITUDES, DESCRIPTORS), [{DESCRIPTORS}, {LATENTS, MAGNITUDES}, {LATENTS, MAGNITUDES, DESCRIPTORS}]),
         (
-            (LATENTS, MAGNITUDES, DESCRIPTORS, SHARED, FIT),
-            [{DESCRIPTORS, FIT}, {LATENTS, MAGNITUDES, SHARED}, {LATENTS, MAGNITUDES, DESCRIPTORS, SHARED, FIT}],
+            (LATENTS, MAGNITUDES, DESCRIPTORS, DETAILS, SHARED, FIT),
+            [
+                {DESCRIPTORS, FIT},
+                {DESCRIPTORS, DETAILS, FIT},
+                {DESCRIPTORS, DETAILS, FIT},
+                {LATENTS, MAGNITUDES, SHARED},
+                {LATENTS, MAGNITUDES, DESCRIPTORS, DETAILS, SHARED, FIT},
+            ],
         ),
     ],
 )
 def test_votes_choose_among_what_is_heard(blocks, expected):
-    assert [set(committee.blocks) for committee in committees(blocks)] == expected
+    asked = committees(blocks)
+    assert [set(committee.blocks) for committee in asked] == expected
+    assert len(set(asked)) == len(asked)
 
 
 def test_it_is_read_as_it_was_told():
-    for committee in committees((LATENTS, MAGNITUDES, DESCRIPTORS)):
+    for committee in committees((LATENTS, MAGNITUDES, DESCRIPTORS, DETAILS)):
         assert read_committee(json.loads(json.dumps(committee.as_json()))) == committee

@@ -15,7 +15,7 @@ def base():
 def test_features_of_a_clip_do_not_depend_on_its_batch(base):
     codes, prompts = codes_of(5), ["a", "bb", "ccc", "dddd", "e"]
     together, alone = rf.features(base, codes, prompts), rf.features(base, codes[2:3], prompts[2:3])
-    assert tuple(together) == rf.blocks_of(base) == (rf.LATENTS, rf.MAGNITUDES, rf.DESCRIPTORS, rf.SHARED, rf.FIT)
+    assert tuple(together) == rf.blocks_of(base) == (rf.LATENTS, rf.MAGNITUDES, rf.DESCRIPTORS, rf.DETAILS, rf.SHARED, rf.FIT)
     for block, rows in together.items():
         torch.testing.assert_close(alone[block][0], rows[2], atol=1e-5, rtol=1e-4)
         assert torch.isfinite(rows).all()
@@ -27,7 +27,7 @@ def test_only_the_blocks_asked_for_are_computed(base):
     assert list(some) == [rf.LATENTS]
     torch.testing.assert_close(some[rf.LATENTS], rf.features(base, codes, ["a", "b"])[rf.LATENTS])
     deaf = SimpleNamespace(codec=base.codec, contrastive=None, sha256="c")
-    assert rf.blocks_of(deaf) == (rf.LATENTS, rf.MAGNITUDES, rf.DESCRIPTORS)
+    assert rf.blocks_of(deaf) == (rf.LATENTS, rf.MAGNITUDES, rf.DESCRIPTORS, rf.DETAILS)
 
 
 def test_features_include_the_match_of_prompt_and_sound(base):
