@@ -42,7 +42,7 @@ TASTES = ("warm", "drive", "space")
 SEEDS = (9, 11, 14)
 """Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for more drift, on 12 and 13."""
 EXPERIMENTS = ("main", "curve", "over_optimisation", "controls")
-CONTROLS = ("shuffled", "reversed", "constant", "gold")
+CONTROLS = ("shuffled", "listeners", "reversed", "constant", "gold")
 
 # ---- what each training script is given: tuned with --tuning, on prompts that the figures do not use ----------------------
 REWARD: tuple[str, ...] = ()

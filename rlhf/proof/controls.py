@@ -1,9 +1,10 @@
 """What each control must show, and whether it has: training that has nothing to learn must teach nothing.
 
-    shuffled  half of each prompt's pairs turned round: no taste is left, so over draws nothing is won
-    reversed  all votes turned round: it must lose
-    constant  a reward that hears nothing: no drift
-    gold      the taste itself as the reward: no worse than what votes reach
+    shuffled   half of each prompt's pairs turned round: no taste is left, so over draws nothing is won
+    listeners  the same without checks of the prompt: nothing at all is left to train on
+    reversed   all votes turned round: it must lose
+    constant   a reward that hears nothing: no drift
+    gold       the taste itself as the reward: no worse than what votes reach
 
 One shuffle is one direction at random, and training follows it: single draws win or lose, by prompt significantly. Only several draws
 say that nothing is won on average, so what is judged there is the mean over draws with Student's t over draws; an interval by prompt
@@ -24,6 +25,7 @@ DRIFT = 5.0
 """Nats a clip that a constant reward may leave; training on votes moves the adapter by 40 to 100."""
 MUST = {
     "shuffled": "interval over draws holds .5",
+    "listeners": "interval over draws holds .5",
     "reversed": "interval below .5",
     "constant": f"interval holds .5, KL below {DRIFT:.0f}",
     "gold": "no worse than votes",
@@ -58,11 +60,11 @@ def holds(ci: Sequence[float], value: float = 0.5) -> bool:
     return ci[0] <= value <= ci[1]
 
 
-def shuffled(members: Sequence[Told]) -> Row:
+def shuffled(name: str, members: Sequence[Told]) -> Row:
     """All draws of one method, of whatever taste and seed: each is a direction of its own. The mean is over draws too."""
     rates = [told.row["win_rate"] for told in members]
     ci = over_draws(rates)
-    row = {**base_row("shuffled", members), "win_rate": float(np.mean(rates)), "ci": ci and list(ci), "judged_by": "draw"}
+    row = {**base_row(name, members), "win_rate": float(np.mean(rates)), "ci": ci and list(ci), "judged_by": "draw"}
     return {**row, "held": None if ci is None else holds(ci), "why": "one draw says nothing" if ci is None else ""}
 
 
@@ -102,7 +104,7 @@ def wins(told: Told) -> np.ndarray:
 
 def judge_controls(found: Mapping[str, Sequence[Told]], by_votes: Sequence[Told]) -> list[Row]:
     """A row a control and method (and taste, but for shuffled votes, whose draws are pooled over tastes)."""
-    rows = [shuffled(members) for members in grouped(found.get("shuffled", []), ("method",))]
+    rows = [shuffled(name, members) for name in ("shuffled", "listeners") for members in grouped(found.get(name, []), ("method",))]
     rows += [reversed_votes(members) for members in grouped(found.get("reversed", []), ("taste", "method"))]
     rows += [constant(members) for members in grouped(found.get("constant", []), ("taste", "method"))]
     return rows + [gold(members, by_votes) for members in grouped(found.get("gold", []), ("taste", "method"))]

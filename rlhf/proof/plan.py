@@ -23,6 +23,8 @@ PYTHON = sys.executable
 METHODS = ("ppo", "dpo", "best_of_n", "sft")
 SECONDS = {"ppo": 390, "dpo": 500, "sft": 200}
 """What training takes of one core, roughly; finished cells tell better."""
+ALONE = ("--weights", "human=1", "--hold", "")
+"""Nothing but the listeners' part is trained on."""
 TUNED_ON = (0, 1, *range(8000, 8006), 9003, 9004, *range(9006, 9009))
 """Seeds of held-out prompts on which settings have been compared, in the demo's time and by `tuning`."""
 
@@ -302,16 +304,30 @@ class Builder:
 
     # ---- experiments --------------------------------------------------------------------------------------------------
 
-    def outcome(self, experiment: str, method: str, taste: str, seed: int, votes: int, turn: str = "none", turn_seed: int = 0) -> Outcome:
-        """A method on the first `votes` votes, perhaps turned; turned ones are trained with another seed each."""
+    def outcome(
+        self,
+        experiment: str,
+        method: str,
+        taste: str,
+        seed: int,
+        votes: int,
+        turn: str = "none",
+        turn_seed: int = 0,
+        more: tuple[str, ...] = (),
+    ) -> Outcome:
+        """A method on the first `votes` votes, perhaps turned; turned ones are trained with another seed each. more: than the method's own
+        settings, for PPO and DPO."""
         snapshot = self.snapshot(taste, seed, votes, turn, turn_seed)
         reward = self.reward(snapshot)
         if method == "best_of_n":
             played = self.best_of_n(reward, seed)
         else:
-            played = self.played(self.trained(method, snapshot, reward, seed), method, seed, reward)
+            own = (*getattr(self.arguments, method), *more)
+            played = self.played(
+                self.trained(method, snapshot, reward, seed, own, f"{experiment}-{method}" if more else ""), method, seed, reward
+            )
         base = self.base(seed)
-        settings = self.settings(self.arguments.reward, () if method == "best_of_n" else getattr(self.arguments, method))
+        settings = self.settings(self.arguments.reward, () if method == "best_of_n" else own)
         return Outcome(experiment, method, taste, seed, votes, played, base, self.gold(played, base, taste), settings, turn_seed)
 
     def reward_row(self, taste: str, seed: int, votes: int) -> RewardRow:
@@ -341,15 +357,17 @@ class Builder:
 
     def controls(self, plan: Plan, which: Sequence[str], taste: str, seed: int, methods: Sequence[str]) -> None:
         votes, trainers = self.sizes.votes, [method for method in methods if method in ("ppo", "dpo")]
-        alone = (*self.arguments.ppo, "--weights", "human=1", "--hold", "")  # nothing but the constant may move it
         for name in which:
             if name == "reversed":
                 plan.outcomes += [self.outcome("reversed", method, taste, seed, votes, "all") for method in trainers]
             elif name == "shuffled":
                 for draw in range(1, self.sizes.shuffles + 1):
                     plan.outcomes += [self.outcome("shuffled", method, taste, seed, votes, "half", draw) for method in trainers]
+            elif name == "listeners":
+                for draw in range(1, self.sizes.shuffles + 1):
+                    plan.outcomes += [self.outcome(name, method, taste, seed, votes, "half", draw, ALONE) for method in trainers]
             elif name == "constant" and "ppo" in methods:
-                plan.outcomes.append(self.ppo_outside(name, ("--constant", "0"), taste, seed, alone))
+                plan.outcomes.append(self.ppo_outside(name, ("--constant", "0"), taste, seed, (*self.arguments.ppo, *ALONE)))
             elif name == "gold":
                 if "ppo" in methods:
                     plan.outcomes.append(self.ppo_outside(name, ("--taste", taste), taste, seed, self.arguments.ppo))

@@ -35,6 +35,16 @@ def test_shuffled_votes_are_judged_over_draws_and_not_by_prompts():
     assert held({"shuffled": draws[:1]}) == [("shuffled", None)]
 
 
+def test_shuffled_votes_without_checks_are_judged_likewise_and_apart():
+    draws = [told(share, "listeners", draw=draw) for draw, share in enumerate((0.45, 0.5, 0.55))]
+    assert held({"listeners": draws}) == [("listeners", True)]
+    rows = judge_controls({"shuffled": [told(0.8, draw=0), told(0.8, draw=1)], "listeners": draws}, [])
+    assert [(row["control"], row["win_rate"], row["held"]) for row in rows] == [
+        ("shuffled", 0.8, False),
+        ("listeners", pytest.approx(0.5, abs=0.01), True),
+    ]
+
+
 def test_methods_are_judged_apart_and_tastes_are_draws_too():
     found = [told(0.4, taste="warm"), told(0.6, taste="drive"), told(0.9, method="dpo"), told(0.9, method="dpo", taste="drive")]
     rows = judge_controls({"shuffled": found}, [])

@@ -81,10 +81,14 @@ def test_other_settings_of_ppo_leave_all_else_alone():
 
 
 def test_controls_train_on_what_they_should():
-    plan, builder = Plan(), Builder(SMALL, Arguments())
-    builder.controls(plan, ["shuffled", "reversed", "constant", "gold"], "drive", 0, ["ppo", "dpo", "best_of_n"])
+    plan, builder = Plan(), Builder(SMALL, Arguments(ppo=("--weights", "human=1,tempo=1"), dpo=("--hold", "tempo")))
+    builder.controls(plan, ["shuffled", "listeners", "reversed", "constant", "gold"], "drive", 0, ["ppo", "dpo", "best_of_n"])
     texts = {cell.label: " ".join(cell.argv) for cell in closure(plan.cells())}
     assert sum(outcome.experiment == "shuffled" for outcome in plan.outcomes) == 2 * SMALL.shuffles
+    assert sum(outcome.experiment == "listeners" for outcome in plan.outcomes) == 2 * SMALL.shuffles
+    for method in ("ppo", "dpo"):
+        assert texts[f"listeners-{method}/drive/s0/n60-half1"].endswith("--weights human=1 --hold ")  # the last word counts
+        assert "--weights human=1 --hold " not in texts[f"{method}/drive/s0/n60-half1"]
     assert "--turn all" in texts["snapshot/drive/s0/n60-all0"]
     assert "--constant 0" in texts["outside-constant/drive/s0"]
     assert "--taste drive" in texts["outside-gold/drive/s0"]
@@ -92,7 +96,11 @@ def test_controls_train_on_what_they_should():
     assert [outcome.method for outcome in plan.outcomes if outcome.experiment == "gold"] == ["ppo", "best_of_n"]
     assert "--reward" not in texts["outside-gold/drive/s0"]
     watched = {label.split("/")[0] for label, text in texts.items() if "--heldout-prompts" in text}
-    assert watched == {"ppo", "outside-gold"}  # what is held is compared with the base at looks; under a constant nothing is
+    assert watched == {
+        "ppo",
+        "listeners-ppo",
+        "outside-gold",
+    }  # what is held is compared with the base at looks; under a constant nothing is
 
 
 def test_the_weak_reward_is_weak_and_both_arms_keep_their_checkpoints():
