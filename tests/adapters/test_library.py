@@ -12,6 +12,7 @@ from peft import PeftModel
 from adapters.library import Manifest, find_adapter, list_adapters, load_adapter, read_adapter, save_adapter, save_mix, unload_adapters
 from adapters.lora import active_adapters, attach_lora, trainable_parameters
 from base_models.errors import UserError
+from rlhf.cli import main
 
 
 @pytest.fixture
@@ -50,6 +51,22 @@ def test_a_saved_mean_speaks_as_a_loaded_one_and_names_its_parts(saved, make_tin
     assert (told.name, told.method, told.licence) == ("mean", "mix", "unspecified")
     assert [part["weight"] for part in told.config["parts"]] == [0.5, 0.5]
     assert told.config["parts"][0]["adapter_sha256"] == read_adapter(folder).manifest.adapter_sha256
+
+
+def test_the_command_mixes_as_it_is_told_and_lists_what_it_wrote(saved, make_tiny, tmp_path, capsys):
+    _, folder = saved
+    mixed = ["adapters", "mix", str(folder), str(folder), "--weight", "0.5", "--weight", "-0.5", "--name", "nothing", "--out"]
+    assert main([*mixed, str(tmp_path / "mixes" / "mix")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["name"], [part["weight"] for part in told["config"]["parts"]]) == ("nothing", [0.5, -0.5])
+    silent = make_tiny(0)
+    before = silent.logps()
+    load_adapter(silent, tmp_path / "mixes" / "mix")
+    torch.testing.assert_close(silent.logps(), before, atol=1e-6, rtol=1e-6)  # an adapter less itself
+    assert main(["adapters", "list", str(tmp_path / "mixes")]) == 0
+    assert "nothing" in capsys.readouterr().out
+    assert main([*mixed[:4], "--weight", "1", "--out", str(tmp_path / "one")]) == 2  # two adapters, one weight
+    assert "weight" in capsys.readouterr().err
 
 
 def test_adapters_of_two_bases_make_no_mean(saved, make_tiny, tmp_path):
