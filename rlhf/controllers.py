@@ -20,16 +20,17 @@ class AdaptiveKLController:
     beta <- beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon).
 
     Args: kl_coef: the first price. target_kl: nats per sequence; None keeps the price fixed. horizon: sequences.
+    least: what the price never falls below; a reward that says little is not to be bought drift until it is followed far.
     """
 
-    def __init__(self, kl_coef: float, target_kl: float | None = None, horizon: int = 10_000) -> None:
-        self.kl_coef, self.target_kl, self.horizon = kl_coef, target_kl, horizon
+    def __init__(self, kl_coef: float, target_kl: float | None = None, horizon: int = 10_000, least: float = 0.0) -> None:
+        self.kl_coef, self.target_kl, self.horizon, self.least = kl_coef, target_kl, horizon, least
 
     def update(self, kl: float, n: int) -> float:
         """Takes the mean KL (nats per sequence) of n sequences, returns the new price. A non-finite KL: no change."""
         if self.target_kl is not None and math.isfinite(kl):
             error = min(max(kl / self.target_kl - 1.0, -0.2), 0.2)
-            self.kl_coef *= 1.0 + error * n / self.horizon
+            self.kl_coef = max(self.least, self.kl_coef * (1.0 + error * n / self.horizon))
         return self.kl_coef
 
     def state_dict(self) -> dict[str, float]:

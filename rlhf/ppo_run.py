@@ -68,7 +68,7 @@ class Run:
         rates = [cfg.lr, cfg.critic_lr]
         self.optimizer = torch.optim.Adam([{"params": p, "lr": lr} for p, lr in zip(self.groups, rates)], eps=1e-5)
         self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, cfg.lr_end, total_iters=max(cfg.steps - 1, 1))
-        self.controller = AdaptiveKLController(cfg.kl_coef, cfg.target_kl, cfg.kl_horizon)
+        self.controller = AdaptiveKLController(cfg.kl_coef, cfg.target_kl, cfg.kl_horizon, cfg.kl_coef_least)
         self.baseline = PromptBaseline(len(task.prompts))
         self.normalizer = RewardNormalizer(least=self.reward.least)
         self.brake = Brake(cfg.max_disagreement, cfg.min_diversity, cfg.patience)

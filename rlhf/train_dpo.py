@@ -201,10 +201,10 @@ TOY_ROUNDS: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "rounds": {
-        "lr": 1.2e-3,
+        "lr": 1e-3,
         "beta": 0.03,
         "kl_weight": 6e-4,
-        "target_kl": 50.0,
+        "target_kl": 45.0,
         "pairing": "expected",
         "edit_price": 0.2,
         "rated_share": 0.0,
@@ -214,7 +214,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "held_out_clips": 96,
         "weights": f"{HUMAN}=1,similarity=0.2,tempo=0.15,genre=0.5,diversity=0.1",
-        "hold": "similarity,tempo,genre,diversity",
+        "hold": "similarity,tempo,diversity",
     },
     "best_worst": {"lr": 1e-3, "pairing": "best_worst", "rounds": 10, "round_prompts": 48, "round_clips": 8, "round_epochs": 2},
     "smoke": {**TOY, "out": Path("runs/dpo-smoke"), "steps": 30},

@@ -136,6 +136,8 @@ class Config:
     """Nats a clip that the price is steered to (Ziegler's controller); not given: the price stays."""
     kl_horizon: int = 1000
     """Clips over which the controller moves the price by up to a fifth."""
+    kl_coef_least: float = 0.0
+    """What --target-kl never lowers the price below: without it a reward that says little is followed as far as one that says much."""
     brake: Literal["off", "stop", "rewind"] = "stop"
     """What happens when one of the four signs below shows: nothing; the run ends and its adapter is kept; the run ends and the adapter of
     the best look (highest held-out score without a sign) is kept. The reason stands in the adapter's manifest."""
@@ -296,6 +298,8 @@ def check(cfg: Config, world: int) -> None:
     sizes = (cfg.batch_size, cfg.minibatches, cfg.epochs, cfg.microbatch, cfg.n_frames, cfg.samples_per_prompt, cfg.steps)
     if min(*sizes, cfg.look_every, cfg.heldout_clips, cfg.patience) < 1:
         raise UserError("a size below 1", "1 or more everywhere", "correct batch_size, minibatches, epochs, steps, n_frames or look_every")
+    if not 0 <= cfg.kl_coef_least <= cfg.kl_coef:
+        raise UserError(f"--kl-coef-least {cfg.kl_coef_least:g}", f"0 to --kl-coef, {cfg.kl_coef:g}", "lower it, or raise the first price")
     if cfg.credit == "codes" and cfg.ent_coef:
         raise UserError("--ent-coef with --credit codes", "0", "the KL price keeps its entropy; or use --credit score")
     if cfg.baseline == "loo" and (cfg.samples_per_prompt < 2 or cfg.batch_size % cfg.samples_per_prompt):

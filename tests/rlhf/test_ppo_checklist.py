@@ -233,6 +233,13 @@ def test_08_adaptive_kl_controller_moves_both_ways_and_not_when_fixed() -> None:
     assert AdaptiveKLController(0.1).update(1e9, n=10) == 0.1
 
 
+def test_08_the_price_of_drift_stops_at_its_least() -> None:
+    """Else a reward that says little is followed to the target all the same."""
+    controller = AdaptiveKLController(0.1, target_kl=6.0, horizon=100, least=0.09)
+    assert [controller.update(0.0, n=10) for _ in range(9)][-1] == 0.09
+    assert controller.update(60.0, n=10) > 0.09
+
+
 # ---- moments over all ranks ------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,9 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(tmp_pat
         check(config(tmp_path, weights="human"), world=1)
     with pytest.raises(UserError, match="below 1"):
         check(config(tmp_path, look_every=0), world=1)
+    for least in (-0.1, 0.02):
+        with pytest.raises(UserError, match="--kl-coef-least"):
+            check(config(tmp_path, kl_coef=0.01, kl_coef_least=least), world=1)
     with pytest.raises(UserError, match="--watch-command without"):
         check(dataclasses.replace(config(tmp_path, watch_command="judge"), toy=False), world=1)
 
