@@ -4,23 +4,13 @@ import pytest
 import torch
 
 from rlhf.descriptors import autocorrelation, chromagram, describe, names, onset_strength
+from tests.rlhf.sounds import HOP, N_FFT, RATE, magnitude_of, noise, tones
 
-RATE, HOP, N_FFT = 16_000, 160, 1024
 HZ = torch.linspace(0, RATE / 2, N_FFT // 2 + 1)
-
-
-def magnitude_of(wav):
-    spectrum = torch.stft(wav, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)
-    return spectrum.abs().transpose(1, 2)
 
 
 def of(wav):
     return dict(zip(names(), describe(magnitude_of(wav[None]), RATE, HOP)[0].tolist()))
-
-
-def tones(*frequencies, seconds=4.0):
-    t = torch.arange(int(seconds * RATE)) / RATE
-    return sum(torch.sin(2 * math.pi * f * t) for f in frequencies) / len(frequencies)
 
 
 def clicks(period_s, seconds=4.0):
@@ -29,10 +19,6 @@ def clicks(period_s, seconds=4.0):
         burst = torch.randn(800, generator=torch.Generator().manual_seed(1)) * torch.linspace(1, 0, 800)
         wav[start : start + 800] += burst
     return wav
-
-
-def noise(seconds=4.0):
-    return 0.1 * torch.randn(int(seconds * RATE), generator=torch.Generator().manual_seed(2))
 
 
 def test_every_descriptor_has_its_own_name_and_is_finite_for_any_clip():

@@ -5,26 +5,11 @@ import torch
 
 from rlhf.descriptors import chromagram
 from rlhf.details import detail, names
-
-RATE, HOP, N_FFT = 16_000, 160, 1024
-
-
-def magnitude_of(wav):
-    spectrum = torch.stft(wav, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)
-    return spectrum.abs().transpose(1, 2)
+from tests.rlhf.sounds import HOP, N_FFT, RATE, magnitude_of, noise, tones
 
 
 def of(wav):
     return dict(zip(names(), detail(magnitude_of(wav[None]), RATE, HOP)[0].tolist()))
-
-
-def tones(*frequencies, seconds=4.0):
-    t = torch.arange(int(seconds * RATE)) / RATE
-    return sum(torch.sin(2 * math.pi * f * t) for f in frequencies) / len(frequencies)
-
-
-def noise(seconds=4.0, seed=2):
-    return 0.1 * torch.randn(int(seconds * RATE), generator=torch.Generator().manual_seed(seed))
 
 
 def struck(decay_s, seconds=4.0, period_s=0.5):
