@@ -17,7 +17,7 @@ from benchmarks.ppo_turn import Turn, held, without_tempo
 from rlhf.losses import masked_whiten, ppo_policy_loss
 from rlhf.ppo_run import Run
 from rlhf.reward_committee import committees
-from rlhf.reward_features import DESCRIPTORS, blocks_of, features
+from rlhf.reward_features import LATENTS, blocks_of, features
 from rlhf.reward_heads import make_lens
 from rlhf.reward_model import RewardModel
 from rlhf.rewards import HUMAN
@@ -31,10 +31,10 @@ def share_of_odd_codes(codes: Tensor, prompts: list[str]) -> Tensor:
 
 
 def sloped(policy: Policy, prompts: list[str]) -> RewardModel:
-    """Five committees of the heads that hear descriptors, as the demo's reward has them, with random weights: untrained, and as dear as a
-    trained one to ask for its slope."""
+    """Five committees of the heads that hear descriptors and details, the dearest that the proof's votes chose, with random weights: untrained,
+    and as dear as a trained one to ask for its slope."""
     generator = torch.Generator().manual_seed(0)
-    committee = next(found for found in committees(blocks_of(policy)) if DESCRIPTORS in found.blocks)
+    committee = max((found for found in committees(blocks_of(policy)) if LATENTS not in found.blocks), key=lambda found: len(found.heads))
     codes = torch.randint(0, policy.lm.card, (16, policy.lm.n_q, 50), generator=generator)
     table = features(policy, codes, [prompts[row % len(prompts)] for row in range(16)], committee.blocks)
     lenses = [make_lens(head, table, torch.arange(16) // 2) for head in committee.heads]
