@@ -31,8 +31,8 @@ def share_of_odd_codes(codes: Tensor, prompts: list[str]) -> Tensor:
 
 
 def sloped(policy: Policy, prompts: list[str]) -> RewardModel:
-    """Five committees of the heads that hear descriptors and details, the dearest that the proof's votes chose, with random weights: untrained,
-    and as dear as a trained one to ask for its slope."""
+    """Five committees of the heads that hear descriptors and details, the dearest that the proof's votes chose, with random weights:
+    untrained, and as dear as a trained one to ask for its slope."""
     generator = torch.Generator().manual_seed(0)
     committee = max((found for found in committees(blocks_of(policy)) if LATENTS not in found.blocks), key=lambda found: len(found.heads))
     codes = torch.randint(0, policy.lm.card, (16, policy.lm.n_q, 50), generator=generator)

@@ -40,7 +40,7 @@ from rlhf.proof.tables import collect_figures
 
 TASTES = ("warm", "drive", "space")
 SEEDS = (17, 18, 19)
-"""Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for more drift, on 12, 13, 15 and 16."""
+"""Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for drift, on 12, 13, 15 and 16."""
 EXPERIMENTS = ("main", "curve", "over_optimisation", "controls")
 CONTROLS = ("shuffled", "listeners", "reversed", "constant", "gold")
 
@@ -64,7 +64,7 @@ DPO = (
     *flags(pairing="expected", edit_price=0.2, rated_share=0, beta=0.03, kl_weight=6e-4, target_kl=45, lr=1e-3),
     *flags(rounds=16, round_prompts=40, round_clips=2, round_epochs=2, batch_size=16, held_out_clips=96),
     *FIT,
-    *flags(hold="similarity,tempo,diversity"),  # genre is trained on and not held: docs/proof.md
+    *flags(hold="similarity,tempo,diversity"),  # genre is trained on and not held: docs/ppo.md
 )
 SFT: tuple[str, ...] = ()
 TRAINED_ON = {"ppo": "reward", "dpo": "reward", "sft": "votes"}

@@ -20,7 +20,7 @@ class AdaptiveKLController:
     beta <- beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon).
 
     Args: kl_coef: the first price. target_kl: nats per sequence; None keeps the price fixed. horizon: sequences.
-    least: what the price never falls below; a reward that says little is not to be bought drift until it is followed far.
+    least: what the price never falls below; without it a reward that says little is followed as far as any.
     """
 
     def __init__(self, kl_coef: float, target_kl: float | None = None, horizon: int = 10_000, least: float = 0.0) -> None:

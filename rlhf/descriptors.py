@@ -48,11 +48,7 @@ def names() -> tuple[str, ...]:
 
 
 def _described(magnitude: Tensor, sample_rate: int, hop: int) -> dict[str, Tensor]:
-    if magnitude.shape[1] < SHORTEST:  # hold the last frame, so that halves and steps exist
-        magnitude = torch.cat([magnitude, magnitude[:, -1:].expand(-1, SHORTEST - magnitude.shape[1], -1)], dim=1)
-    power = magnitude.square()
-    power = power / power.sum(-1).amax(1).clamp_min(1e-20)[:, None, None]  # the loudest moment is 0 dB
-    hz = torch.linspace(0, sample_rate / 2, power.shape[-1], device=power.device)
+    power, hz = power_and_hz(magnitude, sample_rate)
     frame_s = hop / sample_rate
     level_db = 10 * torch.log10(power.sum(-1) + FLOOR)
     slow = pooled(power, POOL)  # timbre and pitch move more slowly than attacks
@@ -66,6 +62,15 @@ def _described(magnitude: Tensor, sample_rate: int, hop: int) -> dict[str, Tenso
         **_pitch(slow, chroma, hz, loud, POOL * frame_s),
         **_form(slow, chroma, slow_db, hz),
     }
+
+
+def power_and_hz(magnitude: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
+    """Magnitudes [B, N, n_bins] -> power [B, N, n_bins], the loudest moment of a clip at 0 dB, at least SHORTEST frames; Hz [n_bins]."""
+    if magnitude.shape[1] < SHORTEST:  # hold the last frame, so that halves and steps exist
+        magnitude = torch.cat([magnitude, magnitude[:, -1:].expand(-1, SHORTEST - magnitude.shape[1], -1)], dim=1)
+    power = magnitude.square()
+    power = power / power.sum(-1).amax(1).clamp_min(1e-20)[:, None, None]
+    return power, torch.linspace(0, sample_rate / 2, power.shape[-1], device=power.device)
 
 
 def pooled(series: Tensor, n: int) -> Tensor:
@@ -138,12 +143,15 @@ def _roughness(power: Tensor, hz: Tensor, loud: Tensor) -> Tensor:
     peak = torch.zeros_like(spectrum)
     middle = spectrum[:, 1:-1]
     peak[:, 1:-1] = torch.where((middle > spectrum[:, 2:]) & (middle >= spectrum[:, :-2]), middle, torch.zeros_like(middle))
-    f = hz[low]
-    bark_width = 94.0 + 71.0 * (f / 1000.0) ** 1.5  # width of a critical band, Hz
-    apart = (f[:, None] - f[None]).abs() / (0.5 * (bark_width[:, None] + bark_width[None]))
-    beats = torch.exp(-3.5 * apart) - torch.exp(-5.75 * apart)
     root = peak.sqrt()
-    return torch.einsum("bi,ij,bj->b", root, beats, root)
+    return torch.einsum("bi,ij,bj->b", root, beats(hz[low]), root)
+
+
+def beats(hz: Tensor) -> Tensor:
+    """How rough two partials are together [F, F]: most a quarter of a critical band apart, not at all in unison."""
+    bark_width = 94.0 + 71.0 * (hz / 1000.0) ** 1.5  # width of a critical band, Hz
+    apart = (hz[:, None] - hz[None]).abs() / (0.5 * (bark_width[:, None] + bark_width[None]))
+    return torch.exp(-3.5 * apart) - torch.exp(-5.75 * apart)
 
 
 # ---- loudness --------------------------------------------------------------------------------------------------------
@@ -184,11 +192,7 @@ def _loudness(level_db: Tensor, frame_s: float) -> dict[str, Tensor]:
 
 def onset_strength(power: Tensor, hz: Tensor, n_bands: int = 24) -> Tensor:
     """Power [B, N, n_bins] -> rise of log energy from frame to frame, averaged over bands [B, N - 1]."""
-    edges = torch.logspace(math.log10(60.0), math.log10(7000.0), n_bands + 1, device=hz.device)
-    band = (torch.bucketize(hz, edges) - 1).clamp(-1, n_bands)
-    used = (band >= 0) & (band < n_bands)
-    summed = power.new_zeros((*power.shape[:2], n_bands)).index_add_(2, band[used], power[..., used])
-    log_energy = torch.log10(summed + 1e-5)
+    log_energy = torch.log10(in_bands(power, hz, n_bands, 60.0, 7000.0) + 1e-5)
     rise = (log_energy[:, 1:] - log_energy[:, :-1]).clamp_min(0).mean(-1)
     return torch.nn.functional.avg_pool1d(rise[:, None], 3, 1, 1)[:, 0]
 
@@ -223,6 +227,14 @@ def _rhythm(flux: Tensor, frame_s: float) -> dict[str, Tensor]:
         "pulse_fast": lags[:, :half].amax(1),
         "pulse_slow": lags[:, half:].amax(1) if half < lags.shape[1] else strongest,
     }
+
+
+def in_bands(power: Tensor, hz: Tensor, n_bands: int, low: float, high: float) -> Tensor:
+    """Power [B, N, n_bins] summed in bands that are evenly spaced in octaves [B, N, n_bands]."""
+    edges = torch.logspace(math.log10(low), math.log10(high), n_bands + 1, device=hz.device)
+    band = (torch.bucketize(hz, edges) - 1).clamp(-1, n_bands)
+    used = (band >= 0) & (band < n_bands)
+    return power.new_zeros((*power.shape[:2], n_bands)).index_add_(2, band[used], power[..., used])
 
 
 def autocorrelation(series: Tensor) -> Tensor:

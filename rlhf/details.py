@@ -22,7 +22,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from rlhf.descriptors import OCTAVES_HZ, POOL, SHORTEST, autocorrelation, between, chromagram, mean_over, moments, onset_strength, pooled
+from rlhf.descriptors import (
+    OCTAVES_HZ,
+    POOL,
+    autocorrelation,
+    beats,
+    between,
+    chromagram,
+    in_bands,
+    mean_over,
+    moments,
+    onset_strength,
+    pooled,
+    power_and_hz,
+)
 
 LAGS_S = (0.1, 0.25, 0.5, 1.0, 2.0)
 """How far apart the moments are that continuity compares."""
@@ -49,11 +62,7 @@ def names() -> tuple[str, ...]:
 
 
 def _detailed(magnitude: Tensor, sample_rate: int, hop: int) -> Found:
-    if magnitude.shape[1] < SHORTEST:  # hold the last frame, as descriptors do
-        magnitude = torch.cat([magnitude, magnitude[:, -1:].expand(-1, SHORTEST - magnitude.shape[1], -1)], dim=1)
-    power = magnitude.square()
-    power = power / power.sum(-1).amax(1).clamp_min(1e-20)[:, None, None]  # the loudest moment is 0 dB
-    hz = torch.linspace(0, sample_rate / 2, power.shape[-1], device=power.device)
+    power, hz = power_and_hz(magnitude, sample_rate)
     frame_s = hop / sample_rate
     level_db = (10 * torch.log10(power.sum(-1) + 1e-8)).clamp_min(QUIETEST_DB)
     slow = pooled(power, POOL)
@@ -84,18 +93,15 @@ def _steps(seconds: float, frame_s: float, n: int) -> int:
     return max(1, min(round(seconds / frame_s), n - 1))
 
 
-def _alike(rows: Tensor, step: int, loud: Tensor | None = None) -> Tensor:
-    """Cosine between frames `step` apart, averaged over time, where `loud` if given: [B, N, D] -> [B]."""
-    unit = rows / _length(rows)[..., None]
+def _unit(rows: Tensor) -> Tensor:
+    """[..., D], each row one long."""
+    return rows / _length(rows)[..., None]
+
+
+def _alike(unit: Tensor, step: int, loud: Tensor | None = None) -> Tensor:
+    """Cosine between frames `step` apart, averaged over time, where `loud` if given: unit vectors [B, N, D] -> [B]."""
     cosine = (unit[:, step:] * unit[:, :-step]).sum(-1)
     return cosine.mean(1) if loud is None else mean_over(cosine, loud[:, step:])
-
-
-def _bank(hz: Tensor, n: int, low: float, high: float) -> Tensor:
-    """[n_bins, n]: which of n bands, evenly spaced in octaves, a bin belongs to."""
-    edges = torch.logspace(math.log10(low), math.log10(high), n + 1, device=hz.device)
-    band = torch.bucketize(hz, edges) - 1
-    return (band[:, None] == torch.arange(n, device=hz.device)).float()
 
 
 # ---- what lasts ------------------------------------------------------------------------------------------------------
@@ -105,15 +111,16 @@ def _continuity(power: Tensor, root: Tensor, hz: Tensor, loud: Tensor, frame_s: 
     """How alike the spectrum is to itself a little later, as a whole and by register, and how much of it stays."""
     found: Found = {}
     shape = torch.log10(power[..., 4:] + 1e-6)
-    shape = shape - shape.mean(-1, keepdim=True)
+    shape, spectrum = _unit(shape - shape.mean(-1, keepdim=True)), _unit(root)
     n = power.shape[1]
     for lag in LAGS_S:
         step = _steps(lag, frame_s, n)
         found[f"shape_held_{lag:g}s"] = _alike(shape, step)
-        found[f"spectrum_held_{lag:g}s"] = _alike(root, step)
+        found[f"spectrum_held_{lag:g}s"] = _alike(spectrum, step)
     for low, high in ((60.0, 250.0), (250.0, 1000.0), (1000.0, 4000.0)):
+        register = _unit(root[..., between(hz, low, high)])
         for lag in LAGS_S[1:4]:
-            found[f"spectrum_held_{low:.0f}hz_{lag:g}s"] = _alike(root[..., between(hz, low, high)], _steps(lag, frame_s, n), loud)
+            found[f"spectrum_held_{low:.0f}hz_{lag:g}s"] = _alike(register, _steps(lag, frame_s, n), loud)
     for lag in LAGS_S[:4]:
         step = _steps(lag, frame_s, n)
         found[f"stays_{lag:g}s"] = torch.minimum(root[:, step:], root[:, :-step]).sum((1, 2)) / root[:, :-step].sum((1, 2)).clamp_min(1e-6)
@@ -135,10 +142,11 @@ def _intervals(power: Tensor, hz: Tensor, loud: Tensor, frame_s: float) -> Found
         "high": chromagram(power, hz, low=500.0),
     }
     for view, chroma in views.items():
+        pitches = _unit(chroma)
         for semitones in range(1, 7):
             found[f"interval_{view}_{semitones}"] = mean_over(_interval(chroma, semitones), loud)
         for lag in LAGS_S[1:]:
-            found[f"pitch_held_{view}_{lag:g}s"] = _alike(chroma, _steps(lag, frame_s, n), loud)
+            found[f"pitch_held_{view}_{lag:g}s"] = _alike(pitches, _steps(lag, frame_s, n), loud)
     whole = (views["strong"] * loud[..., None]).sum(1) / loud.sum(1, keepdim=True).clamp_min(1e-6)
     found |= {f"interval_whole_{semitones}": _interval(whole, semitones) for semitones in range(1, 7)}
     angle = 2 * math.pi / 12 * torch.arange(12, device=hz.device)
@@ -172,7 +180,7 @@ def _harmonicity(power: Tensor, root: Tensor, hz: Tensor, loud: Tensor) -> Found
         torch.exp(-0.5 * ((hz - partial) / (0.03 * partial).clamp_min(12.0)).square()) / torch.arange(1, 7, device=hz.device)[:, None, None]
     ).sum(0)
     comb = comb / comb.norm(dim=1, keepdim=True)
-    salience = (root / _length(root)[..., None]) @ comb.T
+    salience = _unit(root) @ comb.T
     found |= moments("salience", torch.logsumexp(20 * salience, -1) / 20, loud)
     belief = torch.softmax(15 * salience, -1)
     found |= moments("fundamental_octaves", belief @ torch.log2(fundamental / 440.0), loud)
@@ -183,16 +191,9 @@ def _harmonicity(power: Tensor, root: Tensor, hz: Tensor, loud: Tensor) -> Found
     pitch = (sharp @ torch.log2(hz[inside] / 440.0)) / sharp.sum(-1).clamp_min(1e-14)
     found |= moments("loudest_partial_octaves", pitch, loud)
     inside = between(hz, 80.0, 3000.0)
-    spectrum = root[..., inside] / _length(root[..., inside])[..., None]
-    found |= moments("dissonance", ((spectrum @ _beats(hz[inside])) * spectrum).sum(-1), loud)
+    spectrum = _unit(root[..., inside])
+    found |= moments("dissonance", ((spectrum @ beats(hz[inside])) * spectrum).sum(-1), loud)
     return found
-
-
-def _beats(hz: Tensor) -> Tensor:
-    """How rough two partials are together [F, F]: most a quarter of a critical band apart, not at all in unison."""
-    width = 94.0 + 71.0 * (hz / 1000.0) ** 1.5
-    apart = (hz[:, None] - hz[None]).abs() / (0.5 * (width[:, None] + width[None]))
-    return torch.exp(-3.5 * apart) - torch.exp(-5.75 * apart)
 
 
 # ---- timbre ----------------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def _cepstrum(power: Tensor, hz: Tensor, loud: Tensor, frame_s: float) -> Found:
     octave = torch.log2(hz[inside])
     octave = octave - octave.mean()
     found |= moments("tilt_db_per_octave", (10 * torch.log10(power[..., inside] + 1e-7)) @ (octave / octave.square().sum()), loud)
-    bands_db = 10 * torch.log10(power @ _bank(hz, 24, 60.0, 7500.0) + 1e-6)
+    bands_db = 10 * torch.log10(in_bands(power, hz, 24, 60.0, 7500.0) + 1e-6)
     place = torch.arange(24, device=hz.device) + 0.5
     waves = torch.cos(math.pi / 24 * place[:, None] * torch.arange(1, 11, device=hz.device)) / 24**0.5
     cepstra = bands_db @ waves
@@ -244,8 +245,7 @@ def _octaves(level_db: Tensor, frame_s: float) -> Found:
     by_octave["struck_db"] = struck.mean(-1)
     for name, rows in by_octave.items():
         found |= {f"{name}_of_{low:.0f}hz": row for low, row in zip(OCTAVES_HZ, rows.unbind(1))}
-    strokes = struck - struck.mean(-1, keepdim=True)
-    strokes = strokes / _length(strokes)[..., None]
+    strokes = _unit(struck - struck.mean(-1, keepdim=True))
     together = strokes @ strokes.transpose(1, 2)
     n = together.shape[1]
     found["strike_together"] = (together.sum((1, 2)) - together.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))

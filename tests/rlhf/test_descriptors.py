@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from rlhf.descriptors import autocorrelation, chromagram, describe, names, onset_strength
-from tests.rlhf.sounds import HOP, N_FFT, RATE, magnitude_of, noise, tones
+from rlhf.details import detail
+from rlhf.details import names as names_of_details
+from tests.rlhf.sounds import HOP, N_FFT, RATE, clicks, magnitude_of, noise, struck, tones
 
 HZ = torch.linspace(0, RATE / 2, N_FFT // 2 + 1)
 
@@ -13,33 +15,37 @@ def of(wav):
     return dict(zip(names(), describe(magnitude_of(wav[None]), RATE, HOP)[0].tolist()))
 
 
-def clicks(period_s, seconds=4.0):
-    wav = 1e-4 * torch.randn(int(seconds * RATE), generator=torch.Generator().manual_seed(0))
-    for start in range(0, len(wav) - 800, int(period_s * RATE)):
-        burst = torch.randn(800, generator=torch.Generator().manual_seed(1)) * torch.linspace(1, 0, 800)
-        wav[start : start + 800] += burst
-    return wav
+MEASURES = pytest.mark.parametrize(("measure", "named"), [(describe, names), (detail, names_of_details)])
 
 
-def test_every_descriptor_has_its_own_name_and_is_finite_for_any_clip():
-    assert len(set(names())) == len(names())
+@MEASURES
+def test_every_number_has_its_own_name_and_is_finite_for_any_clip(measure, named):
+    assert len(set(named())) == len(named()) > 60
     for frames in (1, 3, 31, 200):
         for magnitude in (torch.zeros(2, frames, 513), torch.rand(2, frames, 513)):
-            made = describe(magnitude, RATE, HOP)
-            assert made.shape == (2, len(names()))
+            made = measure(magnitude, RATE, HOP)
+            assert made.shape == (2, len(named()))
             assert made.isfinite().all()
 
 
-def test_turning_a_clip_up_changes_nothing():
-    magnitude = magnitude_of(clicks(0.5)[None])
-    torch.testing.assert_close(describe(magnitude, RATE, HOP), describe(10 * magnitude, RATE, HOP), atol=2e-3, rtol=1e-3)
+@MEASURES
+@pytest.mark.parametrize("clip", [clicks(0.5), struck(0.1)])
+def test_turning_a_clip_up_changes_nothing(measure, named, clip):
+    magnitude = magnitude_of(clip[None])
+    torch.testing.assert_close(measure(magnitude, RATE, HOP), measure(10 * magnitude, RATE, HOP), atol=2e-3, rtol=1e-3)
 
 
-def test_batch_mates_change_nothing():
-    both = torch.stack([clicks(0.4), noise()])
-    together = describe(magnitude_of(both), RATE, HOP)
-    alone = torch.cat([describe(magnitude_of(row[None]), RATE, HOP) for row in both])
+@MEASURES
+@pytest.mark.parametrize("clip", [clicks(0.4), struck(0.1)])
+def test_batch_mates_change_nothing(measure, named, clip):
+    both = torch.stack([clip, noise()])
+    together = measure(magnitude_of(both), RATE, HOP)
+    alone = torch.cat([measure(magnitude_of(row[None]), RATE, HOP) for row in both])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_details_are_over_two_hundred():
+    assert len(names_of_details()) > 200
 
 
 @pytest.mark.parametrize("period_s", [0.4, 0.5, 0.75])
