@@ -56,6 +56,16 @@ def check_prompt(prompt: str) -> str:
     return text
 
 
+def check_request(prompt: str, duration_s: float, seed: int) -> str:
+    """`check_prompt`, and UserError for a duration or a seed that no track can have."""
+    text = check_prompt(prompt)
+    if not DURATION_RANGE_S[0] <= duration_s <= DURATION_RANGE_S[1]:
+        raise UserError(f"a duration of {duration_s} s", "{} to {} s".format(*DURATION_RANGE_S), "ask for 6 s")
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"the seed {seed}", "a whole number from 0 to 2^63 - 1", "pick another seed")
+    return text
+
+
 class MusicPipeline:
     """A policy with mastering behind it."""
 
@@ -86,11 +96,7 @@ class MusicPipeline:
         Args: tempo_bpm: else read from the prompt ("120 BPM"), else free. temperature, top_k, cfg_coef: as in
         base_models.sampling.generate. sample_rate: None keeps the codec's. Raises UserError for what it cannot do.
         """
-        text = check_prompt(prompt)
-        if not DURATION_RANGE_S[0] <= duration_s <= DURATION_RANGE_S[1]:
-            raise UserError(f"a duration of {duration_s} s", "{} to {} s".format(*DURATION_RANGE_S), "ask for 6 s")
-        if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"the seed {seed}", "a whole number from 0 to 2^63 - 1", "pick another seed")
+        text = check_request(prompt, duration_s, seed)
         if tempo_bpm is not None and not TEMPO_RANGE_BPM[0] <= tempo_bpm <= TEMPO_RANGE_BPM[1]:
             raise UserError(f"a tempo of {tempo_bpm} BPM", "{} to {} BPM".format(*TEMPO_RANGE_BPM), "ask for 120")
         if not temperature > 0:

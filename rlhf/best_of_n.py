@@ -3,10 +3,12 @@
     encore sample --best-of 8 --reward runs/reward --prompts prompts.jsonl --out runs/best-of-8
     encore evaluate --best-of 8 --reward runs/reward --prompts heldout.jsonl --out runs/compared
     encore sample --best-of 8 --score-command "python my_judge.py" --prompts prompts.jsonl --out runs/best-of-8
+    encore generate "sad piano" --adapter runs/ppo/adapter --best-of 4 --reward runs/reward --out track.wav
 
     prompts -> n candidates each, codes [B, K, T] -> score [B] -> the best one -> the manifest that any sampling writes
 
-It costs n times the sampling, every time, and no training. How far it moves from the base is known without measuring:
+It costs n times the sampling, every time, and no training; it can be had on top of training, from an adapter's clips. How far it moves
+from the model that plays is known without measuring:
 KL <= log n - (n - 1) / n nats a clip (Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; that it is a bound: Beirami et al. 2024,
 arXiv:2401.01879). The candidates have seeds of their own, so that the base's clip of the same row is none of them and a comparison
 with it is one of strangers.
@@ -29,6 +31,7 @@ from torch import Tensor
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM
+from base_models.pipeline import MusicPipeline, check_request
 from base_models.policy import Policy
 from base_models.sampling import generate
 from rlhf.judges import Score
@@ -108,9 +111,22 @@ def play_best(lm: MusicLM, cond: Conditions, n_frames: int, seeds: Sequence[int]
     return Best(codes, top, candidate, kept)
 
 
+def best_seed(pipeline: MusicPipeline, prompt: str, duration_s: float, seed: int, best: BestOf) -> tuple[int, float]:
+    """The seed with which `pipeline.generate` plays the best of n tracks, and its score: who has that seed needs no reward model to play
+    the track again. The candidates' seeds follow from `seed`. Raises UserError for what the pipeline would refuse."""
+    text, policy = check_request(prompt, duration_s, seed), pipeline.policy
+    won = play_best(policy.lm, policy.conditions([text], [None]), policy.n_frames(duration_s), [seed], [text], best)
+    return won.seeds[0], float(won.score[0])
+
+
+def asked(n: int, reward_dir: str | Path | None, policy: Policy, command: str | None = None) -> BestOf | None:
+    """The command line's `--best-of`, `--reward` and `--score-command`; None where none of them was given."""
+    return None if (n, reward_dir, command) == (1, None, None) else best_of(n, reward_dir, policy, command)
+
+
 def best_of(n: int, reward_dir: str | Path | None, policy: Policy, command: str | None = None) -> BestOf:
-    """The command line's: a reward model's folder on the policy that plays, or a program (rlhf.outside_judge). Raises UserError for a
-    reward of another base, and for none or two judges."""
+    """A reward model's folder on the policy that plays, or a program (rlhf.outside_judge). Raises UserError for a reward of another base,
+    and for none or two judges."""
     from rlhf.outside_judge import OutsideJudge
     from rlhf.reward_gates import doubt
     from rlhf.reward_model import load_reward

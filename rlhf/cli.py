@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--duration", type=float, default=6.0, help="seconds")
     p.add_argument("--sample-rate", type=int, choices=[16000, 44100], default=44100)
     p.add_argument("--mono", action="store_true")
+    _best_arguments(p)
     p.add_argument("--out", type=Path, default=Path("track.wav"))
 
     adapters = top.add_parser("adapters", help="look into a library of adapters").add_subparsers(required=True, metavar="ACTION")

@@ -94,16 +94,19 @@ def generate(args: argparse.Namespace) -> None:
     from adapters.library import load_adapter
     from base_models.pipeline import MusicPipeline, check_prompt
     from base_models.policy import load_policy
+    from rlhf.best_of_n import asked, best_seed
 
     check_prompt(args.prompt)
     policy = load_policy(_policy_dir(args))
     if args.adapter:
         load_adapter(policy, args.adapter, args.weight)
-    track = MusicPipeline(policy).generate(
-        args.prompt, duration_s=args.duration, seed=args.seed, sample_rate=args.sample_rate, stereo=not args.mono
-    )
+    pipeline, seed, told = MusicPipeline(policy), args.seed, ""
+    if best := asked(args.best_of, args.reward, policy, args.score_command):
+        seed, score = best_seed(pipeline, args.prompt, args.duration, seed, best)
+        told = f", the best of {best.n} with a score of {score:.2f}"
+    track = pipeline.generate(args.prompt, duration_s=args.duration, seed=seed, sample_rate=args.sample_rate, stereo=not args.mono)
     track.save(args.out)
-    print(f"{args.out}: {track.lufs:.1f} LUFS, true peak {track.true_peak_dbfs:.1f} dBFS, seed {args.seed}")
+    print(f"{args.out}: {track.lufs:.1f} LUFS, true peak {track.true_peak_dbfs:.1f} dBFS, seed {seed}{told}")
 
 
 def adapters_list(args: argparse.Namespace) -> None:
@@ -134,7 +137,7 @@ def adapters_mix(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     from adapters.library import read_adapter
     from base_models.policy import load_policy
-    from rlhf.best_of_n import BestOf, best_of
+    from rlhf.best_of_n import BestOf, asked
     from rlhf.evaluate_models import evaluate as run
     from rlhf.sample_pairs import Settings, read_prompts
 
@@ -143,8 +146,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if len(systems) < len(args.adapter):
         raise UserError("two adapters of one name", "different names", "rename one of the folders' manifests")
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
-    if (args.best_of, args.reward, args.score_command) != (1, None, None):
-        systems[f"best-of-{args.best_of}"] = best_of(args.best_of, args.reward, policy, args.score_command)
+    if best := asked(args.best_of, args.reward, policy, args.score_command):
+        systems[f"best-of-{args.best_of}"] = best
     figures = run(policy, systems, read_prompts(args.prompts), args.out, settings)
     print(json.dumps(figures, indent=2))
 

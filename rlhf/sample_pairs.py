@@ -31,7 +31,7 @@ from base_models.errors import UserError
 from base_models.pipeline import check_prompt
 from base_models.policy import Policy, load_policy
 from base_models.sampling import generate
-from rlhf.best_of_n import Best, BestOf, best_of, play_best
+from rlhf.best_of_n import Best, BestOf, asked, play_best
 
 logger = logging.getLogger(__name__)
 LICENCE = "CC0-1.0"
@@ -235,7 +235,7 @@ def sample_folder(
         manifests = load_adapter(policy, list(adapter_dirs), weights)
         hashes = [m.adapter_sha256 for m in manifests]
         name = system or "+".join(m.name for m in manifests)
-    best = None if (n_best, reward_dir, command) == (1, None, None) else best_of(n_best, reward_dir, policy, command)
+    best = asked(n_best, reward_dir, policy, command)
     if best is not None and system is None:
         name = f"{name}-best-of-{n_best}"
     return sample(policy, prompts, out, settings, name, hashes, best)

@@ -20,7 +20,9 @@ from base_models.policy import PRETRAINED
 from rlhf.proof.cells import HERE, Cell, Kept, place
 
 PYTHON = sys.executable
-METHODS = ("ppo", "dpo", "best_of_n", "sft")
+METHODS = ("ppo", "ppo_best", "dpo", "dpo_best", "best_of_n", "sft")
+BEST = "_best"
+"""Ending of a method that plays several clips of an adapter and keeps the one which the reward likes best."""
 SECONDS = {"ppo": 390, "dpo": 500, "sft": 200}
 """What training takes of one core, roughly; finished cells tell better."""
 ALONE = ("--weights", "human=1", "--hold", "")
@@ -47,6 +49,9 @@ class Sizes:
     trail_prompts: int = 96
     duration_s: float = 4.0
     best_of: int = 8
+    """Clips of the base for each that is kept."""
+    adapted_best_of: int = 4
+    """Clips of an adapter for each that is kept."""
     weak_votes: int = 50
     shuffles: int = 3
     known_clips: int = 600
@@ -59,7 +64,7 @@ class Sizes:
 
 SMALL = Sizes(
     train_prompts=24, clips=3, raters=6, target_votes=1, votes=60, play_prompts=12, watch_prompts=6, heldout_prompts=12, trail_prompts=12,
-    duration_s=1.0, best_of=2, weak_votes=40, shuffles=2, known_clips=60,
+    duration_s=1.0, best_of=2, adapted_best_of=2, weak_votes=40, shuffles=2, known_clips=60,
 )  # fmt: skip
 """The same graph in minutes, to see that it runs. Its figures mean nothing."""
 
@@ -268,12 +273,17 @@ class Builder:
         return Cell(f"base/{kind}/s{seed}", (*program("rlhf.proof.play"), "--out", HERE, *how), needs, weight=43)
 
     def played(self, run: Cell, method: str, seed: int, proxy: Cell | None) -> Cell:
+        """Clips of a run's adapter, or, for a method that says so, the best of several by the reward that it was trained on."""
         how, needs = self.how_to_play(seed)
         base = self.base(seed)
         given = ("--system", method, "--adapter", place(run, "run", "adapter"), "--out", HERE, "--beside", place(base))
         more = ("--proxy", place(proxy, "reward")) if proxy else ()
-        needs = (*needs, run, base, *((proxy,) if proxy else ()))
-        return Cell(f"play/{run.label}", (*program("rlhf.proof.play"), *given, *more, *how), needs, weight=75)
+        label, weight, needs = run.label, 75, (*needs, run, base, *((proxy,) if proxy else ()))
+        if method.endswith(BEST):
+            assert proxy is not None
+            more = (*more, "--best-of", str(self.sizes.adapted_best_of), "--reward", place(proxy, "reward"))
+            label, weight = f"{method}/{label.partition('/')[2]}", 200
+        return Cell(f"play/{label}", (*program("rlhf.proof.play"), *given, *more, *how), needs, weight=weight)
 
     def best_of_n(self, reward: Cell, seed: int) -> Cell:
         judged = ("--reward", place(reward, "reward"), "--proxy", place(reward, "reward"))
@@ -322,9 +332,10 @@ class Builder:
         if method == "best_of_n":
             played = self.best_of_n(reward, seed)
         else:
-            own = (*getattr(self.arguments, method), *more)
+            trainer = method.removesuffix(BEST)
+            own = (*getattr(self.arguments, trainer), *more)
             played = self.played(
-                self.trained(method, snapshot, reward, seed, own, f"{experiment}-{method}" if more else ""), method, seed, reward
+                self.trained(trainer, snapshot, reward, seed, own, f"{experiment}-{trainer}" if more else ""), method, seed, reward
             )
         base = self.base(seed)
         settings = self.settings(self.arguments.reward, () if method == "best_of_n" else own)

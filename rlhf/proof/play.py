@@ -1,6 +1,6 @@
 """Play held-out prompts with one system and measure all that needs no judge.
 
-    python -m rlhf.proof.play --policy DIR --prompts heldout.jsonl --out DIR --system ppo [--adapter DIR | --best-of 8 --reward DIR]
+    python -m rlhf.proof.play --policy DIR --prompts heldout.jsonl --out DIR --system ppo [--adapter DIR] [--best-of 8 --reward DIR]
         [--beside BASE_DIR] [--proxy REWARD_DIR] [--probe probe.npz] [--real-probe probe.npz] [--rated manifest.jsonl] [--tokens DIR]
 
     prompts -> clips (seeds shared with the base) -> per clip: KL, text-audio similarity, tempo, genre, nearest training clip, proxy
@@ -30,7 +30,7 @@ from base_models.corpus.tokens import load_tokens
 from base_models.evaluate_base import nearest_training_clip
 from base_models.measures import GenreProbe, estimate_tempo, tempo_matches
 from base_models.policy import PRETRAINED, Policy, load_policy
-from rlhf.best_of_n import best_of
+from rlhf.best_of_n import asked
 from rlhf.evaluate_models import clip_features, kl_to_base, read_codes
 from rlhf.metrics import diversity
 from rlhf.reward_model import load_reward
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, policy: Policy, manifest: Path) -> dict[st
 def play(args: argparse.Namespace) -> dict[str, Any]:
     policy = load_policy(args.policy)
     hashes = [manifest.adapter_sha256 for manifest in load_adapter(policy, args.adapter)] if args.adapter else []
-    best = best_of(args.best_of, args.reward, policy, args.score_command) if args.best_of > 1 else None
+    best = asked(args.best_of, args.reward, policy, args.score_command)
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
     manifest = sample(policy, read_prompts(args.prompts), args.out / "samples", settings, args.system, hashes, best)
     found = measure(args, policy, manifest)
@@ -102,8 +102,8 @@ def play(args: argparse.Namespace) -> dict[str, Any]:
     figures |= {name: float(np.nanmean(values)) if np.isfinite(values).any() else None for name, values in found.items()}
     if args.n > 1:
         figures["diversity"] = diversity(clip_features(policy, read_codes(manifest, rows)), [row["prompt_id"] for row in rows])
-    if best is not None:
-        figures["kl"] = best.kl_bound
+    if best is not None:  # log best/base = log best/adapter, bounded on average, + log adapter/base, measured on the clips that won
+        figures["kl"] = best.kl_bound + (figures["kl"] if args.adapter else 0.0)
     for name in ("nearest_rated", "nearest_training"):
         if name in found:
             figures[f"{name}_copied"] = float((found[name] > 0.5).mean())

@@ -18,7 +18,9 @@ from base_models.atomic import atomic_file
 Row = dict[str, Any]
 COLOURS = {
     "ppo": "#d9480f",
+    "ppo_best": "#f59f00",
     "dpo": "#2563eb",
+    "dpo_best": "#0891b2",
     "best_of_n": "#15803d",
     "sft": "#7e22ce",
     "free": "#b91c1c",
@@ -27,7 +29,9 @@ COLOURS = {
 }
 NAMES = {
     "ppo": "PPO",
+    "ppo_best": "PPO, best of several",
     "dpo": "DPO",
+    "dpo_best": "DPO, best of several",
     "best_of_n": "best of n",
     "sft": "SFT on winners",
     "free": "no KL price, no brake",

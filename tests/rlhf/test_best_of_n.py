@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ from rlhf import cli
 from rlhf.best_of_n import BestOf, candidate_seed, kl_bound, play_best
 from rlhf.outside_judge import OutsideJudge
 from rlhf.ppo_task import share_of_code_3, toy_task
+from rlhf.reward_model import load_reward
 from rlhf.sample_pairs import Settings, read_prompts, sample
 
 
@@ -139,3 +141,22 @@ def test_a_best_of_n_that_cannot_be_is_refused(more, match, policy_dir, other_po
     assert cli.main(["sample", *where, *filled]) == 2
     assert match in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_generate_plays_the_best_of_n_and_names_the_seed_that_plays_it_again(policy_dir, reward_dir, tmp_path, capsys):
+    call = ["generate", "sad piano", "--policy", str(policy_dir), "--duration", "1", "--sample-rate", "16000", "--mono"]
+    assert cli.main([*call, "--best-of", "3", "--reward", str(reward_dir), "--seed", "5", "--out", str(tmp_path / "best.wav")]) == 0
+    told = re.search(r"seed (\d+), the best of 3 with a score of (\S+)", capsys.readouterr().out)
+    assert told is not None
+    policy = load_policy(policy_dir)
+    drawn = [candidate_seed(5, number) for number in range(3)]
+    codes = generate(policy.lm, policy.conditions(["sad piano"] * 3, [None] * 3), 25, seeds=drawn).codes
+    scores = load_reward(reward_dir, policy).score(codes, ["sad piano"] * 3)
+    assert int(told[1]) == drawn[int(scores.argmax())]
+    assert float(told[2]) == pytest.approx(float(scores.max()), abs=0.01)
+    assert cli.main([*call, "--seed", told[1], "--out", str(tmp_path / "again.wav")]) == 0
+    assert (tmp_path / "again.wav").read_bytes() == (tmp_path / "best.wav").read_bytes()
+    for wrong, match in ((["--duration", "99"], "a duration of 99"), (["--best-of", "0"], "1 to 1024 candidates")):
+        assert cli.main([*call, "--best-of", "3", "--reward", str(reward_dir), *wrong, "--out", str(tmp_path / "none.wav")]) == 2
+        assert match in capsys.readouterr().err
+    assert not (tmp_path / "none.wav").exists()

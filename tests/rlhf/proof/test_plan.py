@@ -2,7 +2,7 @@ import re
 
 from base_models.corpus.captions import demo_prompts
 from rlhf.proof import prompts
-from rlhf.proof.cells import closure
+from rlhf.proof.cells import closure, place
 from rlhf.proof.plan import SMALL, TUNED_ON, Arguments, Builder, Plan, Sizes
 from rlhf.sample_pairs import read_prompts
 
@@ -78,6 +78,21 @@ def test_other_settings_of_ppo_leave_all_else_alone():
         names.append({cell.name for cell in closure(plan.cells())})
     changed = {re.sub("-[0-9a-f]{8}$", "", name) for name in names[0] ^ names[1]}
     assert changed == {"ppo/warm/s0/n2000", "play/ppo/warm/s0/n2000", "gold/ppo/warm/s0/n2000"}
+
+
+def test_the_best_of_several_of_an_adapter_takes_the_run_that_is_there_and_the_reward_it_was_trained_on():
+    plan, builder = Plan(), Builder(Sizes(), Arguments())
+    builder.main_table(plan, ["warm"], [0], ["ppo", "ppo_best", "dpo_best"])
+    cells = {cell.label: cell for cell in closure(plan.cells())}
+    assert sum(label.startswith("ppo/") for label in cells) == 1
+    for trainer in ("ppo", "dpo"):
+        played = cells[f"play/{trainer}_best/warm/s0/n2000"]
+        told = " ".join(played.argv)
+        assert place(cells[f"{trainer}/warm/s0/n2000"], "run", "adapter") in told
+        assert f"--best-of 4 --reward {place(cells['reward/warm/s0/n2000'], 'reward')}" in told
+        assert f"gold/{trainer}_best/warm/s0/n2000" in cells
+    assert "--best-of" not in " ".join(cells["play/ppo/warm/s0/n2000"].argv)
+    assert [(outcome.method, outcome.votes) for outcome in plan.outcomes] == [("ppo", 2000), ("ppo_best", 2000), ("dpo_best", 2000)]
 
 
 def test_controls_train_on_what_they_should():
