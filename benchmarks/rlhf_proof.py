@@ -39,14 +39,14 @@ from rlhf.proof.plan import METHODS, SMALL, Arguments, Builder, Plan, Sizes
 from rlhf.proof.tables import collect_figures
 
 TASTES = ("warm", "drive", "space")
-SEEDS = (17, 18, 19)
+SEEDS = (18, 19, 20)
 """Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for drift, on 12, 13, 15 and 16."""
 EXPERIMENTS = ("main", "curve", "over_optimisation", "controls")
 CONTROLS = ("shuffled", "listeners", "reversed", "constant", "gold")
 
 # ---- what each training script is given: tuned with --tuning, on prompts that the figures do not use ----------------------
 REWARD: tuple[str, ...] = ()
-HELD = "similarity=0.2,tempo=0.15,genre=0.5,diversity=0.1"
+HELD = "similarity=0.15,tempo=0.06,genre=0.5,diversity=0.04"
 
 
 def flags(**settings: str | float) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ Score = Callable[[Tensor, list[str]], Tensor]
 Slope = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
 """codes [B, K, T] and prompts -> d score / d latents of the codec [B, D, T], score [B]."""
 
-CLIPS_AT_ONCE = 8
+CLIPS_AT_ONCE = 4
 """Clips that are heard at once: a clip's spectrum is large, and eight of them still lie near the processor (fewer cost more calls)."""
 
 

@@ -48,7 +48,7 @@ def look(run: Run) -> dict[str, float]:
         examples += [(prompts[i], clips.codes[i]) for i, index in enumerate(part) if index % cfg.heldout_clips == 0]
     kl, marks, apart, points = (run.accelerator.gather(torch.cat(parts))[: len(rows)] for parts in seen.values())
     if run.step == 0:
-        run.reward.measure(marks)
+        run.reward.measure(marks, rows)
     run.reward.hold(run.held, marks)
     now = Look(
         scores=run.reward.judge(marks, stated=True).total.cpu(),

@@ -113,7 +113,8 @@ class Run:
         slopes: list[Tensor] = []
         if self.credit == "codes":
             if self.step == 0 and not self.reward.measured:  # no look has: what a part is worth has to be known before its slope is
-                self.reward.measure(self.accelerator.gather(self.reward.marks(mine.codes, prompts)))
+                ids = self.accelerator.gather(mine.prompt_ids).tolist()
+                self.reward.measure(self.accelerator.gather(self.reward.marks(mine.codes, prompts)), ids)
             ways = {name: self.task.slopes[name] for name in self.reward.trained}
             slope, known = weighted_slope(ways, self.reward.worth(), mine.codes, prompts)
             slopes.append(slope)
@@ -126,7 +127,7 @@ class Run:
         marks = self.reward.marks(mine.codes, prompts, known=known)
         rollout = dataclasses.replace(mine, marks=marks).map(self.accelerator.gather)
         if self.step == 0:
-            self.reward.measure(rollout.marks)
+            self.reward.measure(rollout.marks, rollout.prompt_ids.tolist())
         total = self.reward.judge(rollout.marks).total
         if self.cfg.baseline == "prompt":
             centred = self.baseline(rollout.prompt_ids, total)

@@ -1,10 +1,12 @@
 """Several judges, one reward: named parts, each measured in the base's own spread, added with weights that are written down.
 
-    codes [B, K, T], prompts -> marks [B, P] (raw) -> z = (mark - mean) / sd of the base's clips -> total = sum of w * z [B]
+    codes [B, K, T], prompts -> marks [B, P] (raw) -> z = (mark - mean) / sd of the base's clips of one prompt -> total = sum of w * z [B]
 
-What listeners like and what a prompt asks for are judged in different units; divided by how far the base's clips differ, a weight
-says how much one spread of the one is worth in spreads of the other. Mean and sd are measured once, on the first round, which
-the base plays (a fresh adapter is the identity), and then stand still: a running scale would move the goal under the policy.
+What listeners like and what a prompt asks for are judged in different units; divided by how far the base's clips of one prompt differ, a
+weight says how much one spread of the one is worth in spreads of the other. What prompts differ by whatever is played is left out of it:
+no policy can change it, and it is two thirds of some tastes' spread and nothing of a genre's, so that a taste would have a third of its say
+(measured: docs/ppo.md). Mean and sd are measured once, on the first round, which the base plays (a fresh adapter is the identity), and then
+stand still: a running scale would move the goal under the policy.
 A part of weight 0 is judged and shown and never trained on.
 
 What a prompt asks for is seldom to be won at the listeners' expense, and not to be lost either. A part that is *held* has a weight that
@@ -15,7 +17,7 @@ of the constraint "not worse than the base" (constrained RLHF: Moskovitz et al. 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,14 +103,16 @@ class Reward:
         nothing = torch.full((len(codes),), float("nan"), device=codes.device)
         return torch.stack([found.get(name, nothing).detach().to(codes.device, torch.float32) for name in self.parts], 1)
 
-    def measure(self, marks: Tensor) -> None:
-        """Take the scales from clips of the base: marks [B, P] over all ranks. A scale that was taken stands; where all marks are
-        equal sd is 1 (a part's `least`, where it is more); a part without a finite mark has no scale yet (mean 0, sd 1)."""
+    def measure(self, marks: Tensor, prompts: Sequence[Hashable]) -> None:
+        """Take the scales from clips of the base: marks [B, P] over all ranks, and which prompt each is of. A scale that was taken stands;
+        where all marks are equal sd is 1 (a part's `least`, where it is more); a part without a finite mark has no scale yet (mean 0,
+        sd 1)."""
         for name, column in zip(self.names, marks.unbind(1)):
-            finite = column[torch.isfinite(column)].double()
-            if name in self.scales or not len(finite):
+            there = torch.isfinite(column)
+            if name in self.scales or not bool(there.any()):
                 continue
-            mean, sd = float(finite.mean()), float(finite.std(correction=0))
+            finite = column[there].double()
+            mean, sd = float(finite.mean()), spread_within(finite, [prompt for prompt, use in zip(prompts, there.tolist()) if use])
             varied = sd > 1e-6 * max(1.0, abs(mean))
             self.scales[name] = (mean, max(sd if varied else 1.0, self.parts[name].least))
 
@@ -192,6 +196,18 @@ class Reward:
         self.now.update(state["now"])
 
 
+def spread_within(marks: Tensor, prompts: Sequence[Hashable]) -> float:
+    """Standard deviation of marks [N] around the mean of their prompt, unbiased in its square; where no prompt has two marks, or those of a
+    prompt never differ, around the mean of all."""
+    kinds = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    group = torch.tensor([kinds[prompt] for prompt in prompts], device=marks.device)
+    count = torch.bincount(group).to(marks)
+    apart = marks - (torch.zeros_like(count).index_add(0, group, marks) / count)[group]
+    free = len(marks) - len(kinds)
+    within = math.sqrt(float(apart.square().sum()) / free) if free else 0.0
+    return within if within > 1e-6 * max(1.0, abs(float(marks.mean()))) else float(marks.std(correction=0))
+
+
 class Mixed:
     """A reward as one judge with one slope: total(codes, prompts) [B], once `measure` has seen clips of the base."""
 
@@ -201,7 +217,7 @@ class Mixed:
 
     def measure(self, codes: Tensor, prompts: list[str]) -> None:
         """Take the parts' scales from clips of the base."""
-        self.reward.measure(self.reward.marks(codes, prompts))
+        self.reward.measure(self.reward.marks(codes, prompts), prompts)
 
     def __call__(self, codes: Tensor, prompts: list[str]) -> Tensor:
         return self.reward.judge(self.reward.marks(codes, prompts)).total

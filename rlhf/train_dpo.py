@@ -213,7 +213,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "round_epochs": 2,
         "batch_size": 16,
         "held_out_clips": 96,
-        "weights": f"{HUMAN}=1,similarity=0.2,tempo=0.15,genre=0.5,diversity=0.1",
+        "weights": f"{HUMAN}=1,similarity=0.15,tempo=0.06,genre=0.5,diversity=0.04",
         "hold": "similarity,tempo,diversity",
     },
     "best_worst": {"lr": 1e-3, "pairing": "best_worst", "rounds": 10, "round_prompts": 48, "round_clips": 8, "round_epochs": 2},

@@ -70,8 +70,8 @@ class Config:
     prompts: Path | None = None
     """Prompts to play: a .jsonl file with `prompt` and, where wanted, `tempo_bpm`; or a text file, one prompt a line."""
     weights: str = f"{HUMAN}=1"
-    """What a spread of each part of the reward is worth: human=1,similarity=0.3,tempo=0. Parts of weight 0 are judged and plotted, not
-    trained on; parts that are not named are plotted at the looks at --heldout-prompts."""
+    """What a spread of each part of the reward among clips of one prompt is worth: human=1,similarity=0.3,tempo=0. Parts of weight 0 are
+    judged and plotted, not trained on; parts that are not named are plotted at the looks at --heldout-prompts."""
     hold: str = ""
     """Parts that are to stay at the base's level and not to rise at the listeners' expense, such as similarity,tempo,genre: each one's
     weight moves from what --weights gives, at each look at --heldout-prompts: up while the clips are worse at it than the base's, else

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from base_models.errors import UserError
 from rlhf.dense import limited
 from rlhf.ppo_run import Run
-from rlhf.rewards import HUMAN
+from rlhf.rewards import HUMAN, spread_within
 from rlhf.train_ppo import main
 from tests.rlhf.ppo_toys import CODES, config, judged_by, two_slopes
 
@@ -52,6 +52,7 @@ def test_the_first_round_weighs_slopes_by_the_spreads_of_its_own_clips_where_no_
     for name, weight in {HUMAN: 1.0, "code_5": 0.5}.items():
         slope, score = task.slopes[name](mine.codes, prompts)
         there = score[torch.isfinite(score)]
-        total += weight / there.std(correction=0) * torch.nan_to_num(slope)
+        spread = spread_within(there.double(), [prompt for prompt, use in zip(prompts, torch.isfinite(score).tolist()) if use])
+        total += weight / spread * torch.nan_to_num(slope)
         assert figures[f"reward_{name}"] == pytest.approx(float(there.mean()))
     torch.testing.assert_close(judged.slope, limited(total))

@@ -36,7 +36,7 @@ def test_a_judge_that_is_watched_is_asked_at_looks_alone_and_moves_neither_weigh
     assert largest_difference(weights(tmp_path / "watched"), weights(tmp_path / "alone")) == 0
     assert figures["stopped"] == "steps"
     assert figures["heldout_reward_watched"] == pytest.approx(-3e3 + 7.5)
-    assert figures["heldout_reward_watched_z"] == pytest.approx(-2e3 / float(torch.arange(16.0).std(correction=0)), rel=1e-4)
+    assert figures["heldout_reward_watched_z"] == pytest.approx(-2e3 / float(torch.arange(4.0).std()), rel=1e-4)  # 4 clips a prompt
     assert [("heldout_reward_watched" in row, "reward_watched" in row) for row in metrics(tmp_path / "watched")] == [
         (False, False),
         (True, False),

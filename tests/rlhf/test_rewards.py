@@ -8,7 +8,7 @@ from torch import Tensor
 
 from base_models.errors import UserError
 from rlhf.judges import Score
-from rlhf.rewards import HOLD_RATE, Part, Reward, held_parts, parse_weights, weighted
+from rlhf.rewards import HOLD_RATE, Part, Reward, held_parts, parse_weights, spread_within, weighted
 
 NAN = float("nan")
 CODES = torch.zeros(4, 1, 2, dtype=torch.int64)
@@ -21,7 +21,7 @@ def says(*marks: float) -> Score:
 
 def measured(reward: Reward) -> tuple[Reward, Tensor]:
     marks = reward.marks(CODES, PROMPTS)
-    reward.measure(marks)
+    reward.measure(marks, PROMPTS)
     return reward, marks
 
 
@@ -33,6 +33,26 @@ def test_a_weight_is_worth_one_spread_of_the_base_whatever_the_parts_units() -> 
     for z in judged.parts.values():
         assert float(z.mean()) == pytest.approx(0, abs=1e-6)
         assert float(z.std(correction=0)) == pytest.approx(1)
+
+
+def test_a_spread_is_that_of_clips_of_one_prompt() -> None:
+    """What prompts differ by, whatever is played, must not make a part's say smaller."""
+    marks = torch.tensor([0.0, 2, 100, 102, 7], dtype=torch.float64)
+    assert spread_within(marks, ["a", "a", "b", "b", "c"]) == pytest.approx(2**0.5)  # the square of two clips' half distance, unbiased
+    assert spread_within(marks[:2], [5, 5]) == pytest.approx(2**0.5)
+    assert spread_within(marks, "abcde") == pytest.approx(float(marks.std(correction=0)))  # no prompt has two
+    assert spread_within(torch.tensor([1.0, 1, 3, 3]), "aabb") == pytest.approx(1)  # nor do clips of one prompt differ
+    reward = Reward({"human": Part(says(0, 2, 100, 102)), "tempo": Part(says(NAN, 1, 0, 1), asked=True)})
+    reward.measure(reward.marks(CODES, PROMPTS), ["a", "a", "b", "b"])
+    assert reward.scales["human"] == (51, pytest.approx(2**0.5))
+    assert reward.scales["tempo"] == (pytest.approx(2 / 3), pytest.approx(0.5**0.5))  # the lone clip of its prompt says nothing of it
+
+
+def test_a_spread_within_prompts_is_found_in_random_marks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [f"p{i // 3}" for i in range(3000)]
+    offsets = 9 * torch.randn(1000, generator=generator).repeat_interleave(3)
+    assert spread_within(offsets + 0.5 * torch.randn(3000, generator=generator), prompts) == pytest.approx(0.5, rel=0.05)
 
 
 def test_scales_stand_still_once_measured() -> None:
@@ -129,9 +149,9 @@ def test_parts_that_no_weight_names_are_judged_only_when_everything_is_asked_for
     assert on_looks[:, 1].tolist() == [1, 1, 0, 0]
     assert "reward_tempo" in reward.figures(on_looks)
     assert "reward_tempo" not in reward.figures(in_rounds)
-    reward.measure(in_rounds)
-    reward.measure(on_looks)
-    reward.measure(on_looks + 100)
+    reward.measure(in_rounds, PROMPTS)
+    reward.measure(on_looks, PROMPTS)
+    reward.measure(on_looks + 100, PROMPTS)
     assert reward.scales == {"human": (1.5, pytest.approx(1.25**0.5)), "tempo": (0.5, 0.5)}
 
 
