@@ -10,6 +10,7 @@ STAMP := $(VENV)/.encore-installed
 HOST ?= 127.0.0.1
 PORT ?= 7860
 RATER ?= me
+JOBS ?= 2
 DB ?= sqlite:///runs/demo/encore.db
 
 help: ## list the targets
@@ -34,8 +35,8 @@ check: setup ## lint, format, layers and types
 browser: setup ## make sure that the page's tests have a Chromium
 	@bash tests/ensure_browser "$(BIN)"
 
-test: setup browser check ## everything that must hold: checks and the whole suite
-	$(BIN)/python -m pytest
+test: setup browser check ## everything that must hold: checks and the whole suite (JOBS=2 side by side)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 demo: setup ## the whole loop on this machine: votes, reward model, DPO, PPO, report
 	$(BIN)/encore demo
