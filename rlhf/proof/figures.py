@@ -101,6 +101,18 @@ def copies(cell: Path, base: Path) -> dict[str, Row]:
     return {name: row for name, row in told.items() if row}
 
 
+def slope_within(gold: np.ndarray, proxy: np.ndarray, prompts: Sequence[str]) -> float | None:
+    """Gold that a unit of the proxy is worth among clips of one prompt (least squares around each prompt's means); None where the proxy
+    never differs there. On the base's clips it tells what a gain of the proxy should bring, as long as nothing is over-optimised."""
+    _, group = np.unique(np.asarray(prompts), return_inverse=True)
+    there = np.isfinite(gold) & np.isfinite(proxy)
+    gold, proxy, group = gold[there], proxy[there], group[there]
+    count = np.maximum(np.bincount(group), 1)
+    varied = 1e-12 * float(proxy @ proxy)
+    gold, proxy = (x - (np.bincount(group, x) / count)[group] for x in (gold, proxy))
+    return float(gold @ proxy / (proxy @ proxy)) if proxy @ proxy > varied else None
+
+
 @dataclass(frozen=True)
 class Told:
     """One replication: its row of a table, and the pairs behind it."""
@@ -121,6 +133,8 @@ def tell(outcome: Outcome, root: Path) -> Told:
         clips = read_json(outcome.play.folder(root) / "clips.json")
         proxy, beside = numbers(clips["proxy"]), numbers(clips["proxy_base"])
         row["proxy_gain"] = float(np.nanmean(proxy - beside))
+        slope = slope_within(pairs.base, beside, pairs.prompts)
+        row["gold_foretold"] = None if slope is None else slope * row["proxy_gain"]
         row["proxy_sees_gold"] = float(stats.spearmanr(proxy - beside, pairs.gold - pairs.base)[0]) if np.ptp(proxy - beside) else None
     return Told(row, pairs)
 
@@ -149,7 +163,7 @@ def together(members: Sequence[Told]) -> Row:
     row: Row = {"taste": ", ".join(dict.fromkeys(r["taste"] for r in each)), "method": each[0]["method"], "votes": each[0]["votes"]}
     row |= {"seeds": len(members), **won(pooled([told.pairs for told in members])), "lowest": min(rates), "highest": max(rates)}
     row["seed_sd"] = float(np.std(rates, ddof=1)) if len(rates) > 1 else None
-    for name in ("kl", "diversity_ratio", "proxy_gain"):
+    for name in ("kl", "diversity_ratio", "proxy_gain", "gold_foretold"):
         values = [r[name] for r in each if r.get(name) is not None]
         row[name] = float(np.mean(values)) if values else None
     for kind, name in [("fit", name) for name in FIT] + [("copies", name) for name in COPIES]:

@@ -108,12 +108,25 @@ def guard_table(rows: Sequence[Row]) -> str:
 
 
 def row_table(rows: Sequence[Row]) -> str:
-    head = ("taste", "method", "seed", "votes", "win rate", "95 % by prompt", "decided", "gold gain", "proxy gain", "KL", "diversity")
+    head = (
+        "taste",
+        "method",
+        "seed",
+        "votes",
+        "win rate",
+        "95 % by prompt",
+        "decided",
+        "gold gain",
+        "foretold",
+        "proxy gain",
+        "KL",
+        "diversity",
+    )
     body = [
         (
             row["taste"], NAMES[row["method"]], str(row["seed"]), "-" if row["votes"] is None else str(row["votes"]),
             number(row["win_rate"]), interval(row["ci"]), str(row["decided"]), number(row["gold_gain"], "+.2f"),
-            number(row.get("proxy_gain"), "+.2f"),
+            number(row.get("gold_foretold"), "+.2f"), number(row.get("proxy_gain"), "+.2f"),
             number(row["kl"], ".1f"), number(row["diversity_ratio"], ".2f"),
         )
         for row in rows
@@ -168,13 +181,17 @@ def sections(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         "Whether each control shows what it must. One shuffle is one direction at random, which training follows: shuffled votes are "
         "judged by Student's t over draws, since an interval by prompt does not cover the draw."
     )
+    foretold = (
+        "Foretold: what the proxy's gain would be worth in gold, by how the two go together on the base's clips of one prompt. Gold that gains "
+        "less was over-optimised."
+    )
     copied = (
         "Diversity as a share of the base's; copies are clips that share more than half of their coarse codes with one rated or one "
         "training clip, the base's taken off, with the interval by prompt."
     )
     found: list[tuple[str, str, Callable[..., str], Any]] = [
         (MAIN, f"All seeds' pairs together. {changes}", main_table, figures["main"]),
-        ("Seed by seed", "", row_table, figures["main_by_seed"]),
+        ("Seed by seed", foretold, row_table, figures["main_by_seed"]),
         (CURVE, "Subsets of one snapshot, the smaller within the larger; all seeds' pairs together.", curve_table, figures["curve"]),
         (CONTROLS, judged, control_table, figures["controls"]),
         *((f"Control by run: {name}", "", row_table, figures["controls_by_seed"].get(name)) for name in MUST),

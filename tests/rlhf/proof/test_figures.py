@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf.proof import page
-from rlhf.proof.figures import Pairs, copies, fit, lost_after_the_best, pooled, read_pairs, won
+from rlhf.proof.figures import Pairs, copies, fit, lost_after_the_best, pooled, read_pairs, slope_within, won
 
 
 def test_pairs_are_joined_by_clip_and_never_across_prompts(tmp_path):
@@ -58,6 +58,18 @@ def test_copies_are_counted_beside_the_bases_clips_of_the_same_prompts(tmp_path)
     told = copies(tmp_path / "own", tmp_path / "base")["nearest_training"]
     assert (told["value"], told["base"], told["change"]) == (0.5, 0.25, 0.25)
     assert told["ci"] == [0.0, 0.5]
+
+
+def test_what_a_proxy_is_worth_in_gold_is_learnt_within_prompts_alone():
+    rng = np.random.default_rng(0)
+    prompts = [f"p{i // 2}" for i in range(400)]
+    level = np.repeat(rng.normal(size=200), 2)  # which prompts are liked, whatever is played: it goes the other way
+    proxy = rng.normal(size=400)
+    gold = 0.7 * proxy + 0.1 * rng.normal(size=400) - 5 * level
+    assert slope_within(gold, proxy + 3 * level, prompts) == pytest.approx(0.7, abs=0.03)
+    gold[7] = proxy[9] = np.nan
+    assert slope_within(gold, proxy + 3 * level, prompts) == pytest.approx(0.7, abs=0.03)
+    assert slope_within(gold, 3 * level, prompts) is None
 
 
 def test_over_optimisation_is_gold_lost_while_the_proxy_rose():
