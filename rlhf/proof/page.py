@@ -108,20 +108,8 @@ def guard_table(rows: Sequence[Row]) -> str:
 
 
 def row_table(rows: Sequence[Row]) -> str:
-    head = (
-        "taste",
-        "method",
-        "seed",
-        "votes",
-        "win rate",
-        "95 % by prompt",
-        "decided",
-        "gold gain",
-        "foretold",
-        "proxy gain",
-        "KL",
-        "diversity",
-    )
+    head = ("taste", "method", "seed", "votes", "win rate", "95 % by prompt", "decided", "gold gain", "foretold", "proxy gain", "KL",
+            "diversity")  # fmt: skip
     body = [
         (
             row["taste"], NAMES[row["method"]], str(row["seed"]), "-" if row["votes"] is None else str(row["votes"]),
@@ -182,8 +170,8 @@ def sections(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         "judged by Student's t over draws, since an interval by prompt does not cover the draw."
     )
     foretold = (
-        "Foretold: what the proxy's gain would be worth in gold, by how the two go together on the base's clips of one prompt. Gold that gains "
-        "less was over-optimised."
+        "Foretold: what the proxy's gain would be worth in gold, by how the two go together on the base's clips of one prompt. Gold that "
+        "gains less was over-optimised."
     )
     copied = (
         "Diversity as a share of the base's; copies are clips that share more than half of their coarse codes with one rated or one "
