@@ -24,7 +24,8 @@ Slope = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
 """codes [B, K, T] and prompts -> d score / d latents of the codec [B, D, T], score [B]."""
 
 CLIPS_AT_ONCE = 4
-"""Clips that are heard at once: a clip's spectrum is large, and eight of them still lie near the processor (fewer cost more calls)."""
+"""Clips that are heard at once: a clip's spectrum is large, and what a slope keeps of it larger (docs/ppo.md has the step's
+memory)."""
 
 
 @dataclass(frozen=True)
