@@ -1,6 +1,7 @@
 """Do votes make the model better, for listeners who like different things? The long proof, cell by cell.
 
     python benchmarks/rlhf_proof.py --jobs 2                                # main table: 3 tastes x 3 seeds x {PPO, DPO}
+    python benchmarks/rlhf_proof.py --jobs 2 --methods ppo,ppo_best         # PPO, and the best of four clips of its adapter
     python benchmarks/rlhf_proof.py --jobs 2 --tastes drive --seeds 0 --methods ppo
     python benchmarks/rlhf_proof.py --jobs 2 --experiments curve --votes 50,200,500,1000,2000,3000 --methods ppo,dpo,best_of_n,sft
     python benchmarks/rlhf_proof.py --jobs 2 --experiments over_optimisation,controls
@@ -40,7 +41,8 @@ from rlhf.proof.tables import collect_figures
 
 TASTES = ("warm", "drive", "space")
 SEEDS = (18, 19, 20)
-"""Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for drift, on 12, 13, 15 and 16."""
+"""Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for drift and the unit of weights, on
+12, 13, 15 and 16; 17 was looked at before the last of them."""
 EXPERIMENTS = ("main", "curve", "over_optimisation", "controls")
 CONTROLS = ("shuffled", "listeners", "reversed", "constant", "gold")
 
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--policy", type=Path, default=PRETRAINED)
     parser.add_argument("--experiments", type=words(EXPERIMENTS), default=["main"], help=",".join(EXPERIMENTS))
     parser.add_argument("--tastes", type=words(TASTES), help="main table: all; other experiments: warm")
-    parser.add_argument("--seeds", type=integers, help="main table: 9,11,14; other experiments: 9")
+    parser.add_argument("--seeds", type=integers, help=f"main table: {','.join(map(str, SEEDS))}; other experiments: {SEEDS[0]}")
     parser.add_argument("--methods", type=words(METHODS), default=["ppo", "dpo"])
     parser.add_argument("--votes", type=integers, default=list(VOTES), help="points of the curve")
     parser.add_argument("--votes-main", type=int, help="votes of the main table and of the controls (default 2000)")
