@@ -89,10 +89,11 @@ def test_the_guides_commands_lead_from_votes_to_an_adapter(policy_dir, tmp_path,
             elif note == "":
                 execute(line, policy_dir)
             ran += note != "loop"
-    assert ran == 12
+    assert ran == 13
     for name in ("sft", "dpo", "ppo"):
         assert read_adapter(Path("runs/first") / name / "adapter").manifest.snapshot_sha256
     assert Path("sad-piano.wav").is_file()
+    assert Path("best-of-4.wav").is_file()
     assert "unchanged" in capsys.readouterr().out  # the lineage found the snapshot as it was frozen
 
 
