@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from adapters.library import save_adapter
 from adapters.lora import attach_lora
@@ -17,6 +18,7 @@ from rlhf.sample_pairs import Prompt, write_prompts
 
 def test_the_kl_of_a_best_of_several_of_an_adapter_is_the_adapters_on_its_clips_and_the_bound(policy_dir, reward_dir, tmp_path):
     policy = load_policy(policy_dir)
+    torch.manual_seed(3)
     attach_lora(policy.lm, r=2, alpha=4, init_b=True)
     adapter = save_adapter(tmp_path / "moved", policy.lm, {"base_sha256": policy.sha256, "method": "ppo", "licence": "CC0-1.0"})
     write_prompts(tmp_path / "p.jsonl", [vars(Prompt("sad piano", "p0")), vars(Prompt("calm folk", "p1"))])
@@ -32,7 +34,7 @@ def test_the_kl_of_a_best_of_several_of_an_adapter_is_the_adapters_on_its_clips_
     clips = json.loads((tmp_path / "best" / "clips.json").read_text())
     assert figures["best"]["kl"] == pytest.approx(kl_bound(3) + sum(clips["kl"]) / len(clips["kl"]), abs=1e-4)
     assert figures["base"]["kl"] == kl_bound(3)
-    assert figures["plain"]["kl"] > 0
+    assert abs(figures["plain"]["kl"]) > 1e-4  # an estimate from four clips may lie below 0
     rows = read_jsonl(tmp_path / "best" / "samples" / "manifest.jsonl")
     assert {tuple(row["adapters"]) for row in rows} == {(adapter.adapter_sha256,)}
     assert {row["gen"]["best_of"] for row in rows} == {3}
