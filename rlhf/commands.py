@@ -92,11 +92,11 @@ def ratings_stats(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     from adapters.library import load_adapter
-    from base_models.pipeline import MusicPipeline, check_prompt
+    from base_models.pipeline import MusicPipeline, check_request
     from base_models.policy import load_policy
     from rlhf.best_of_n import asked, best_seed
 
-    check_prompt(args.prompt)
+    check_request(args.prompt, args.duration, args.seed)
     policy = load_policy(_policy_dir(args))
     if args.adapter:
         load_adapter(policy, args.adapter, args.weight)

@@ -26,6 +26,13 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, torch.zeros_like(x)).sum()
 
 
+def from_group_means(rows: Tensor, group: Tensor) -> Tensor:
+    """rows [N, F], each less the mean of its group; group [N] long, from 0: [N, F]."""
+    count = torch.bincount(group).clamp_min(1).to(rows)
+    mean = rows.new_zeros((len(count), rows.shape[1])).index_add_(0, group, rows) / count[:, None]
+    return rows - mean[group]
+
+
 def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
     """sum(mask * x) / count, a scalar; 0 where nothing is valid.
 

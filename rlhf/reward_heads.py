@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.losses import bradley_terry_loss
+from rlhf.losses import bradley_terry_loss, from_group_means
 from rlhf.reward_features import DESCRIPTORS, DETAILS, FIT, LATENTS, MAGNITUDES, SHARED, Table
 
 REACH = 4.0
@@ -135,9 +135,7 @@ def make_lens(head: Head, table: Table, prompt: Tensor) -> Lens:
     Args: table: blocks [N, F]. prompt [N] long: which prompt a clip answers.
     """
     rows = joined(table, head.blocks)
-    count = torch.zeros(int(prompt.max()) + 1).index_add_(0, prompt, torch.ones(len(prompt))).clamp_min(1)
-    centre = torch.zeros(len(count), rows.shape[1]).index_add_(0, prompt, rows) / count[:, None]
-    spread = (rows - centre[prompt]).square().mean(0).sqrt()
+    spread = from_group_means(rows, prompt).square().mean(0).sqrt()
     floor = 1e-3 * rows.std(0, correction=0) + 1e-6  # a feature that is constant within prompts tells nothing
     share = torch.cat([torch.full((table[block].shape[1],), (table[block].shape[1] * len(head.blocks)) ** -0.5) for block in head.blocks])
     nothing = rows.new_zeros((0, 0))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from base_models.errors import UserError
 from rlhf.judges import Score, Slope, scores, weighted_slope
+from rlhf.losses import from_group_means
 
 HOLD_RATE, HOLD_MOST = 1.0, 2.0
 """A held weight moves by so much a look for each spread that is missing, and stays between what it began with and this."""
@@ -201,10 +202,8 @@ def spread_within(marks: Tensor, prompts: Sequence[Hashable]) -> float:
     prompt never differ, around the mean of all."""
     kinds = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     group = torch.tensor([kinds[prompt] for prompt in prompts], device=marks.device)
-    count = torch.bincount(group).to(marks)
-    apart = marks - (torch.zeros_like(count).index_add(0, group, marks) / count)[group]
     free = len(marks) - len(kinds)
-    within = math.sqrt(float(apart.square().sum()) / free) if free else 0.0
+    within = math.sqrt(float(from_group_means(marks[:, None], group).square().sum()) / free) if free else 0.0
     return within if within > 1e-6 * max(1.0, abs(float(marks.mean()))) else float(marks.std(correction=0))
 
 
