@@ -113,6 +113,20 @@ class MusicPipeline:
             top_k=top_k,
             cfg_coef=cfg_coef,
         )
-        wav = policy.decode(sampled.codes)[0].float().cpu().numpy()
+        return self.finish(sampled.codes, text, seed, sample_rate=sample_rate, stereo=stereo, target_lufs=target_lufs)
+
+    def finish(
+        self,
+        codes: Tensor,
+        prompt: str,
+        seed: int,
+        *,
+        sample_rate: int | None = 44_100,
+        stereo: bool = True,
+        target_lufs: float = TARGET_LUFS,
+    ) -> Track:
+        """Decode and master codes [1, K, T] that were sampled for this prompt with this seed."""
+        policy = self.policy
+        wav = policy.decode(codes)[0].float().cpu().numpy()
         mastered = master(wav, policy.codec.sample_rate, target_lufs, sample_rate, stereo)
-        return Track(**vars(mastered), prompt=text, seed=seed, codes=sampled.codes[0].cpu(), policy_sha256=policy.sha256)
+        return Track(**vars(mastered), prompt=prompt, seed=seed, codes=codes[0].cpu(), policy_sha256=policy.sha256)

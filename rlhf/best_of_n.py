@@ -31,7 +31,7 @@ from torch import Tensor
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM
-from base_models.pipeline import MusicPipeline, check_request
+from base_models.pipeline import MusicPipeline, Track, check_request
 from base_models.policy import Policy
 from base_models.sampling import generate
 from rlhf.judges import Score
@@ -111,12 +111,12 @@ def play_best(lm: MusicLM, cond: Conditions, n_frames: int, seeds: Sequence[int]
     return Best(codes, top, candidate, kept)
 
 
-def best_seed(pipeline: MusicPipeline, prompt: str, duration_s: float, seed: int, best: BestOf) -> tuple[int, float]:
-    """The seed with which `pipeline.generate` plays the best of n tracks, and its score: who has that seed needs no reward model to play
-    the track again. The candidates' seeds follow from `seed`. Raises UserError for what the pipeline would refuse."""
+def best_track(pipeline: MusicPipeline, prompt: str, duration_s: float, seed: int, best: BestOf, **how: Any) -> tuple[Track, float]:
+    """The best of n tracks, and its score. Its seed is the candidate's own, by which `pipeline.generate` plays it again without a reward
+    model; the candidates' seeds follow from `seed`. how: sample_rate, stereo. Raises UserError for what the pipeline would refuse."""
     text, policy = check_request(prompt, duration_s, seed), pipeline.policy
     won = play_best(policy.lm, policy.conditions([text], [None]), policy.n_frames(duration_s), [seed], [text], best)
-    return won.seeds[0], float(won.score[0])
+    return pipeline.finish(won.codes, text, won.seeds[0], **how), float(won.score[0])
 
 
 def asked(n: int, reward_dir: str | Path | None, policy: Policy, command: str | None = None) -> BestOf | None:

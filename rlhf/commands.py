@@ -94,19 +94,21 @@ def generate(args: argparse.Namespace) -> None:
     from adapters.library import load_adapter
     from base_models.pipeline import MusicPipeline, check_request
     from base_models.policy import load_policy
-    from rlhf.best_of_n import asked, best_seed
+    from rlhf.best_of_n import asked, best_track
 
     check_request(args.prompt, args.duration, args.seed)
     policy = load_policy(_policy_dir(args))
     if args.adapter:
         load_adapter(policy, args.adapter, args.weight)
-    pipeline, seed, told = MusicPipeline(policy), args.seed, ""
+    pipeline, told = MusicPipeline(policy), ""
+    how = {"sample_rate": args.sample_rate, "stereo": not args.mono}
     if best := asked(args.best_of, args.reward, policy, args.score_command):
-        seed, score = best_seed(pipeline, args.prompt, args.duration, seed, best)
+        track, score = best_track(pipeline, args.prompt, args.duration, args.seed, best, **how)
         told = f", the best of {best.n} with a score of {score:.2f}"
-    track = pipeline.generate(args.prompt, duration_s=args.duration, seed=seed, sample_rate=args.sample_rate, stereo=not args.mono)
+    else:
+        track = pipeline.generate(args.prompt, duration_s=args.duration, seed=args.seed, **how)
     track.save(args.out)
-    print(f"{args.out}: {track.lufs:.1f} LUFS, true peak {track.true_peak_dbfs:.1f} dBFS, seed {seed}{told}")
+    print(f"{args.out}: {track.lufs:.1f} LUFS, true peak {track.true_peak_dbfs:.1f} dBFS, seed {track.seed}{told}")
 
 
 def adapters_list(args: argparse.Namespace) -> None:
