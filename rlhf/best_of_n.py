@@ -1,4 +1,5 @@
-"""Best of n: play n clips for each prompt and keep the one that the reward model likes best. The rival that any training must beat.
+"""Best of n: play n clips for each prompt and keep the one that is liked best: by a reward model, or by all that an adapter was trained
+for. The rival that any training must beat.
 
     encore sample --best-of 8 --reward runs/reward --prompts prompts.jsonl --out runs/best-of-8
     encore evaluate --best-of 8 --reward runs/reward --prompts heldout.jsonl --out runs/compared
@@ -20,7 +21,7 @@ import hashlib
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters.library import Manifest
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM
@@ -35,6 +37,7 @@ from base_models.pipeline import MusicPipeline, Track, check_request
 from base_models.policy import Policy
 from base_models.sampling import generate
 from rlhf.judges import Score
+from rlhf.rewards import parse_weights
 
 MOST = 1024
 """Candidates a clip; log n grows so slowly that more are better spent on training."""
@@ -49,15 +52,26 @@ class BestOf:
     reward_sha256: str | None
     command: str | None = None
     """The program that chooses, where no reward model does."""
+    weights: Mapping[str, float] | None = None
+    """What the parts of the objective weigh, where clips are chosen by what their adapter was trained for (rlhf.objective)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MOST:
             raise UserError(f"best of {self.n}", f"1 to {MOST} candidates", "pass another --best-of")
 
     @property
-    def chooser(self) -> dict[str, str | None]:
+    def chooser(self) -> dict[str, Any]:
         """Who chooses, as clips tell it."""
-        return {"reward_sha256": self.reward_sha256} if self.command is None else {"score_command": self.command}
+        if self.command is not None:
+            return {"score_command": self.command}
+        return {"reward_sha256": self.reward_sha256} | ({} if self.weights is None else {"weights": dict(self.weights)})
+
+    @property
+    def by(self) -> str:
+        """Who chooses, in words."""
+        if self.command is not None:
+            return "the program"
+        return "the reward alone" if self.weights is None else ", ".join(f"{name} {weight:.3g}" for name, weight in self.weights.items())
 
     @property
     def kl_bound(self) -> float:
@@ -119,18 +133,33 @@ def best_track(pipeline: MusicPipeline, prompt: str, duration_s: float, seed: in
     return pipeline.finish(won.codes, text, won.seeds[0], **how), float(won.score[0])
 
 
-def asked(n: int, reward_dir: str | Path | None, policy: Policy, command: str | None = None) -> BestOf | None:
-    """The command line's `--best-of`, `--reward` and `--score-command`; None where none of them was given."""
-    return None if (n, reward_dir, command) == (1, None, None) else best_of(n, reward_dir, policy, command)
+def asked(
+    n: int,
+    reward_dir: str | Path | None,
+    policy: Policy,
+    command: str | None = None,
+    manifests: Sequence[Manifest] = (),
+    choose_by: str | None = None,
+) -> BestOf | None:
+    """What the command line's `--best-of`, `--reward`, `--score-command` and `--choose-by` ask for; None where none of them was given.
 
-
-def best_of(n: int, reward_dir: str | Path | None, policy: Policy, command: str | None = None) -> BestOf:
-    """A reward model's folder on the policy that plays, or a program (rlhf.outside_judge). Raises UserError for a reward of another base,
-    and for none or two judges."""
+    The judge is a reward model's folder on the policy that plays, or a program (rlhf.outside_judge). manifests: of the adapters that the
+    policy carries. Where the reward model trained the only one of them, clips are chosen by all that it was trained for, and not by the
+    listeners' part alone: that may be against the prompt (measured: docs/proof.md). choose_by: weights of the parts, instead of the run's.
+    Raises UserError for a reward of another base, for none or two judges, and for weights without an adapter that has scales for them.
+    """
+    if (n, reward_dir, command, choose_by) == (1, None, None, None):
+        return None
+    from rlhf.objective import objective_of
     from rlhf.outside_judge import OutsideJudge
     from rlhf.reward_gates import doubt
     from rlhf.reward_model import load_reward
 
+    weights = None if choose_by is None else parse_weights(choose_by)
+    if weights is not None and command is not None:
+        raise UserError("--choose-by with --score-command", "one of them", "a program chooses by itself: leave out --choose-by")
+    if weights is not None and reward_dir is None:
+        raise UserError("--choose-by without --reward", "the reward model that trained the adapter", "give --best-of N --reward DIR")
     if (reward_dir is None) == (command is None):
         got = f"--best-of {n} without --reward or --score-command" if command is None else "--reward and --score-command"
         raise UserError(got, "one of them: the folder of a reward model, or a program", "train a reward with rlhf/train_reward.py")
@@ -140,4 +169,7 @@ def best_of(n: int, reward_dir: str | Path | None, policy: Policy, command: str 
     reward = load_reward(reward_dir, policy)
     if doubted := doubt(Path(reward_dir)):
         print(f"{doubted}; the best of {n} is one by chance", file=sys.stderr, flush=True)
-    return BestOf(n, reward.score, reward.sha256)
+    objective = objective_of(policy, reward, manifests, weights)
+    if objective is None:
+        return BestOf(n, reward.score, reward.sha256)
+    return BestOf(n, objective, reward.sha256, weights=objective.weights)

@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-n", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--duration", type=float, default=6.0)
-    _best_arguments(p)
+    _best_arguments(p, chooses=False)
     p.add_argument("--out", type=Path, required=True)
 
     p = _command(top, "lineage", commands.lineage, "what an adapter was made from: reward, snapshot, base, votes")
@@ -210,10 +210,14 @@ def _policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight", type=float, action="append", help="weight of each adapter, in order; default 1")
 
 
-def _best_arguments(parser: argparse.ArgumentParser) -> None:
+def _best_arguments(parser: argparse.ArgumentParser, chooses: bool = True) -> None:
+    """chooses: whether what plays may be an adapter, which says by what to choose."""
     parser.add_argument("--best-of", type=int, default=1, metavar="N", help="keep the best of N candidates for each clip")
     parser.add_argument("--reward", type=Path, help="folder of the reward model that says which is best")
     parser.add_argument("--score-command", metavar="PROGRAM", help="a program that says it instead, as for train_ppo.py")
+    if chooses:
+        more = "default: those that the adapter's run was told, if this reward trained it; else the reward alone"
+        parser.add_argument("--choose-by", metavar="WEIGHTS", help=f"weights of the parts that choose, such as human=1,genre=0.5; {more}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def sample(args: argparse.Namespace) -> int:
     from rlhf.sample_pairs import Settings, sample_folder
 
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
-    best = {"n_best": args.best_of, "reward_dir": args.reward, "command": args.score_command}
+    best = {"n_best": args.best_of, "reward_dir": args.reward, "command": args.score_command, "choose_by": args.choose_by}
     manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight, **best)
     print(manifest)
     if args.campaign:
@@ -98,13 +98,12 @@ def generate(args: argparse.Namespace) -> None:
 
     check_request(args.prompt, args.duration, args.seed)
     policy = load_policy(_policy_dir(args))
-    if args.adapter:
-        load_adapter(policy, args.adapter, args.weight)
+    manifests = load_adapter(policy, args.adapter, args.weight) if args.adapter else []
     pipeline, told = MusicPipeline(policy), ""
     how = {"sample_rate": args.sample_rate, "stereo": not args.mono}
-    if best := asked(args.best_of, args.reward, policy, args.score_command):
+    if best := asked(args.best_of, args.reward, policy, args.score_command, manifests, args.choose_by):
         track, score = best_track(pipeline, args.prompt, args.duration, args.seed, best, **how)
-        told = f", the best of {best.n} with a score of {score:.2f}"
+        told = f", the best of {best.n} with a score of {score:.2f} by {best.by}"
     else:
         track = pipeline.generate(args.prompt, duration_s=args.duration, seed=args.seed, **how)
     track.save(args.out)

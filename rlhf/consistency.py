@@ -7,8 +7,8 @@
 `similarity` is a cosine; `diversity` how far clips of one prompt lie apart in the same space. The others are probabilities of what the
 prompt states against everything it might have stated instead: a tempo against all tempi, a key against 24, a mood, an instrument or a
 genre against the others by name. These three are heard by the base's ears (rlhf/ears.py), where it has them, and are log-probabilities
-then. A base without ears is asked in its audio-text space, by exchanging the words *in the prompt* and asking which version the clip fits
-best, so that all else that the prompt says cancels.
+then (`SOFTENED` has the temperatures). A base without ears is asked in its audio-text space, by exchanging the words *in the prompt* and
+asking which version the clip fits best, so that all else that the prompt says cancels.
 
 What they cannot do: no judge that a policy is trained on stays a fair one. The audio-text space takes for a piano what goes with a piano,
 and ears are linear in what they hear. Keep their weight small beside the listeners' reward, keep the price of drift, and measure with
@@ -20,6 +20,8 @@ tempo by autocorrelation as in Ellis 2007, "Beat tracking by dynamic programming
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +66,9 @@ class Base(Protocol):
 
 NAMED: Mapping[str, Versions] = {"mood": mood_versions, "instrument": instrument_versions, "genre": genre_versions}
 """Checks by exchanging words in the prompt."""
+SOFTENED = {"genre": 3.0}
+"""Temperature at which ears are asked, beside their own. At 1 a clip that is clearly right has no slope (half of the base's are above -.005
+nats), so that a policy which drifts towards the border of a genre is told only once it has crossed it."""
 HEARD: Mapping[str, Callable[[str], str | None]] = {"mood": asked_mood, "instrument": asked_lead, "genre": asked_genre}
 """Checks by ears, and how what they are asked for is read out of a prompt."""
 
@@ -98,6 +103,13 @@ def slopes(base: Base, found: Mapping[str, Judge] | None = None) -> dict[str, Sl
 # ---- ears ------------------------------------------------------------------------------------------------------------
 
 
+def asked_of_ears(ears: Ears | None) -> str | None:
+    """A hash of the ears and of how they are asked; None without ears."""
+    if ears is None:
+        return None
+    return hashlib.sha256(f"{ears.sha256()}|{json.dumps(SOFTENED, sort_keys=True)}".encode()).hexdigest()
+
+
 def ears_are_asked(ears: Ears, kind: str, prompt: str) -> bool:
     """Whether a prompt names something of a kind that these ears know."""
     return ears.place(kind, HEARD[kind](prompt)) is not None
@@ -106,10 +118,13 @@ def ears_are_asked(ears: Ears, kind: str, prompt: str) -> bool:
 def ears_say(ears: Ears, kind: str, heard: Heard) -> Tensor:
     """Log-probability that a clip is what its prompt names [B], nats; mood, instrument and genre are heard at once.
 
-    Its slope is steepest where the clip is surely something else, and none where it is surely right. That of the probability is next
-    to none at both ends, so that a clip that has lost its genre would be left alone. (Dhariwal and Nichol 2021, arXiv:2105.05233, guide by
-    the slope of a classifier's log-probability, too.)"""
+    Its slope is steepest where the clip is surely something else, and at a temperature of 1 none where it is surely right. That of the
+    probability is next to none at both ends, so that a clip that has lost its genre would be left alone. (Dhariwal and Nichol 2021,
+    arXiv:2105.05233, guide by the slope of a classifier's log-probability, too.)
+    """
     told = heard.once((ears_say, id(ears)), lambda: ears.log_probabilities_of(sound_heard(heard)))[kind]
+    if kind in SOFTENED:
+        told = (told / SOFTENED[kind]).log_softmax(1)
     places = [ears.place(kind, HEARD[kind](prompt)) for prompt in heard.prompts]
     return told.gather(1, torch.tensor(places, device=told.device)[:, None])[:, 0]
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_ANSWER = 4.0
+"""A KL of so many times its target is answered like one beyond; the budget ends such a run."""
+
 
 class AdaptiveKLController:
     """Moves the KL price so that the policy's KL per sequence stays near a target.
@@ -21,10 +24,20 @@ class AdaptiveKLController:
 
     Args: kl_coef: the first price. target_kl: nats per sequence; None keeps the price fixed. horizon: sequences.
     least: what the price never falls below; without it a reward that says little is followed as far as any.
+    power: how the price of a round answers its own KL, beside beta, which answers all KL so far: beta * (kl / target) ** power. Beta alone
+        (0) comes late and goes on rising until the policy is back, and so swings about the target (docs/ppo.md).
     """
 
-    def __init__(self, kl_coef: float, target_kl: float | None = None, horizon: int = 10_000, least: float = 0.0) -> None:
-        self.kl_coef, self.target_kl, self.horizon, self.least = kl_coef, target_kl, horizon, least
+    def __init__(
+        self, kl_coef: float, target_kl: float | None = None, horizon: int = 10_000, least: float = 0.0, power: float = 0.0
+    ) -> None:
+        self.kl_coef, self.target_kl, self.horizon, self.least, self.power = kl_coef, target_kl, horizon, least, power
+
+    def price(self, kl: float) -> float:
+        """Of a nat in a round of this mean KL (nats per sequence; an estimate, which may fall below 0)."""
+        if self.target_kl is None or not self.power or not math.isfinite(kl):
+            return self.kl_coef
+        return max(self.least, self.kl_coef * min(max(kl / self.target_kl, 0.0), MOST_ANSWER) ** self.power)
 
     def update(self, kl: float, n: int) -> float:
         """Takes the mean KL (nats per sequence) of n sequences, returns the new price. A non-finite KL: no change."""

@@ -10,7 +10,7 @@ import torch
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import load_policy
-from rlhf.consistency import checks, slopes
+from rlhf.consistency import asked_of_ears, checks, slopes
 from rlhf.ears import ears_of
 from rlhf.flat_kto import BadClip, bad_clips
 from rlhf.journal import Sound, sound_of
@@ -90,7 +90,7 @@ def load_task(cfg: Config) -> Task:
         found = checks(policy, ears)
         parts = weighted(parse_weights(cfg.weights), reward.judge, found, LEAST_LOGITS)
         judge = Mixed(parts, ({HUMAN: reward.judge_of_slope} if reward.has_slope else {}) | slopes(policy, found), policy.codec.codebooks)
-        own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256, ears.sha256() if ears else None)
+        own = OwnTask([p.prompt for p in prompts], len(words), held_out, judge, reward.sha256, asked_of_ears(ears))
         words, tempi = words + own.prompts, tempi + [p.tempo_bpm for p in prompts]
         snapshot_sha256 = snapshot_sha256 or reward.snapshot_sha256
     table = policy.conditions(words, tempi)

@@ -73,9 +73,9 @@ def scores(parts: Mapping[str, Score], codes: Tensor, prompts: Sequence[str]) ->
 
 
 def weighted_slope(
-    parts: Mapping[str, Slope], worth: Mapping[str, float], codes: Tensor, prompts: Sequence[str]
+    parts: Mapping[str, Slope], worth: Mapping[str, float | Tensor], codes: Tensor, prompts: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum over parts of worth * d score / d latents [B, D, T], and every part's score [B].
+    """sum over parts of worth * d score / d latents [B, D, T], and every part's score [B]. worth: a number, or one a clip [B].
 
     Where a part's slope is not finite (it was not asked, or the clip stands at a cliff) it is 0. Those that are `SlopeOf` a judge hear the
     clips together; any other is asked by itself.
@@ -88,7 +88,7 @@ def weighted_slope(
             judges[name], told[name] = part.judge, _silence(codes, prompts)
         else:
             slope, told[name] = part(codes, list(prompts))
-            found.append(torch.nan_to_num(slope, 0.0, 0.0, 0.0) * worth[name])
+            found.append(torch.nan_to_num(slope, 0.0, 0.0, 0.0) * _by_clip(worth[name], slope)[:, None, None])
     if judges:
         found.append(torch.zeros_like(next(iter(judges.values())).base.codec.latents(codes)))
     for names, rows in _sittings(judges, prompts):
@@ -97,11 +97,22 @@ def weighted_slope(
         with torch.enable_grad():
             heard = Heard(base, [prompts[row] for row in rows], latents=latents)
             opinions = {name: judges[name].opinion(heard) for name in names}
-            sums = [worth[name] * score[torch.isfinite(score)].sum().to(latents) for name, score in opinions.items()]
+            sums = [_worth_of(score.to(latents), _by_clip(worth[name], codes)[rows].to(latents)) for name, score in opinions.items()]
         found[-1][rows] += _slope_of_sum(sums, latents)
         for name, score in opinions.items():
             told[name][rows] = score.detach().to(told[name])
     return sum(found[1:], start=found[0]), told
+
+
+def _by_clip(worth: float | Tensor, clips: Tensor) -> Tensor:
+    """[B], on the device of `clips` [B, ...]."""
+    return torch.as_tensor(worth, dtype=torch.float32, device=clips.device).expand(len(clips))
+
+
+def _worth_of(score: Tensor, worth: Tensor) -> Tensor:
+    """Sum of worth * score over the clips that have a score."""
+    there = torch.isfinite(score)
+    return (worth[there] * score[there]).sum()
 
 
 def _silence(codes: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -236,23 +236,25 @@ class OwnPairs:
             book_kl.append(kl_by_book(self.lm, codes, cond, logps, plan.temperature).cpu())
         both = torch.isfinite(played.score) & torch.isfinite(self.base_scores)
         mine, theirs = played.score[both], self.base_scores[both]
+        held = self.score.reward.held(plan.held) if isinstance(self.score, Mixed) else {}
         return {
             "held_out/score": mine.mean().item(),
             "held_out/score_base": theirs.mean().item(),
             "held_out/preferred_to_base": ((mine > theirs).float() + 0.5 * (mine == theirs).float()).mean().item(),
             **{f"held_out/{name}": value for name, value in kl_figures(torch.cat(book_kl).mean(0)).items()},
-            **{f"held_out/weight_{name}": self.score.reward.now[name] for name in plan.held if isinstance(self.score, Mixed)},
+            **{f"held_out/weight_{key.replace('/', '_')}": weight for key, weight in held.items()},
         }
 
     def _hold(self, number: int, played: Judged) -> Judged:
         """Move the weights of held parts by what was played, which is judged by the weights of the start."""
         assert isinstance(self.score, Mixed)
         reward = self.score.reward
-        reward.now |= self.held.before(number) if number else {name: reward.parts[name].weight for name in self.plan.held}
-        marks = reward.marks(played.codes.to(self.args.device), [self.prompts[row] for row in played.rows])
-        reward.hold(self.plan.held, marks)
-        self.held.put(number, {name: reward.now[name] for name in self.plan.held})
-        return dataclasses.replace(played, score=reward.judge(marks, stated=True).total.float().cpu())
+        reward.begin(self.plan.held, self.held.before(number) if number else None)
+        words = [self.prompts[row] for row in played.rows]
+        marks = reward.marks(played.codes.to(self.args.device), words)
+        reward.hold(self.plan.held, marks, words)
+        self.held.put(number, reward.held(self.plan.held))
+        return dataclasses.replace(played, score=reward.judge(marks, words, stated=True).total.float().cpu())
 
     def _play(self, rows: Sequence[int], seeds: Sequence[int], seconds: dict[str, float], judged: bool = True) -> Judged:
         plan, table = self.plan, self.flat.trunk.table

@@ -16,7 +16,9 @@ def save(run: Run) -> None:
         save_training_state(
             run.cfg.out,
             run.step,
-            {"adapter": adapter_tensors(run.lm), "critic": run.critic.state_dict()} | ({"best": run.best} if run.best else {}),
+            {"adapter": adapter_tensors(run.lm), "critic": run.critic.state_dict()}
+            | ({"best": run.best} if run.best else {})
+            | ({"average": run.average.tensors} if run.average.tensors else {}),
             {
                 "optimizer": run.optimizer.state_dict(),
                 "scheduler": run.scheduler.state_dict(),
@@ -47,6 +49,7 @@ def restore(run: Run) -> None:
     run.reward.load_state_dict(states["reward"])
     run.brake.load_state_dict(states["brake"])
     run.best = tensors.get("best", {})
+    run.average.load(tensors.get("average", {}), step)
     run.braked = extra["braked"] if run.cfg.brake != "off" else None
     run.step, run.clips, run.blind_rounds = step, extra["clips"], extra["blind_rounds"]
 
@@ -62,4 +65,5 @@ def parents_of(run: Run) -> dict[str, Any]:
         "heldout_sha256": heldout and hashlib.sha256("\n".join(heldout.texts).encode()).hexdigest(),
         "seed": run.cfg.seed,
         "credit": run.credit,
+        "average": run.cfg.average,
     }

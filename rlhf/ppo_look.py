@@ -47,11 +47,12 @@ def look(run: Run) -> dict[str, float]:
         seen["points"].append(run.task.embed(clips.codes, prompts) if run.task.embed else nothing[:, None])
         examples += [(prompts[i], clips.codes[i]) for i, index in enumerate(part) if index % cfg.heldout_clips == 0]
     kl, marks, apart, points = (run.accelerator.gather(torch.cat(parts))[: len(rows)] for parts in seen.values())
+    words = [heldout.texts[row] for row in rows]
     if run.step == 0:
-        run.reward.measure(marks, rows)
-    run.reward.hold(run.held, marks)
+        run.reward.measure(marks, words, rows)
+    run.reward.hold(run.held, marks, words)
     now = Look(
-        scores=run.reward.judge(marks, stated=True).total.cpu(),
+        scores=run.reward.judge(marks, words, stated=True).total.cpu(),
         prompt_ids=rows,
         kl=kl.mean().item(),
         spread=apart[torch.isfinite(apart)].mean().item(),

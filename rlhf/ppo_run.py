@@ -22,6 +22,7 @@ from base_models.errors import UserError
 from base_models.launch import asked_sharding, bf16_is_faster
 from base_models.lm import disable_functional_dropout
 from base_models.sharding import shard_frozen
+from rlhf.average import Average
 from rlhf.brake import Brake
 from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormalizer, leave_one_out
 from rlhf.dense import limited
@@ -61,6 +62,7 @@ class Run:
         self.lm.to(accelerator.device).fast_training()
         if asked_sharding() == "fsdp":
             shard_frozen(self.lm)
+        self.average = Average(self.lm, cfg.average)
         self.critic = Critic(self.lm.config.d_model).to(accelerator.device)
         self.groups = [trainable_parameters(self.lm), list(self.critic.parameters())]
         for parameter in self.parameters():
@@ -68,7 +70,7 @@ class Run:
         rates = [cfg.lr, cfg.critic_lr]
         self.optimizer = torch.optim.Adam([{"params": p, "lr": lr} for p, lr in zip(self.groups, rates)], eps=1e-5)
         self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, cfg.lr_end, total_iters=max(cfg.steps - 1, 1))
-        self.controller = AdaptiveKLController(cfg.kl_coef, cfg.target_kl, cfg.kl_horizon, cfg.kl_coef_least)
+        self.controller = AdaptiveKLController(cfg.kl_coef, cfg.target_kl, cfg.kl_horizon, cfg.kl_coef_least, cfg.kl_power)
         self.baseline = PromptBaseline(len(task.prompts))
         self.normalizer = RewardNormalizer(least=self.reward.least)
         self.brake = Brake(cfg.max_disagreement, cfg.min_diversity, cfg.patience)
@@ -105,18 +107,26 @@ class Run:
             bf16=self.bf16,
         )
 
+    def drift(self) -> float:
+        """KL to the base of the adapter as it stands, nats a clip, on the clips of a round that nobody learns from."""
+        played = self.clips
+        mine = self.play()
+        self.clips = played
+        kl: Tensor = self.accelerator.gather((mine.logps - mine.ref_logps).sum(1))
+        return kl.mean().item()
+
     def judge(self, mine: Rollout) -> tuple[Rollout, dict[str, float]]:
         """This process's clips -> all clips, in the order of their indices, with rewards at the present price of drift, which is then
         adapted."""
-        prompts = [self.task.prompts[row] for row in mine.prompt_ids.tolist()]
+        prompts = self._words(mine.prompt_ids)
         known: dict[str, Tensor] = {}
         slopes: list[Tensor] = []
         if self.credit == "codes":
             if self.step == 0 and not self.reward.measured:  # no look has: what a part is worth has to be known before its slope is
-                ids = self.accelerator.gather(mine.prompt_ids).tolist()
-                self.reward.measure(self.accelerator.gather(self.reward.marks(mine.codes, prompts)), ids)
+                ids = self.accelerator.gather(mine.prompt_ids)
+                self.reward.measure(self.accelerator.gather(self.reward.marks(mine.codes, prompts)), self._words(ids), ids.tolist())
             ways = {name: self.task.slopes[name] for name in self.reward.trained}
-            slope, known = weighted_slope(ways, self.reward.worth(), mine.codes, prompts)
+            slope, known = weighted_slope(ways, self.reward.worth(prompts), mine.codes, prompts)
             slopes.append(slope)
         if self.cfg.frame_weight:
             frames, slope_of_frames = self._frames(mine.codes, prompts)
@@ -126,21 +136,22 @@ class Run:
             mine = dataclasses.replace(mine, slope=torch.stack(slopes, 1).to(mine.logps))
         marks = self.reward.marks(mine.codes, prompts, known=known)
         rollout = dataclasses.replace(mine, marks=marks).map(self.accelerator.gather)
+        everyone = self._words(rollout.prompt_ids)
         if self.step == 0:
-            self.reward.measure(rollout.marks, rollout.prompt_ids.tolist())
-        total = self.reward.judge(rollout.marks).total
+            self.reward.measure(rollout.marks, everyone, rollout.prompt_ids.tolist())
+        total = self.reward.judge(rollout.marks, everyone).total
         if self.cfg.baseline == "prompt":
             centred = self.baseline(rollout.prompt_ids, total)
         else:
             centred = leave_one_out(rollout.prompt_ids, total) if self.cfg.baseline == "loo" else total
-        self.price = price = self.controller.kl_coef
+        kl = (rollout.logps - rollout.ref_logps).sum(1).mean().item()
+        self.price = price = self.controller.price(kl)
         judged = judge(rollout, centred, self.normalizer, price)
         if self.credit == "codes":
             slope = limited(judged.slope[:, 0])
             if self.cfg.frame_weight:
                 slope = slope + self.normalizer.std * self.frame_price * limited(judged.slope[:, 1])
             judged = dataclasses.replace(judged, slope=slope)
-        kl = (rollout.logps - rollout.ref_logps).sum(1).mean().item()
         self.controller.update(kl, len(rollout.codes))
         finite = total[torch.isfinite(total)]
         self.blind_rounds = 0 if len(finite) else self.blind_rounds + 1
@@ -162,6 +173,10 @@ class Run:
         if self.task.heldout is None:
             self.examples = [(self.task.prompts[int(i)], codes) for i, codes in zip(rollout.prompt_ids[: self.cfg.listen], rollout.codes)]
         return judged, figures
+
+    def _words(self, rows: Tensor) -> list[str]:
+        """The prompts of these rows."""
+        return [self.task.prompts[row] for row in rows.tolist()]
 
     def _frames(self, codes: Tensor, prompts: list[str]) -> tuple[Tensor, list[Tensor]]:
         """How good each frame is beside the rest of its clip [B, T]; and the slope of that [B, D, T], where credit is given by slopes."""

@@ -19,7 +19,7 @@ from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import Policy, load_policy
-from rlhf.consistency import checks, slopes
+from rlhf.consistency import asked_of_ears, checks, slopes
 from rlhf.ears import ears_of
 from rlhf.journal import Sound, sound_of
 from rlhf.judges import Score, Slope
@@ -63,7 +63,7 @@ class Task:
     reward_sha256: str | None = None
     snapshot_sha256: str | None = None
     ears_sha256: str | None = None
-    """The ears that some of the checks ask."""
+    """The ears that some of the checks ask, and how (rlhf.consistency.asked_of_ears)."""
     checks: Mapping[str, Score] = field(default_factory=dict)
     """The reward's verifiable parts, by name."""
     slopes: Mapping[str, Slope] = field(default_factory=dict)
@@ -129,7 +129,7 @@ def load_task(
         voted=() if reward is None else tuple(reward.extras),
         reward_sha256=None if reward is None else reward.sha256,
         snapshot_sha256=None if reward is None else reward.snapshot_sha256,
-        ears_sha256=ears.sha256() if ears else None,
+        ears_sha256=asked_of_ears(ears),
         checks=found | ({} if reward is None else reward.judges_of_extras()),
         slopes=({HUMAN: reward.judge_of_slope} if reward is not None and reward.has_slope else {}) | slopes(policy, found),
         codebooks=policy.codec.codebooks,

@@ -11,13 +11,15 @@ A part of weight 0 is judged and shown and never trained on.
 
 What a prompt asks for is seldom to be won at the listeners' expense, and not to be lost either. A part that is *held* has a weight that
 moves: it grows while the policy's clips are worse at it than the base's, and shrinks while they are better, as the Lagrange multiplier
-of the constraint "not worse than the base" (constrained RLHF: Moskovitz et al. 2023, arXiv:2310.04373).
+of the constraint "not worse than the base" (constrained RLHF: Moskovitz et al. 2023, arXiv:2310.04373). A part that asks for different
+things by prompt (a genre) has one such weight for each of them: what drives a taste away from ambient music is lost on ambient prompts
+alone, and folk that gains as much would pay for it in the mean (measured: docs/ppo.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,12 +27,15 @@ import torch
 from torch import Tensor
 
 from base_models.errors import UserError
+from rlhf.asked import asked_genre
 from rlhf.judges import Score, Slope, scores, weighted_slope
 from rlhf.losses import from_group_means
 
 HOLD_RATE, HOLD_MOST = 1.0, 2.0
 """A held weight moves by so much a look for each spread that is missing, and stays between what it began with and this."""
 
+KINDS: Mapping[str, Callable[[str], str | None]] = {"genre": asked_genre}
+"""Parts that ask for different things by prompt, and what. (Leads are too many for the prompts of a look, and moods are seldom held.)"""
 HUMAN = "human"
 """The part that listeners' votes taught (a reward model)."""
 WATCHED = "watched"
@@ -52,6 +57,8 @@ class Part:
     part that is not `asked` always has an opinion; where it gives none, the clip is left out."""
     least: float = 0.0
     """The least spread of its raw marks that counts as one; smaller differences stay small."""
+    kind: Callable[[str], str | None] | None = None
+    """What a prompt asks this part for, by name; where it is held, each kind has a weight and a level of its own."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,9 @@ class Reward:
         self.every_round = self.names if every_round is None else tuple(every_round)
         """The parts that are judged in every round; the others only where `marks` is asked for everything."""
         self.scales: dict[str, tuple[float, float]] = {}
-        """Name -> mean and sd of the base's marks; empty until `measure`."""
+        """Name -> mean and sd of the base's marks; empty until `measure`. name/kind -> mean of these prompts, and sd of all."""
         self.now = {name: part.weight for name, part in self.parts.items()}
-        """The weights as they stand; those of held parts move."""
+        """The weights as they stand; those of held parts move. name/kind -> the weight for prompts of this kind, once it was held."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,21 +111,36 @@ class Reward:
         nothing = torch.full((len(codes),), float("nan"), device=codes.device)
         return torch.stack([found.get(name, nothing).detach().to(codes.device, torch.float32) for name in self.parts], 1)
 
-    def measure(self, marks: Tensor, prompts: Sequence[Hashable]) -> None:
-        """Take the scales from clips of the base: marks [B, P] over all ranks, and which prompt each is of. A scale that was taken stands;
-        where all marks are equal sd is 1 (a part's `least`, where it is more); a part without a finite mark has no scale yet (mean 0,
-        sd 1)."""
+    def measure(self, marks: Tensor, prompts: Sequence[str], places: Sequence[Hashable] | None = None) -> None:
+        """Take the scales from clips of the base: marks [B, P] over all ranks, and the prompt of each; places: which prompt it is, where
+        two may have the same words (and another tempo). A scale that was taken stands; where all marks are equal sd is 1 (a part's
+        `least`, where it is more); a part without a finite mark has no scale yet (mean 0, sd 1)."""
+        places = prompts if places is None else places
         for name, column in zip(self.names, marks.unbind(1)):
             there = torch.isfinite(column)
             if name in self.scales or not bool(there.any()):
                 continue
             finite = column[there].double()
-            mean, sd = float(finite.mean()), spread_within(finite, [prompt for prompt, use in zip(prompts, there.tolist()) if use])
+            mean, sd = float(finite.mean()), spread_within(finite, [place for place, use in zip(places, there.tolist()) if use])
             varied = sd > 1e-6 * max(1.0, abs(mean))
             self.scales[name] = (mean, max(sd if varied else 1.0, self.parts[name].least))
+            for key, rows in self._kinds(name, prompts).items():
+                if bool(there[rows].any()):
+                    self.scales[key] = (float(column[rows][there[rows]].double().mean()), self.scales[name][1])
 
-    def hold(self, names: Sequence[str], marks: Tensor) -> None:
-        """Move the weights of held parts by what clips of the policy [B, P] miss of the base's level: w - rate * mean z, within bounds.
+    def _kinds(self, name: str, prompts: Sequence[str]) -> dict[str, list[int]]:
+        """name/kind -> rows of the clips whose prompts ask a part for it."""
+        kind, found = self.parts[name].kind, dict[str, list[int]]()
+        for row, prompt in enumerate(prompts if kind else ()):
+            assert kind is not None
+            asks = kind(prompt)
+            if asks is not None:
+                found.setdefault(f"{name}/{asks}", []).append(row)
+        return found
+
+    def hold(self, names: Sequence[str], marks: Tensor, prompts: Sequence[str]) -> None:
+        """Move the weights of held parts by what clips of the policy [B, P] miss of the base's level: w - rate * mean z, within bounds; for
+        each kind of prompt by its own clips, and for kinds that are not among these prompts by all.
 
         None falls below what it began with: a part whose weight went to nothing was kept on the prompts of the looks, and lost by a tenth
         of the clips on prompts of new combinations (measured; docs/proof.md).
@@ -126,16 +148,36 @@ class Reward:
         They must be of the prompts and seeds by which the scales were measured: prompts differ in how well they can be fitted, and a mean
         over others is off by a fifth of a spread (measured), more than there is to hold.
         """
-        z = self.judge(marks).parts
         for name in names:
-            there = z[name][torch.isfinite(z[name])]
-            if len(there):
-                least = self.parts[name].weight
-                self.now[name] = min(max(self.now[name] - HOLD_RATE * float(there.double().mean()), least), max(least, HOLD_MOST))
+            column, before = marks[:, self.names.index(name)], self.now[name]
+            for key, rows in ({name: list(range(len(column)))} | self._kinds(name, prompts)).items():
+                mean, sd = self.scales.get(key, self.scales.get(name, (0.0, 1.0)))
+                there = column[rows][torch.isfinite(column[rows])].double()
+                if len(there):
+                    least = self.parts[name].weight
+                    missed = HOLD_RATE * (mean - float(there.mean())) / sd
+                    self.now[key] = min(max(self.now.get(key, before) + missed, least), max(least, HOLD_MOST))
 
-    def judge(self, marks: Tensor, stated: bool = False) -> Judgement:
-        """marks [B, P] -> total = sum of w * z [B], and each part's z. stated: by the weights of the start, so that marks of different
-        rounds can be compared.
+    def held(self, names: Sequence[str]) -> dict[str, float]:
+        """The weights of these parts as they stand, by name and name/kind."""
+        return {key: weight for key, weight in self.now.items() if key.partition("/")[0] in names}
+
+    def begin(self, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
+        """Put the weights of these parts to what `held` gave once, or to those that they began with."""
+        self.now = {key: weight for key, weight in self.now.items() if key.partition("/")[0] not in names}
+        self.now |= {name: self.parts[name].weight for name in names} if weights is None else weights
+
+    def weight(self, name: str, prompts: Sequence[str]) -> float | Tensor:
+        """What a spread of a part weighs now: one number, or one a prompt [B] where kinds of prompts have weights of their own."""
+        if not any(key.startswith(f"{name}/") for key in self.now):
+            return self.now[name]
+        kind = self.parts[name].kind
+        assert kind is not None
+        return torch.tensor([self.now.get(f"{name}/{kind(prompt)}", self.now[name]) for prompt in prompts])
+
+    def judge(self, marks: Tensor, prompts: Sequence[str], stated: bool = False) -> Judgement:
+        """marks [B, P] of clips of these prompts -> total = sum of w * z [B], and each part's z. stated: by the weights of the start, so
+        that marks of different rounds can be compared.
 
         A part that alone has a weight is taken as it is, w * mark: there is nothing to weigh it against, and PPO's own
         normaliser brings it to unit scale.
@@ -150,9 +192,9 @@ class Reward:
         total = torch.zeros_like(marks[:, 0])
         for name in self.trained:
             part, z = self.parts[name], parts[name]
-            total = total + (part.weight if stated else self.now[name]) * (
-                torch.where(torch.isnan(z), torch.zeros_like(z), z) if part.asked else z
-            )
+            weight = part.weight if stated else self.weight(name, prompts)
+            weight = weight.to(z) if isinstance(weight, Tensor) else weight
+            total = total + weight * (torch.where(torch.isnan(z), torch.zeros_like(z), z) if part.asked else z)
         return Judgement(total, parts)
 
     @property
@@ -160,16 +202,18 @@ class Reward:
         """Whether all scales are known that the worth of a trained part depends on."""
         return len(self.trained) == 1 or all(name in self.scales for name in self.trained)
 
-    def worth(self) -> dict[str, float]:
-        """d total / d mark of each trained part, as the weights stand."""
+    def worth(self, prompts: Sequence[str]) -> dict[str, float | Tensor]:
+        """d total / d mark of each trained part, as the weights stand: one number, or one a prompt [B]."""
         sd = {name: 1.0 if len(self.trained) == 1 else self.scales.get(name, (0.0, 1.0))[1] for name in self.trained}
-        return {name: self.now[name] / sd[name] for name in self.trained}
+        return {name: self.weight(name, prompts) / sd[name] for name in self.trained}
 
     def figures(self, marks: Tensor) -> dict[str, float]:
         """For plots, of marks [B, P]: mean raw mark of each part that was judged, its mean z, and the share of clips that an `asked`
         part passed over."""
         told: dict[str, float] = {}
-        for name, column, z in zip(self.names, marks.unbind(1), self.judge(marks).parts.values()):
+        for name, column in zip(self.names, marks.unbind(1)):
+            mean, sd = self.scales.get(name, (0.0, 1.0))
+            z = (column - mean) / sd
             if name not in self.every_round and bool(torch.isnan(column).all()):
                 continue
             there = torch.isfinite(column)
@@ -177,14 +221,15 @@ class Reward:
             told[f"reward_{name}_z"] = float(z[there].mean()) if there.any() else float("nan")
             if self.parts[name].asked:
                 told[f"reward_{name}_not_asked"] = float(1 - there.float().mean())
-            if self.now[name] != self.parts[name].weight:
-                told[f"reward_{name}_weight"] = self.now[name]
+            for key, weight in self.held((name,)).items():
+                if weight != self.parts[name].weight:
+                    told[f"reward_{key.replace('/', '_')}_weight"] = weight
         return told
 
     def state_dict(self) -> dict[str, Any]:
         weights = {name: self.parts[name].weight for name in self.trained}
         scales = {name: list(scale) for name, scale in self.scales.items()}
-        return {"weights": weights, "scales": scales, "now": {name: self.now[name] for name in self.trained}}
+        return {"weights": weights, "scales": scales, "now": self.held(self.trained)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises UserError where the parts or their weights are not those of the run that is to go on."""
@@ -219,7 +264,7 @@ class Mixed:
         self.reward.measure(self.reward.marks(codes, prompts), prompts)
 
     def __call__(self, codes: Tensor, prompts: list[str]) -> Tensor:
-        return self.reward.judge(self.reward.marks(codes, prompts)).total
+        return self.reward.judge(self.reward.marks(codes, prompts), prompts).total
 
     def slope(self, codes: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """d total / d latents [B, D, T], total [B]. UserError where a trained part has no slope."""
@@ -227,8 +272,8 @@ class Mixed:
         if flat:
             raise UserError(f"the part {', '.join(flat)}, without a slope", f"parts among {sorted(self.slopes)}", "leave it out")
         slopes = {name: self.slopes[name] for name in self.reward.trained}
-        slope, told = weighted_slope(slopes, self.reward.worth(), codes, prompts)
-        return slope, self.reward.judge(self.reward.marks(codes, prompts, known=told)).total
+        slope, told = weighted_slope(slopes, self.reward.worth(prompts), codes, prompts)
+        return slope, self.reward.judge(self.reward.marks(codes, prompts, known=told), prompts).total
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -277,7 +322,7 @@ def weighted(
     well: those that votes taught too (aspects). watched: a judge that can have no weight."""
     if human is None and not weights.get(HUMAN):
         weights = {name: weight for name, weight in weights.items() if name != HUMAN}
-    parts = {name: Part(score, asked=True, least=least if name in voted else 0.0) for name, score in checks.items()}
+    parts = {name: Part(score, asked=True, least=least if name in voted else 0.0, kind=KINDS.get(name)) for name, score in checks.items()}
     known = ({} if human is None else {HUMAN: Part(human, least=least)}) | parts
     unknown = sorted(set(weights) - set(known))
     if unknown:

@@ -225,17 +225,15 @@ def sample_folder(
     n_best: int = 1,
     reward_dir: str | Path | None = None,
     command: str | None = None,
+    choose_by: str | None = None,
 ) -> Path:
     """The command line's work: load, adapt, sample; the best of `n_best` where that is more than 1."""
     prompts = read_prompts(prompts_file)
     policy = load_policy(policy_dir)
-    hashes: list[str] = []
-    name = system or "base"
-    if adapter_dirs:
-        manifests = load_adapter(policy, list(adapter_dirs), weights)
-        hashes = [m.adapter_sha256 for m in manifests]
-        name = system or "+".join(m.name for m in manifests)
-    best = asked(n_best, reward_dir, policy, command)
+    manifests = load_adapter(policy, list(adapter_dirs), weights) if adapter_dirs else []
+    hashes = [m.adapter_sha256 for m in manifests]
+    name = system or "+".join(m.name for m in manifests) or "base"
+    best = asked(n_best, reward_dir, policy, command, manifests, choose_by)
     if best is not None and system is None:
         name = f"{name}-best-of-{n_best}"
     return sample(policy, prompts, out, settings, name, hashes, best)

@@ -86,7 +86,7 @@ def voted(cfg: Config, folder: Path) -> Task:
 
 def sampled(cfg: Config, accelerator: Accelerator) -> Task:
     """The best of n clips of each prompt; they are kept in out/winners, and a second call reads them there."""
-    from rlhf.best_of_n import best_of
+    from rlhf.best_of_n import asked
     from rlhf.evaluate_models import read_codes
     from rlhf.reward_model import load_reward
     from rlhf.sample_pairs import Settings, read_prompts, sample
@@ -97,7 +97,7 @@ def sampled(cfg: Config, accelerator: Accelerator) -> Task:
     prompts = read_prompts(cfg.prompts)
     how = Settings(n=cfg.clips_per_prompt, seed=cfg.seed, duration_s=cfg.duration_s)
     with accelerator.main_process_first():
-        manifest = sample(policy, prompts, cfg.out / "winners", how, "winners", best=best_of(cfg.best_of, cfg.reward, policy))
+        manifest = sample(policy, prompts, cfg.out / "winners", how, "winners", best=asked(cfg.best_of, cfg.reward, policy))
     rows = read_jsonl(manifest)
     place = {prompt.prompt_id: number for number, prompt in enumerate(prompts)}
     codes = read_codes(manifest, rows)

@@ -300,6 +300,7 @@ def main(cfg: Config) -> dict[str, Any]:
             licence=cfg.licence,
             config=to_mapping(cfg),
             figures=figures | ({"ears_sha256": task.own.ears_sha256} if task.own and task.own.ears_sha256 else {}),
+            objective=task.own.score.reward.state_dict() if task.own and isinstance(task.own.score, Mixed) else {},
         )
         save_adapter(cfg.out / "adapter", task.lm, manifest)
         recorder.close()

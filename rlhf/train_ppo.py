@@ -138,6 +138,9 @@ class Config:
     """Clips over which the controller moves the price by up to a fifth."""
     kl_coef_least: float = 0.0
     """What --target-kl never lowers the price below: without it a reward that says little is followed as far as one that says much."""
+    kl_power: float = 0.0
+    """With --target-kl: the price of a round is also multiplied by (its KL / target) to this power, which answers at once where the
+    controller comes late and overshoots; 0 leaves it to the controller."""
     brake: Literal["off", "stop", "rewind"] = "stop"
     """What happens when one of the four signs below shows: nothing; the run ends and its adapter is kept; the run ends and the adapter of
     the best look (highest held-out score without a sign) is kept. The reason stands in the adapter's manifest."""
@@ -156,6 +159,9 @@ class Config:
     patience: int = 2
     """Looks in a row in which sign 2, 3 or 4 must show. Sign 4: the held-out score, pessimistic as the reward is, is two standard errors
     below the best look's."""
+    average: float = 0.0
+    """Share that the mean of the rounds' adapters keeps each round (.9: of the last ten or so). Looks hear the mean, and it is what the run
+    leaves: as much reward at less drift. 0 leaves the last round's adapter. --target-kl and --kl-budget go by the rounds' own KL."""
     r: int = 16
     """Rank of the adapter."""
     alpha: float = 32.0
@@ -241,10 +247,11 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         # 4. Learn.
         with timed(seconds, "learn"):
             figures |= run.learn(rollout)
+            run.average.update()
         run.step += 1
         # 5. Look, now and then, at prompts that are never learnt from.
         if look_is_due(run):
-            with timed(seconds, "look"):
+            with timed(seconds, "look"), run.average.in_place():
                 figures |= look(run)
         # 6. Tell.
         told.step(run.step, figures, seconds, rollout.codes.numel(), run.examples)
@@ -260,12 +267,14 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 
     save(run)
     result = {"steps": run.step, "clips": run.clips, "credit": run.credit, "stopped": run.braked or stopped, **told.summary()}
-    if math.isfinite(kl):
-        result["kl"] = round(kl, 4)
     if run.braked is not None and cfg.brake == "rewind":
         result["rewound_to"] = rewind(run)
         assert run.brake.best is not None
-        result["kl"] = round(run.brake.best.kl, 4)
+        kl = run.brake.best.kl
+    elif run.average.tensors:
+        run.average.keep()
+        kl = run.drift()  # no round has played it
+    result |= {"kl": round(kl, 4)} if math.isfinite(kl) else {}
     result["reward_in_doubt"] = doubted is not None
     result["seconds"] = round(time.monotonic() - began, 1)
     if accelerator.is_main_process:
@@ -278,6 +287,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
             licence=cfg.licence,
             config=to_mapping(cfg),
             figures=result | ({"ears_sha256": task.ears_sha256} if task.ears_sha256 else {}),
+            objective=run.reward.state_dict(),
         )
         save_adapter(cfg.out / "adapter", task.lm, manifest)
     told.close()
@@ -300,6 +310,11 @@ def check(cfg: Config, world: int) -> None:
         raise UserError("a size below 1", "1 or more everywhere", "correct batch_size, minibatches, epochs, steps, n_frames or look_every")
     if not 0 <= cfg.kl_coef_least <= cfg.kl_coef:
         raise UserError(f"--kl-coef-least {cfg.kl_coef_least:g}", f"0 to --kl-coef, {cfg.kl_coef:g}", "lower it, or raise the first price")
+    if not 0 <= cfg.average < 1:
+        raise UserError(f"--average {cfg.average:g}", "0 to below 1", "take .9, or 0 for the last round's adapter")
+    if cfg.kl_power < 0 or (cfg.kl_power and cfg.target_kl is None):
+        got = f"--kl-power {cfg.kl_power:g} with --target-kl {cfg.target_kl}"
+        raise UserError(got, "0 or more, and a target", "give --target-kl and take 1, or leave it out")
     if cfg.credit == "codes" and cfg.ent_coef:
         raise UserError("--ent-coef with --credit codes", "0", "the KL price keeps its entropy; or use --credit score")
     if cfg.baseline == "loo" and (cfg.samples_per_prompt < 2 or cfg.batch_size % cfg.samples_per_prompt):

@@ -22,12 +22,12 @@ from rlhf.proof.cells import HERE, Cell, Kept, place
 PYTHON = sys.executable
 METHODS = ("ppo", "ppo_best", "dpo", "dpo_best", "best_of_n", "sft")
 BEST = "_best"
-"""Ending of a method that plays several clips of an adapter and keeps the one which the reward likes best."""
+"""Ending of a method that plays several clips of an adapter and keeps the best by what it was trained for (rlhf.objective)."""
 SECONDS = {"ppo": 390, "dpo": 500, "sft": 200}
 """What training takes of one core, roughly; finished cells tell better."""
 ALONE = ("--weights", "human=1", "--hold", "")
 """Nothing but the listeners' part is trained on."""
-TUNED_ON = (0, 1, *range(8000, 8006), 9003, 9004, *range(9006, 9009))
+TUNED_ON = (0, 1, *range(8000, 8006), 9003, 9004, *range(9006, 9009), 9010, 9012, 9013, 9015, 9016)
 """Seeds of held-out prompts on which settings have been compared, in the demo's time and by `tuning`."""
 
 
@@ -273,7 +273,7 @@ class Builder:
         return Cell(f"base/{kind}/s{seed}", (*program("rlhf.proof.play"), "--out", HERE, *how), needs, weight=43)
 
     def played(self, run: Cell, method: str, seed: int, proxy: Cell | None) -> Cell:
-        """Clips of a run's adapter, or, for a method that says so, the best of several by the reward that it was trained on."""
+        """Clips of a run's adapter, or, for a method that says so, the best of several by all that it was trained for."""
         how, needs = self.how_to_play(seed)
         base = self.base(seed)
         given = ("--system", method, "--adapter", place(run, "run", "adapter"), "--out", HERE, "--beside", place(base))

@@ -92,8 +92,9 @@ def measure(args: argparse.Namespace, policy: Policy, manifest: Path) -> dict[st
 
 def play(args: argparse.Namespace) -> dict[str, Any]:
     policy = load_policy(args.policy)
-    hashes = [manifest.adapter_sha256 for manifest in load_adapter(policy, args.adapter)] if args.adapter else []
-    best = asked(args.best_of, args.reward, policy, args.score_command)
+    manifests = load_adapter(policy, args.adapter) if args.adapter else []
+    hashes = [manifest.adapter_sha256 for manifest in manifests]
+    best = asked(args.best_of, args.reward, policy, args.score_command, manifests)
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
     manifest = sample(policy, read_prompts(args.prompts), args.out / "samples", settings, args.system, hashes, best)
     found = measure(args, policy, manifest)

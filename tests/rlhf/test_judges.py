@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from base_models.policy import PRETRAINED, load_policy
-from rlhf.consistency import Spectrum, diversity_heard, slopes, tempo_distribution
+from rlhf.consistency import SOFTENED, Spectrum, diversity_heard, slopes, tempo_distribution
 from rlhf.descriptors import describe
 from rlhf.ears import ears_of
 from rlhf.judges import CLIPS_AT_ONCE, Judge, SlopeOf, scores, weighted_slope
@@ -86,6 +86,7 @@ def written_out(world: World, name: str, latents: Tensor) -> tuple[Tensor, list[
     ears = ears_of(base)
     assert ears is not None
     told = ears.log_probabilities_of(torch.cat([over_time(latents), magnitude_statistics(magnitude), described], 1))["genre"]
+    told = (told / SOFTENED["genre"]).log_softmax(1)
     asked_of = [(0, "jazz"), (1, "jazz"), (2, "techno"), (6, "folk")]
     return torch.stack([told[row, ears.classes["genre"].index(genre)] for row, genre in asked_of]), [row for row, _ in asked_of]
 
@@ -103,6 +104,18 @@ def test_what_judges_say_together_is_what_each_would_say_in_its_own_words(world:
         alone, again = world.ways[name](world.codes, PROMPTS)
         assert_alike(alone, mine)
         torch.testing.assert_close(again, told[name], rtol=1e-5, atol=2e-6, equal_nan=True)
+    assert_alike(slope, total)
+
+
+def test_a_part_may_be_worth_something_else_for_every_clip(world: World) -> None:
+    ways = {name: way for name, way in world.ways.items() if not way.judge.compares}  # what hears clips together pulls at all of them
+    by_clip = {name: WORTH[name] * (1 + torch.arange(len(PROMPTS)) / 4) for name in ways}
+    slope, told = weighted_slope(ways, by_clip, world.codes, PROMPTS)
+    total = torch.zeros_like(slope)
+    for name, way in ways.items():
+        mine, score = way(world.codes, PROMPTS)
+        total += by_clip[name][:, None, None] * mine
+        torch.testing.assert_close(told[name], score, rtol=1e-5, atol=2e-6, equal_nan=True)
     assert_alike(slope, total)
 
 

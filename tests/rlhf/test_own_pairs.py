@@ -335,7 +335,7 @@ def test_held_weights_move_between_rounds_from_where_the_round_before_had_left_t
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
     moved = own.measure(1)
-    missed = reward.judge(reward.marks(own.heard.codes, [""] * len(own.heard.codes))).parts["even"].mean()
+    missed = reward.judge(reward.marks(own.heard.codes, [""] * len(own.heard.codes)), [""] * len(own.heard.codes)).parts["even"].mean()
     assert moved["held_out/weight_even"] == pytest.approx(min(max(0.5 - HOLD_RATE * float(missed), 0.5), HOLD_MOST))
     assert moved["held_out/weight_even"] != 0.5
     assert own.measure(1) == moved  # a run that is resumed measures its round again

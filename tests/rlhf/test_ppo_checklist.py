@@ -240,6 +240,26 @@ def test_08_the_price_of_drift_stops_at_its_least() -> None:
     assert controller.update(60.0, n=10) > 0.09
 
 
+def steered(power: float) -> tuple[float, float]:
+    """Largest KL and last KL of a policy that goes the way of its reward less what drift costs, 40 rounds at a rate that falls."""
+    controller, x, drift = AdaptiveKLController(0.005, target_kl=42.0, horizon=120, least=0.0025, power=power), 0.0, []
+    for number in range(40):
+        kl = x**2 / 2
+        x += 0.9 * (1 - 0.9 * number / 39) * math.tanh(3 * (1 - 20 * controller.price(kl) * x))
+        controller.update(kl, n=32)
+        drift.append(x**2 / 2)
+    return max(drift), drift[-1]
+
+
+def test_08_a_price_that_answers_the_rounds_own_kl_swings_less_about_its_target() -> None:
+    (late, late_end), (prompt, prompt_end) = steered(0.0), steered(1.0)
+    assert prompt - 42 < 0.7 * (late - 42)
+    assert abs(prompt_end - 42) <= abs(late_end - 42)
+    controller = AdaptiveKLController(0.1, target_kl=6.0, horizon=100, least=0.03, power=1.0)
+    assert [controller.price(kl) for kl in (6.0, 9.0, 0.0, -1.0, 1e9, float("nan"))] == pytest.approx([0.1, 0.15, 0.03, 0.03, 0.4, 0.1])
+    assert AdaptiveKLController(0.1, power=1.0).price(1e9) == 0.1  # no target, one price
+
+
 # ---- moments over all ranks ------------------------------------------------------------------------------------------
 
 

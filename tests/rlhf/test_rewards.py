@@ -28,7 +28,7 @@ def measured(reward: Reward) -> tuple[Reward, Tensor]:
 def test_a_weight_is_worth_one_spread_of_the_base_whatever_the_parts_units() -> None:
     small, large = says(0.1, 0.2, 0.3, 0.4), says(4000.0, 3000.0, 2000.0, 1000.0)
     reward, marks = measured(Reward({"small": Part(small, 1.0), "large": Part(large, 1.0)}))
-    judged = reward.judge(marks)
+    judged = reward.judge(marks, PROMPTS)
     torch.testing.assert_close(judged.total, torch.zeros(4), atol=1e-5, rtol=0)  # mirror images of equal weight
     for z in judged.parts.values():
         assert float(z.mean()) == pytest.approx(0, abs=1e-6)
@@ -57,7 +57,7 @@ def test_a_spread_within_prompts_is_found_in_random_marks() -> None:
 
 def test_scales_stand_still_once_measured() -> None:
     reward, marks = measured(Reward({"a": Part(says(0, 1, 2, 3)), "b": Part(says(3, 1, 0, 1), 0.5)}))
-    better = reward.judge(marks + 10).total - reward.judge(marks).total
+    better = reward.judge(marks + 10, PROMPTS).total - reward.judge(marks, PROMPTS).total
     torch.testing.assert_close(better, torch.full((4,), 10 / 1.25**0.5 + 0.5 * 10 / 1.1875**0.5))
 
 
@@ -65,21 +65,21 @@ def test_a_part_of_weight_zero_is_judged_and_never_counted() -> None:
     parts = {"a": Part(says(0, 1, 2, 3)), "b": Part(says(3, 1, 0, 1))}
     without, _ = measured(Reward(parts))
     reward, marks = measured(Reward({**parts, "watched": Part(says(9, NAN, 7, 5), 0.0)}))
-    judged = reward.judge(marks)
+    judged = reward.judge(marks, PROMPTS)
     assert "watched" in judged.parts
-    assert torch.equal(judged.total, without.judge(without.marks(CODES, PROMPTS)).total)
+    assert torch.equal(judged.total, without.judge(without.marks(CODES, PROMPTS), PROMPTS).total)
     assert reward.figures(marks)["reward_watched"] == 7.0
 
 
 def test_a_part_that_alone_has_a_weight_is_taken_as_it_is() -> None:
     reward, marks = measured(Reward({"a": Part(says(5, 6, 7, NAN), 2.0), "watched": Part(says(1, 2, 3, 4), 0.0)}))
-    torch.testing.assert_close(reward.judge(marks).total, torch.tensor([10.0, 12, 14, NAN]), equal_nan=True)
+    torch.testing.assert_close(reward.judge(marks, PROMPTS).total, torch.tensor([10.0, 12, 14, NAN]), equal_nan=True)
 
 
 def test_not_asked_counts_as_the_bases_mean_and_no_opinion_leaves_the_clip_out() -> None:
     human, tempo = Part(says(0, 1, 2, NAN)), Part(says(NAN, 1, 3, 2), asked=True)
     reward, marks = measured(Reward({"human": human, "tempo": tempo}))
-    total = reward.judge(marks).total
+    total = reward.judge(marks, PROMPTS).total
     assert float(total[0]) == pytest.approx(-1 / (2 / 3) ** 0.5)  # the listeners' part alone
     assert torch.isfinite(total).tolist() == [True, True, True, False]
     assert reward.figures(marks)["reward_tempo_not_asked"] == 0.25
@@ -87,21 +87,21 @@ def test_not_asked_counts_as_the_bases_mean_and_no_opinion_leaves_the_clip_out()
 
 def test_an_asked_part_that_breaks_to_infinity_is_not_taken_for_not_asked() -> None:
     reward, marks = measured(Reward({"human": Part(says(0, 1, 2, 3)), "tempo": Part(says(float("inf"), 1, 3, 2), asked=True)}))
-    assert torch.isfinite(reward.judge(marks).total).tolist() == [False, True, True, True]
+    assert torch.isfinite(reward.judge(marks, PROMPTS).total).tolist() == [False, True, True, True]
 
 
 def test_a_part_that_never_differs_on_the_base_keeps_its_unit() -> None:
     reward, marks = measured(Reward({"a": Part(says(0, 1, 2, 3)), "never": Part(says(0, 0, 0, 0))}))
     later = marks.clone()
     later[2, 1] = 1.0
-    assert float((reward.judge(later).total - reward.judge(marks).total)[2]) == 1.0
+    assert float((reward.judge(later, PROMPTS).total - reward.judge(marks, PROMPTS).total)[2]) == 1.0
 
 
 def test_scales_survive_a_checkpoint_and_other_weights_are_refused() -> None:
     reward, marks = measured(Reward({"a": Part(says(0, 1, 2, 3)), "b": Part(says(3, 1, 0, 1))}))
     again = Reward(reward.parts)
     again.load_state_dict(reward.state_dict())
-    assert torch.equal(again.judge(marks).total, reward.judge(marks).total)
+    assert torch.equal(again.judge(marks, PROMPTS).total, reward.judge(marks, PROMPTS).total)
     with pytest.raises(UserError, match="the same parts and weights"):
         Reward({**reward.parts, "b": Part(says(3, 1, 0, 1), 0.9)}).load_state_dict(reward.state_dict())
 
@@ -131,7 +131,7 @@ def test_without_a_listener_the_checks_are_the_whole_reward() -> None:
 def test_a_judge_that_is_watched_can_have_no_weight_and_counts_for_nothing() -> None:
     reward = weighted({"human": 1.0}, says(0, 1, 2, 3), {}, watched=says(9, 7, NAN, 5))
     marks = reward.marks(CODES, PROMPTS, everything=True)
-    assert reward.judge(marks).total.tolist() == [0, 1, 2, 3]
+    assert reward.judge(marks, PROMPTS).total.tolist() == [0, 1, 2, 3]
     assert reward.figures(marks)["reward_watched"] == 7.0
     with pytest.raises(UserError, match="watched"):
         weighted({"human": 1.0, "watched": 0.0}, says(0, 1, 2, 3), {}, watched=says(1, 2, 3, 4))
@@ -160,13 +160,13 @@ def test_a_spread_that_votes_did_not_support_is_not_blown_up_to_one() -> None:
     nearly_nothing, real = says(0.001, -0.001, 0.002, -0.002), says(1, 2, 3, 4)
     weights = {"human": 1.0, "tempo": 0.5}
     reward, marks = measured(weighted(weights, nearly_nothing, {"tempo": real}, least=0.25))
-    human = reward.judge(marks).parts["human"]
+    human = reward.judge(marks, PROMPTS).parts["human"]
     assert float(human.abs().max()) < 0.01
     full, _ = measured(weighted(weights, nearly_nothing, {"tempo": real}))
-    assert float(full.judge(marks).parts["human"].abs().max()) > 1
-    assert reward.worth()["human"] == pytest.approx(1 / 0.25)
+    assert float(full.judge(marks, PROMPTS).parts["human"].abs().max()) > 1
+    assert reward.worth(PROMPTS)["human"] == pytest.approx(1 / 0.25)
     enough, marks = measured(weighted(weights, real, {"tempo": real}, least=0.25))
-    assert float(enough.judge(marks).parts["human"].std(correction=0)) == pytest.approx(1)
+    assert float(enough.judge(marks, PROMPTS).parts["human"].std(correction=0)) == pytest.approx(1)
 
 
 def test_the_least_spread_of_a_total_is_a_lone_parts_own_or_half_of_what_the_parts_would_make() -> None:
@@ -178,19 +178,55 @@ def test_the_least_spread_of_a_total_is_a_lone_parts_own_or_half_of_what_the_par
 
 def test_a_held_part_weighs_more_while_it_is_worse_than_the_bases_and_no_less_than_at_first_while_it_is_better() -> None:
     reward, marks = measured(Reward({"human": Part(says(0, 1, 2, 3)), "fit": Part(says(3, 1, 0, 1), 0.5, asked=True)}))
-    reward.hold(["fit"], marks)
+    reward.hold(["fit"], marks, PROMPTS)
     assert reward.now["fit"] == pytest.approx(0.5)  # the base itself is at its own level
     spread = reward.scales["fit"][1]
-    reward.hold(["fit"], marks - spread)
+    reward.hold(["fit"], marks - spread, PROMPTS)
     assert reward.now == {"human": 1.0, "fit": pytest.approx(0.5 + HOLD_RATE)}
     assert reward.figures(marks)["reward_fit_weight"] == reward.now["fit"]
-    assert reward.worth()["fit"] == pytest.approx((0.5 + HOLD_RATE) / spread)
+    assert reward.worth(PROMPTS)["fit"] == pytest.approx((0.5 + HOLD_RATE) / spread)
     for _ in range(100):
-        reward.hold(["fit"], marks + spread)
+        reward.hold(["fit"], marks + spread, PROMPTS)
     assert reward.now["fit"] == 0.5  # and never less than it began with
     for _ in range(100):
-        reward.hold(["fit"], torch.where(torch.tensor([False, True]), NAN, marks))
+        reward.hold(["fit"], torch.where(torch.tensor([False, True]), NAN, marks), PROMPTS)
     assert reward.now["fit"] == 0.5  # prompts that ask nothing move nothing
+
+
+def test_each_kind_of_prompt_is_held_by_its_own_clips_at_its_own_level() -> None:
+    """A genre that is lost must not be made up for by another that is gained."""
+    words = ["calm ambient", "dark ambient", "happy folk", "sad folk", "slow jazz", "music"]
+    fit = says(-1.0, -3.0, -5.0, -7.0, -6.0, NAN)  # folk is harder to play
+    reward = weighted({"human": 1.0, "genre": 0.5}, says(0, 1, 2, 3, 4, 5), {"genre": fit})
+    codes = torch.zeros(6, 1, 2, dtype=torch.int64)
+    marks = reward.marks(codes, words)
+    reward.measure(marks, words)
+    assert reward.scales["genre/ambient"][0] == -2
+    assert reward.scales["genre/folk"][0] == -6
+    spread = reward.scales["genre"][1]
+    looked = words[:4]  # no jazz among the prompts of a look
+    moved = marks[:4].clone()
+    moved[:, 1] += torch.tensor([-1.0, -1, 1, 1]) * spread / 2
+    reward.hold(["genre"], moved, looked)
+    pooled = 0.5 + HOLD_RATE * (float(marks[:5, 1].mean()) - float(moved[:, 1].mean())) / spread  # of these prompts, against all
+    assert reward.held(["genre"]) == {"genre": pytest.approx(max(pooled, 0.5)), "genre/ambient": pytest.approx(1.0), "genre/folk": 0.5}
+    told = reward.weight("genre", words)
+    assert isinstance(told, Tensor)
+    assert told.tolist() == pytest.approx([1.0, 1.0, 0.5, 0.5, reward.now["genre"], reward.now["genre"]])
+    worth = reward.worth(words)["genre"]
+    assert isinstance(worth, Tensor)
+    assert torch.allclose(worth, told / spread)
+    z = reward.judge(marks, words).parts
+    by_hand = z["human"] + told * torch.where(torch.isnan(z["genre"]), 0.0, z["genre"])
+    assert torch.allclose(reward.judge(marks, words).total, by_hand)
+    assert reward.figures(marks)["reward_genre_ambient_weight"] == pytest.approx(1.0)
+    again = weighted({"human": 1.0, "genre": 0.5}, says(0, 1, 2, 3, 4, 5), {"genre": fit})
+    again.load_state_dict(reward.state_dict())
+    assert torch.equal(again.judge(marks, words).total, reward.judge(marks, words).total)
+    again.begin(["genre"])
+    assert again.held(["genre"]) == {"genre": 0.5}
+    again.begin(["genre"], reward.held(["genre"]))
+    assert again.now == reward.now
 
 
 def test_aspects_that_votes_hardly_support_are_not_blown_up_either() -> None:
@@ -199,7 +235,7 @@ def test_aspects_that_votes_hardly_support_are_not_blown_up_either() -> None:
         {"human": 1.0, "musicality": 0.5, "tempo": 0.5}, faint, {"musicality": faint, "tempo": faint}, 0.25, voted=("musicality",)
     )
     reward, marks = measured(reward)
-    z = reward.judge(marks).parts
+    z = reward.judge(marks, PROMPTS).parts
     assert float(z["musicality"].abs().max()) == float(z["human"].abs().max()) == pytest.approx(0.001 / 0.25)
     assert float(z["tempo"].abs().max()) > 1
 
@@ -207,13 +243,13 @@ def test_aspects_that_votes_hardly_support_are_not_blown_up_either() -> None:
 def test_looks_are_judged_by_the_weights_of_the_start_and_held_ones_are_taken_up_again() -> None:
     parts = {"human": Part(says(0, 1, 2, 3)), "fit": Part(says(3, 1, 0, 1), 0.5, asked=True)}
     reward, marks = measured(Reward(parts))
-    before = reward.judge(marks).total
-    reward.hold(["fit"], marks - 5)
-    assert torch.equal(reward.judge(marks, stated=True).total, before)
-    assert not torch.equal(reward.judge(marks).total, before)
+    before = reward.judge(marks, PROMPTS).total
+    reward.hold(["fit"], marks - 5, PROMPTS)
+    assert torch.equal(reward.judge(marks, PROMPTS, stated=True).total, before)
+    assert not torch.equal(reward.judge(marks, PROMPTS).total, before)
     again = Reward(parts)
     again.load_state_dict(reward.state_dict())
-    assert torch.equal(again.judge(marks).total, reward.judge(marks).total)
+    assert torch.equal(again.judge(marks, PROMPTS).total, reward.judge(marks, PROMPTS).total)
 
 
 @pytest.mark.parametrize("text", ["tempo", "similarity,tempo", "human,similarity"])
