@@ -69,7 +69,8 @@ def objective_of(
     unknown = sorted(set(wanted) - set(manifest.objective["scales"]))
     if unknown and weights is not None:
         measured = f"some of {', '.join(sorted(scales))}, which the run measured"
-        raise UserError(f"weights of {', '.join(unknown)}", measured, "correct --choose-by")
+        remedy = "correct --choose-by, or train with --heldout-prompts, whose first look measures every part"
+        raise UserError(f"weights of {', '.join(unknown)}", measured, remedy)
     single = {name: weight for name, weight in wanted.items() if weight and name in scales}
     if not single:
         if weights is not None:
