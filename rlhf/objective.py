@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from adapters.library import Manifest
@@ -40,9 +39,7 @@ class Objective:
         return {name: self.reward.now[name] for name in self.reward.trained}
 
     def __call__(self, codes: Tensor, prompts: list[str]) -> Tensor:
-        z = self.reward.judge(self.reward.marks(codes, prompts), prompts).parts
-        marks = [self.reward.now[name] * (z[name].nan_to_num(0.0) if self.reward.parts[name].asked else z[name]) for name in self.weights]
-        return torch.stack(marks).sum(0)
+        return self.reward.weighed(self.reward.in_spreads(self.reward.marks(codes, prompts)), prompts)
 
 
 def objective_of(

@@ -151,7 +151,7 @@ class Reward:
         for name in names:
             column, before = marks[:, self.names.index(name)], self.now[name]
             for key, rows in ({name: list(range(len(column)))} | self._kinds(name, prompts)).items():
-                mean, sd = self.scales.get(key, self.scales.get(name, (0.0, 1.0)))
+                mean, sd = self.scales.get(key, self._scale(name))
                 there = column[rows][torch.isfinite(column[rows])].double()
                 if len(there):
                     least = self.parts[name].weight
@@ -182,20 +182,28 @@ class Reward:
         A part that alone has a weight is taken as it is, w * mark: there is nothing to weigh it against, and PPO's own
         normaliser brings it to unit scale.
         """
-        parts = {}
-        for name, column in zip(self.names, marks.unbind(1)):
-            mean, sd = self.scales.get(name, (0.0, 1.0))
-            parts[name] = (column - mean) / sd
+        parts = self.in_spreads(marks)
         if len(self.trained) == 1:
             (name,) = self.trained
             return Judgement(self.parts[name].weight * marks[:, self.names.index(name)], parts)
-        total = torch.zeros_like(marks[:, 0])
+        return Judgement(self.weighed(parts, prompts, stated), parts)
+
+    def in_spreads(self, marks: Tensor) -> dict[str, Tensor]:
+        """marks [B, P] -> each part's z [B]; a part without a scale as it is."""
+        return {name: (column - self._scale(name)[0]) / self._scale(name)[1] for name, column in zip(self.names, marks.unbind(1))}
+
+    def _scale(self, name: str) -> tuple[float, float]:
+        return self.scales.get(name, (0.0, 1.0))
+
+    def weighed(self, z: Mapping[str, Tensor], prompts: Sequence[str], stated: bool = False) -> Tensor:
+        """sum of w * z [B] over the trained parts; what a prompt does not ask for counts as the base's mean."""
+        total = torch.zeros_like(next(iter(z.values())))
         for name in self.trained:
-            part, z = self.parts[name], parts[name]
+            part, own = self.parts[name], z[name]
             weight = part.weight if stated else self.weight(name, prompts)
-            weight = weight.to(z) if isinstance(weight, Tensor) else weight
-            total = total + weight * (torch.where(torch.isnan(z), torch.zeros_like(z), z) if part.asked else z)
-        return Judgement(total, parts)
+            weight = weight.to(own) if isinstance(weight, Tensor) else weight
+            total = total + weight * (torch.where(torch.isnan(own), torch.zeros_like(own), own) if part.asked else own)
+        return total
 
     @property
     def measured(self) -> bool:
@@ -204,16 +212,14 @@ class Reward:
 
     def worth(self, prompts: Sequence[str]) -> dict[str, float | Tensor]:
         """d total / d mark of each trained part, as the weights stand: one number, or one a prompt [B]."""
-        sd = {name: 1.0 if len(self.trained) == 1 else self.scales.get(name, (0.0, 1.0))[1] for name in self.trained}
+        sd = {name: 1.0 if len(self.trained) == 1 else self._scale(name)[1] for name in self.trained}
         return {name: self.weight(name, prompts) / sd[name] for name in self.trained}
 
     def figures(self, marks: Tensor) -> dict[str, float]:
         """For plots, of marks [B, P]: mean raw mark of each part that was judged, its mean z, and the share of clips that an `asked`
         part passed over."""
         told: dict[str, float] = {}
-        for name, column in zip(self.names, marks.unbind(1)):
-            mean, sd = self.scales.get(name, (0.0, 1.0))
-            z = (column - mean) / sd
+        for (name, z), column in zip(self.in_spreads(marks).items(), marks.unbind(1)):
             if name not in self.every_round and bool(torch.isnan(column).all()):
                 continue
             there = torch.isfinite(column)
