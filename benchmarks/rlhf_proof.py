@@ -14,7 +14,8 @@
 Experiments, tastes and seeds may be asked for in one call or in many: what is finished is written down in OUT/final/ledger.json, and the
 report shows all that stands there (results of settings that were changed since are left out, and counted). It may be killed at any
 moment and called again: finished cells are kept, a begun training run goes on from its checkpoint. Settings are part of a cell's name:
-change a constant below and only what hangs on it is done again. The code is not: after a change of a training script take another --out.
+change a constant below and only what hangs on it is done again. The code and where it lies are not: after a change of a training script
+take another --out.
 --report-only tells what is there, --list what is left and an estimate of its minutes. Every program has one thread; --jobs runs so many
 side by side."""
 

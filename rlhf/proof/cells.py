@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -28,6 +29,8 @@ from rlhf.proof.left import expected, seconds_left
 
 HERE = "{here}"
 """Stands in a cell's arguments for its own folder."""
+PYTHON, CODE = "{python}", "{code}"
+"""Stand in arguments for this interpreter and for the folder of this source tree, so that a name does not depend on where they lie."""
 TOP = Path(__file__).resolve().parents[2]
 
 
@@ -87,6 +90,19 @@ def place(cell: Cell, *parts: str) -> str:
     return "/".join((ROOT, cell.name, *parts))
 
 
+def portable(path: Path) -> str:
+    """A path as it stands in arguments: within this source tree by its place there, else whole."""
+    whole = path.resolve()
+    return "/".join((CODE, *whole.relative_to(TOP).parts)) if whole.is_relative_to(TOP) else str(whole)
+
+
+def _filled(argument: str, folder: Path, root: Path) -> str:
+    """An argument of the cell in `folder` as its program gets it."""
+    for name, stands_for in ((HERE, folder), (ROOT, root), (PYTHON, sys.executable), (CODE, TOP)):
+        argument = argument.replace(name, str(stands_for))
+    return argument
+
+
 def closure(cells: Iterable[Cell]) -> list[Cell]:
     """The cells and all that they need, each once, needed ones first."""
     found: dict[str, Cell] = {}
@@ -112,7 +128,7 @@ def run_cell(cell: Cell, root: Path, environment: dict[str, str] | None = None) 
         if cell.is_done(root):
             return 0.0
         begun = (folder / "cell.json").is_file()
-        filled = [arg.replace(HERE, str(folder)).replace(ROOT, str(root)) for arg in (*cell.argv, *(cell.resume if begun else ()))]
+        filled = [_filled(argument, folder, root) for argument in (*cell.argv, *(cell.resume if begun else ()))]
         write_json(folder / "cell.json", {"label": cell.label, "argv": filled, "needs": [need.name for need in cell.needs]})
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             code = subprocess.run(

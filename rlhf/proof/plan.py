@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from base_models.policy import PRETRAINED
-from rlhf.proof.cells import HERE, Cell, Kept, place
+from rlhf.proof.cells import HERE, PYTHON, Cell, Kept, place, portable
 
-PYTHON = sys.executable
 METHODS = ("ppo", "ppo_best", "dpo", "dpo_best", "best_of_n", "sft")
 BEST = "_best"
 """Ending of a method that plays several clips of an adapter and keeps the best by what it was trained for (rlhf.objective)."""
@@ -144,7 +143,7 @@ class Plan:
 
 def serving(*judge: str) -> str:
     """The command of a taste, or a constant, as a judge in a process of its own."""
-    return " ".join((PYTHON, "-m", "rlhf.simulation.serve", *judge))
+    return shlex.join((PYTHON, "-m", "rlhf.simulation.serve", *judge))  # quoted: the interpreter's path may hold a space
 
 
 def program(name: str) -> tuple[str, ...]:
@@ -165,8 +164,12 @@ class Builder:
     def settings(self, *arguments: Sequence[str]) -> str:
         """A short name of what training was told and of how much there was of everything, but for votes, which every table names."""
         counted = {k: v for k, v in asdict(self.sizes).items() if k not in ("votes", "weak_votes", "shuffles")}
-        told = [counted, str(self.policy), self.arguments.crew, *arguments]
+        told = [counted, portable(self.policy), self.arguments.crew, *arguments]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def on_policy(self) -> tuple[str, str]:
+        return "--policy", portable(self.policy)
 
     # ---- clips and votes -----------------------------------------------------------------------------------------------
 
@@ -184,7 +187,7 @@ class Builder:
 
     def samples(self, seed: int) -> Cell:
         prompts = self.prompts("train", seed)
-        given = ("--policy", str(self.policy), "--prompts", place(prompts, "prompts.jsonl"), "-n", str(self.sizes.clips))
+        given = (*self.on_policy, "--prompts", place(prompts, "prompts.jsonl"), "-n", str(self.sizes.clips))
         to = ("--system", "base", "--out", f"{HERE}/samples")
         how = ("--seed", str(seed + 50 * self.tuning), "--duration", str(self.sizes.duration_s), *to)
         return Cell(f"samples/s{seed}", (*program("rlhf.cli"), "sample", *given, *how), (prompts,), weight=120)
@@ -206,7 +209,7 @@ class Builder:
     # ---- training --------------------------------------------------------------------------------------------------------
 
     def reward(self, snapshot: Cell, weak: bool = False) -> Cell:
-        given = ("--snapshot", place(snapshot, "snapshot"), "--policy", str(self.policy), "--out", f"{HERE}/reward")
+        given = ("--snapshot", place(snapshot, "snapshot"), *self.on_policy, "--out", f"{HERE}/reward")
         more = self.arguments.weak_reward if weak else self.arguments.reward
         label = snapshot.label.replace("snapshot/", "weak/" if weak else "reward/", 1)
         return Cell(label, (*program("rlhf/train_reward.py"), *given, *more), (snapshot,), weight=55)
@@ -215,7 +218,7 @@ class Builder:
         """The run of a training script; its adapter is <cell>/run/adapter."""
         own = tuple(getattr(self.arguments, method) if more is None else more)
         prompts = self.prompts("play", seed)
-        given: tuple[str, ...] = ("--policy", str(self.policy), "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
+        given: tuple[str, ...] = (*self.on_policy, "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
         needs: tuple[Cell, ...] = ()
         if self.arguments.trained_on[method] in ("votes", "both"):
             given, needs = (*given, "--snapshot", place(snapshot, "snapshot")), (*needs, snapshot)
@@ -234,7 +237,7 @@ class Builder:
     def outside(self, judge: Sequence[str], label: str, seed: int, more: Sequence[str], watched: bool) -> Cell:
         """PPO whose reward is a program. watched: at held-out prompts too, without which nothing can be held."""
         prompts, watch = self.prompts("play", seed), self.prompts("watch", seed)
-        given = ("--policy", str(self.policy), "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
+        given = (*self.on_policy, "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
         judged = ("--score-command", serving(*judge), "--prompts", place(prompts, "prompts.jsonl"))
         how = ("--n-frames", str(self.sizes.n_frames), *more, "--credit", "score")  # a program has no slope
         looks = ("--heldout-prompts", place(watch, "prompts.jsonl")) if watched else ()
@@ -255,16 +258,16 @@ class Builder:
         return Cell(f"probe/s{seed}", argv, (samples,), weight=25)
 
     def known(self) -> Cell:
-        how = ("--policy", str(self.policy), "--n", str(self.sizes.known_clips), "--duration", str(self.sizes.duration_s), "--out", HERE)
+        how = (*self.on_policy, "--n", str(self.sizes.known_clips), "--duration", str(self.sizes.duration_s), "--out", HERE)
         return Cell("known", (*program("rlhf.proof.known"), *how), weight=40)
 
     def how_to_play(self, seed: int, kind: str = "heldout") -> tuple[tuple[str, ...], tuple[Cell, ...]]:
         prompts, probe, samples, known = self.prompts(kind, seed), self.probe(seed), self.samples(seed), self.known()
         n = self.sizes.heldout_clips if kind == "heldout" else 1
         how = (
-            "--policy", str(self.policy), "--prompts", place(prompts, "prompts.jsonl"), "-n", str(n), "--seed", str(10_000 + seed),
+            *self.on_policy, "--prompts", place(prompts, "prompts.jsonl"), "-n", str(n), "--seed", str(10_000 + seed),
             "--duration", str(self.sizes.duration_s), "--probe", place(probe, "probe.npz"), "--real-probe", place(known, "probe.npz"),
-            "--rated", place(samples, "samples", "manifest.jsonl"), *(("--tokens", str(self.tokens)) if self.tokens else ()),
+            "--rated", place(samples, "samples", "manifest.jsonl"), *(("--tokens", portable(self.tokens)) if self.tokens else ()),
         )  # fmt: skip
         return how, (prompts, probe, samples, known)
 

@@ -8,7 +8,7 @@ import pytest
 
 from base_models.checkpoint import read_json, write_json
 from base_models.errors import UserError
-from rlhf.proof.cells import HERE, ROOT, TOP, Cell, closure, place, run_all, run_cell
+from rlhf.proof.cells import CODE, HERE, PYTHON, ROOT, TOP, Cell, closure, place, portable, run_all, run_cell
 
 COUNT = "import pathlib, sys; p = pathlib.Path(sys.argv[1]) / 'count'; p.write_text(str(int(p.read_text() if p.exists() else 0) + 1))"
 COPY = "import pathlib, sys; pathlib.Path(sys.argv[2], 'copy').write_text(pathlib.Path(sys.argv[1], 'count').read_text() * 2)"
@@ -42,6 +42,16 @@ def test_other_settings_are_another_folder_and_so_is_all_that_hangs_on_them(tmp_
     assert copying(first).name == copying(counting()).name
     assert str(tmp_path) not in "".join(copying(first).argv)
     assert ROOT in place(first)
+
+
+def test_a_name_depends_neither_on_the_interpreter_nor_on_where_the_code_lies(tmp_path):
+    tells = "import json, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(json.dumps([sys.executable, *sys.argv[2:]]))"
+    inside, outside = TOP / "base_models" / "pretrained", tmp_path / "elsewhere"
+    cell = Cell("told", (PYTHON, "-c", tells, HERE, portable(inside), portable(outside)))
+    assert portable(inside) == f"{CODE}/base_models/pretrained"
+    assert not {sys.executable, str(TOP)} & set(cell.argv)
+    run_cell(cell, tmp_path)
+    assert read_json(cell.folder(tmp_path) / "told") == [sys.executable, str(inside), str(outside)]
 
 
 def test_needed_cells_come_first_and_each_once():
