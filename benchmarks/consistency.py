@@ -237,7 +237,7 @@ def learn(cfg: Config, name: str, learnt: list[str], weights: str, seed: int) ->
             reward=cfg.reward if "human" in weights else None,
             prompts=file,
             heldout_prompts=file,
-            heldout_clips=12 if cfg.learn == "pair" else 2,
+            heldout_clips=12 if cfg.learn == "pair" else 2,  # of 4 prompts, or of 20: looks that tell something
             weights=weights,
             hold="diversity" if "diversity" in parse_weights(weights) else "",
             credit=cfg.credit,

@@ -19,12 +19,12 @@ from adapters.lora import adapter_tensors, set_adapter_tensors
 
 
 class Average:
-    """Of one adapter of `lm`. decay: what is kept of the mean a round, 0 to below 1; 0 keeps nothing, and does nothing."""
+    """Of one adapter of `lm`. decay: what is kept of the mean a round, 0 to below 1; 0 switches averaging off."""
 
     def __init__(self, lm: nn.Module, decay: float) -> None:
         self.lm, self.decay, self.rounds = lm, decay, 0
         self.tensors: dict[str, Tensor] = {}
-        """Empty before the first round, and where nothing is averaged."""
+        """Name -> factor of the LoRA, shaped as in the adapter; empty before the first round, and where nothing is averaged."""
 
     def update(self) -> None:
         """Take in the adapter as a round has left it."""
@@ -50,5 +50,5 @@ class Average:
             set_adapter_tensors(self.lm, self.tensors)
 
     def load(self, tensors: dict[str, Tensor], rounds: int) -> None:
-        """Go on from a checkpoint's."""
+        """Go on from a checkpoint's mean of so many rounds; nothing where averaging is off."""
         self.tensors, self.rounds = (tensors, rounds) if self.decay else ({}, 0)

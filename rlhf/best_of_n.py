@@ -145,7 +145,7 @@ def asked(
 
     The judge is a reward model's folder on the policy that plays, or a program (rlhf.outside_judge). manifests: of the adapters that the
     policy carries. Where the reward model trained the only one of them, clips are chosen by all that it was trained for, and not by the
-    listeners' part alone: that may be against the prompt (measured: docs/proof.md). choose_by: weights of the parts, instead of the run's.
+    listeners' part alone: that may be against the prompt (docs/proof-history.md). choose_by: weights of the parts, instead of the run's.
     Raises UserError for a reward of another base, for none or two judges, and for weights without an adapter that has scales for them.
     """
     if (n, reward_dir, command, choose_by) == (1, None, None, None):

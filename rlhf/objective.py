@@ -3,7 +3,7 @@
     manifest.objective {weights, scales: name -> (mean, sd)} + reward model + checks -> codes [B, K, T], prompts -> total [B]
 
 The weights are those that the run was told, and not where held ones ended: what pressure it took to keep a policy at the base's level says
-nothing of what a clip is worth (clips chosen so were more similar to their prompts, less varied and liked less: docs/proof.md).
+nothing of what a clip is worth (clips chosen so were more similar to their prompts, less varied and liked less: docs/proof-history.md).
 
 A clip that is chosen by the listeners' part alone may well be chosen against its prompt: what listeners like goes, for some tastes, with
 leaving the genre that was asked for. What the adapter was trained for holds both.
@@ -48,10 +48,10 @@ def objective_of(
     """The objective of the adapter that `policy` carries, or None where there is none to be had: no adapter or several, one that keeps no
     objective or none for single clips, or one that another reward model trained.
 
-    weights: instead of those that the run was told; any part that the run has measured. Parts that hold clips of one prompt against each
-    other (diversity) are left out: a clip is judged by itself; and so are those of the run's own of which it met no clip.
-    Raises UserError where weights are given and there is nothing to weigh by, or no scale for a part; and where a part asks ears which are
-    not those of the run.
+    weights: instead of those that the run was told; any part that the run has measured and that judges a clip by itself. Of the run's own,
+    parts that hold clips of one prompt against each other (diversity) are left out, and those of which it met no clip.
+    Raises UserError where weights are given and there is nothing to weigh by, or a part that cannot be; and where a part asks ears which
+    are not those of the run.
     """
     if problem := _missing(reward, manifests):
         if weights is not None:
@@ -63,9 +63,9 @@ def objective_of(
     alone = {HUMAN} | {name for name, part in found.items() if not (isinstance(part, Judge) and part.compares)}
     scales = {name: scale for name, scale in manifest.objective["scales"].items() if name in alone}
     wanted = manifest.objective["weights"] if weights is None else weights
-    unknown = sorted(set(wanted) - set(manifest.objective["scales"]))
+    unknown = sorted(set(wanted) - set(scales))
     if unknown and weights is not None:
-        measured = f"some of {', '.join(sorted(scales))}, which the run measured"
+        measured = f"some of {', '.join(sorted(scales))}, which the run measured and which judge a clip by itself"
         remedy = "correct --choose-by, or train with --heldout-prompts, whose first look measures every part"
         raise UserError(f"weights of {', '.join(unknown)}", measured, remedy)
     single = {name: weight for name, weight in wanted.items() if weight and name in scales}

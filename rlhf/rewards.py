@@ -5,8 +5,8 @@
 What listeners like and what a prompt asks for are judged in different units; divided by how far the base's clips of one prompt differ, a
 weight says how much one spread of the one is worth in spreads of the other. What prompts differ by whatever is played is left out of it:
 no policy can change it, and it is two thirds of some tastes' spread and nothing of a genre's, so that a taste would have a third of its say
-(measured: docs/ppo.md). Mean and sd are measured once, on the first round, which the base plays (a fresh adapter is the identity), and then
-stand still: a running scale would move the goal under the policy.
+(measured: docs/ppo.md). Mean and sd are measured once, on clips of the base (at the first look at held-out prompts where there are
+any, else on the first round: a fresh adapter is the identity), and then stand still: a running scale would move the goal under the policy.
 A part of weight 0 is judged and shown and never trained on.
 
 What a prompt asks for is seldom to be won at the listeners' expense, and not to be lost either. A part that is *held* has a weight that
@@ -32,7 +32,8 @@ from rlhf.judges import Score, Slope, scores, weighted_slope
 from rlhf.losses import from_group_means
 
 HOLD_RATE, HOLD_MOST = 1.0, 2.0
-"""A held weight moves by so much a look for each spread that is missing, and stays between what it began with and this."""
+"""A held weight moves by so much a look for each spread that is missing, and stays between what it began with and this (or what it
+began with, where that is more)."""
 
 KINDS: Mapping[str, Callable[[str], str | None]] = {"genre": asked_genre}
 """Parts that ask for different things by prompt, and what. (Leads are too many for the prompts of a look, and moods are seldom held.)"""
@@ -77,7 +78,8 @@ class Reward:
         self.every_round = self.names if every_round is None else tuple(every_round)
         """The parts that are judged in every round; the others only where `marks` is asked for everything."""
         self.scales: dict[str, tuple[float, float]] = {}
-        """Name -> mean and sd of the base's marks; empty until `measure`. name/kind -> mean of these prompts, and sd of all."""
+        """Name -> mean of the base's marks and their sd within a prompt (`spread_within`), at least the part's `least`; empty until
+        `measure`. name/kind -> mean of these prompts, and that same sd."""
         self.now = {name: part.weight for name, part in self.parts.items()}
         """The weights as they stand; those of held parts move. name/kind -> the weight for prompts of this kind, once it was held."""
 
@@ -112,9 +114,10 @@ class Reward:
         return torch.stack([found.get(name, nothing).detach().to(codes.device, torch.float32) for name in self.parts], 1)
 
     def measure(self, marks: Tensor, prompts: Sequence[str], places: Sequence[Hashable] | None = None) -> None:
-        """Take the scales from clips of the base: marks [B, P] over all ranks, and the prompt of each; places: which prompt it is, where
-        two may have the same words (and another tempo). A scale that was taken stands; where all marks are equal sd is 1 (a part's
-        `least`, where it is more); a part without a finite mark has no scale yet (mean 0, sd 1)."""
+        """Take the scales from clips of the base: raw marks [B, P] over all ranks, and the prompt of each; places: which prompt it is,
+        where two may have the same words (and another tempo). sd is that of clips of one prompt, or of all clips where none has two.
+        A scale that was taken stands; where all marks are equal sd is 1 (a part's `least`, where it is more); a part without a finite
+        mark has no scale yet (mean 0, sd 1)."""
         places = prompts if places is None else places
         for name, column in zip(self.names, marks.unbind(1)):
             there = torch.isfinite(column)
@@ -135,15 +138,15 @@ class Reward:
             assert kind is not None
             asks = kind(prompt)
             if asks is not None:
-                found.setdefault(f"{name}/{asks}", []).append(row)
+                found.setdefault(key_of(name, asks), []).append(row)
         return found
 
     def hold(self, names: Sequence[str], marks: Tensor, prompts: Sequence[str]) -> None:
-        """Move the weights of held parts by what clips of the policy [B, P] miss of the base's level: w - rate * mean z, within bounds; for
-        each kind of prompt by its own clips, and for kinds that are not among these prompts by all.
+        """Move the weights of held parts (`now`, in place) by what clips of the policy, raw marks [B, P] and B prompts, miss of the base's
+        level: w - rate * mean z, within bounds; for each kind of prompt by its own clips, and for kinds that are not among these by all.
 
         None falls below what it began with: a part whose weight went to nothing was kept on the prompts of the looks, and lost by a tenth
-        of the clips on prompts of new combinations (measured; docs/proof.md).
+        of the clips on prompts of new combinations (measured: docs/ppo.md).
 
         They must be of the prompts and seeds by which the scales were measured: prompts differ in how well they can be fitted, and a mean
         over others is off by a fifth of a spread (measured), more than there is to hold.
@@ -160,20 +163,20 @@ class Reward:
 
     def held(self, names: Sequence[str]) -> dict[str, float]:
         """The weights of these parts as they stand, by name and name/kind."""
-        return {key: weight for key, weight in self.now.items() if key.partition("/")[0] in names}
+        return {key: weight for key, weight in self.now.items() if part_of(key) in names}
 
     def begin(self, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
         """Put the weights of these parts to what `held` gave once, or to those that they began with."""
-        self.now = {key: weight for key, weight in self.now.items() if key.partition("/")[0] not in names}
+        self.now = {key: weight for key, weight in self.now.items() if part_of(key) not in names}
         self.now |= {name: self.parts[name].weight for name in names} if weights is None else weights
 
     def weight(self, name: str, prompts: Sequence[str]) -> float | Tensor:
         """What a spread of a part weighs now: one number, or one a prompt [B] where kinds of prompts have weights of their own."""
-        if not any(key.startswith(f"{name}/") for key in self.now):
+        if list(self.held((name,))) == [name]:
             return self.now[name]
         kind = self.parts[name].kind
         assert kind is not None
-        return torch.tensor([self.now.get(f"{name}/{kind(prompt)}", self.now[name]) for prompt in prompts])
+        return torch.tensor([self.now.get(key_of(name, kind(prompt)), self.now[name]) for prompt in prompts])
 
     def judge(self, marks: Tensor, prompts: Sequence[str], stated: bool = False) -> Judgement:
         """marks [B, P] of clips of these prompts -> total = sum of w * z [B], and each part's z. stated: by the weights of the start, so
@@ -233,6 +236,8 @@ class Reward:
         return told
 
     def state_dict(self) -> dict[str, Any]:
+        """{weights: name -> as told, scales: name or name/kind -> [mean, sd], now: the same keys -> weight}: what checkpoints and the
+        manifests of adapters keep."""
         weights = {name: self.parts[name].weight for name in self.trained}
         scales = {name: list(scale) for name, scale in self.scales.items()}
         return {"weights": weights, "scales": scales, "now": self.held(self.trained)}
@@ -246,6 +251,16 @@ class Reward:
             )
         self.scales = {name: (float(mean), float(sd)) for name, (mean, sd) in state["scales"].items()}
         self.now.update(state["now"])
+
+
+def key_of(name: str, kind: str | None) -> str:
+    """Under which the weight and the level of a part stand for prompts of one kind: genre/ambient."""
+    return f"{name}/{kind}"
+
+
+def part_of(key: str) -> str:
+    """genre/ambient, or genre -> genre"""
+    return key.partition("/")[0]
 
 
 def spread_within(marks: Tensor, prompts: Sequence[Hashable]) -> float:
@@ -266,7 +281,7 @@ class Mixed:
         self.reward, self.slopes, self.codebooks = reward, slopes, codebooks
 
     def measure(self, codes: Tensor, prompts: list[str]) -> None:
-        """Take the parts' scales from clips of the base."""
+        """Take the parts' scales from clips of the base: codes [B, K, T], B prompts."""
         self.reward.measure(self.reward.marks(codes, prompts), prompts)
 
     def __call__(self, codes: Tensor, prompts: list[str]) -> Tensor:

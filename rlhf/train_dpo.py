@@ -1,7 +1,7 @@
 """Direct preference optimisation: votes straight into a LoRA adapter; with a reward model, the policy's own clips too.
 
     accelerate launch rlhf/train_dpo.py --snapshot runs/votes --policy base_models/pretrained --out runs/dpo
-    accelerate launch rlhf/train_dpo.py --preset rounds --reward runs/reward --prompts prompts.jsonl [--snapshot runs/votes] --out runs/dpo
+    accelerate launch rlhf/train_dpo.py --preset rounds --reward runs/reward --prompts prompts.jsonl --out runs/dpo
     python rlhf/train_dpo.py --preset smoke                       # a toy policy and toy votes, under a minute on a CPU
     python rlhf/train_dpo.py --preset smoke_reward                # the same with a toy reward and rounds of own clips
     torchrun --nproc-per-node 2 rlhf/train_dpo.py ...             # or any accelerate configuration

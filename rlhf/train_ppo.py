@@ -226,6 +226,12 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     if cfg.credit == "auto" and run.credit == "score":
         flat = ", ".join(without_slope(task, run.reward.trained, bool(cfg.frame_weight)))
         accelerator.print(f"credit by score, which needs ten times the clips of credit code by code: {flat} has no slope")
+    clips_of_a_prompt = cfg.samples_per_prompt if task.heldout is None else cfg.heldout_clips
+    if len(run.reward.trained) > 1 and clips_of_a_prompt < 2:
+        accelerator.print(
+            "parts are weighed by how clips of all prompts differ, which gives a taste less say than its weight: no prompt has two clips to"
+            " measure by; give --heldout-prompts or --samples-per-prompt 2"
+        )
     if cfg.resume:
         restore(run)
     told = Teller(cfg, task, run.step, accelerator.is_main_process)

@@ -50,7 +50,8 @@ class Kept(ABC):
 
 @dataclass(frozen=True)
 class Cell(Kept):
-    """One program. `argv` may hold HERE; folders of other cells stand in it as `cell.folder(root)` makes them."""
+    """One program. `argv` may hold HERE, ROOT, PYTHON and CODE, which are filled in when it runs; another cell's folder stands in it as
+    `place` makes it. `resume` and `weight` are no part of the name."""
 
     label: str
     """Where it lies, such as ppo/warm/s0."""
@@ -119,7 +120,9 @@ def closure(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def run_cell(cell: Cell, root: Path, environment: dict[str, str] | None = None) -> float:
-    """Do a cell if it is not done; returns the seconds of this call. Raises UserError with the log's end where its program fails."""
+    """Do a cell if it is not done; returns the seconds of this call. environment: of its program, None for this one's own.
+
+    Raises UserError with the log's end where its program fails."""
     folder = cell.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -149,7 +152,8 @@ def say(text: str) -> None:
 
 
 def run_all(cells: Sequence[Cell], root: Path, jobs: int = 1, tell: Callable[[str], None] = say, threads: int = 1) -> dict[str, str]:
-    """Do the cells and all that they need, `jobs` at a time; a failed cell stops what needs it and nothing else.
+    """Do the cells and all that they need, `jobs` at a time, each program with so many `threads`; a failed cell stops what needs it
+    and nothing else.
 
     Returns: name -> what went wrong, empty where all is done."""
     environment = {**os.environ, "PYTHONPATH": str(TOP), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

@@ -5,7 +5,7 @@
 
 A replication (seed) has prompts, clips, votes, reward, training and held-out prompts of its own. The tastes of one seed vote on the same
 clips. Prompts come from ranges that never meet: training 100 + seed, play 200 + seed, watch 300 + seed, held out 9000 + seed;
-for choosing settings (`tuning`) 500, 600, 700 and 8000 + seed, and no held-out prompt is one on which a choice was made."""
+for choosing settings (`tuning`) 500, 600, 700 and 8000 + seed, and no held-out prompt is among those of `TUNED_ON`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sizes:
     raters: int = 16
     target_votes: int = 2
     votes: int = 2000
-    """Votes of the main figures; never more than 2,000."""
+    """Votes of the main table and of the controls; some 3,000 are collected (252 prompts of 6 pairs, 2 votes each)."""
     play_prompts: int = 480
     watch_prompts: int = 24
     """By which PPO's brake watches the run; training prompts too, since nobody may look at held-out ones."""
@@ -58,6 +58,7 @@ class Sizes:
 
     @property
     def n_frames(self) -> int:
+        """At 25 frames a second, which the shipped codec has."""
         return round(self.duration_s * 25)
 
 
@@ -328,8 +329,8 @@ class Builder:
         turn_seed: int = 0,
         more: tuple[str, ...] = (),
     ) -> Outcome:
-        """A method on the first `votes` votes, perhaps turned; turned ones are trained with another seed each. more: than the method's own
-        settings, for PPO and DPO."""
+        """A method on the first `votes` votes. turn: none, half of each prompt's pairs (turn_seed says which half), or all; training has
+        the replication's seed in every draw. more: than the method's own settings, for PPO and DPO."""
         snapshot = self.snapshot(taste, seed, votes, turn, turn_seed)
         reward = self.reward(snapshot)
         if method == "best_of_n":

@@ -29,7 +29,7 @@ EXTRA = {
 
 
 def blocks() -> list[tuple[str, str, str]]:
-    """(language, its note, content) of each fenced block of the page."""
+    """(language, its note, content) of each fenced block of the page. vote:NAME is a page that is kept open for votes of a campaign."""
     return re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
@@ -56,7 +56,7 @@ def execute(line: str, policy: Path) -> None:
         assert cli.main([*words[1:], *(policy_of if takes_policy else [])]) == 0
 
 
-def vote_in_the_browsers_stead(line: str, folder: Path) -> None:
+def vote_in_the_browsers_stead(line: str, campaign: str, folder: Path) -> None:
     """The page's server, and two programs in place of its listeners."""
     with sqlite3.connect(folder / "first.db") as votes:  # programs need not listen for three seconds
         votes.execute("update campaign set min_listen_ms = 0")
@@ -68,14 +68,14 @@ def vote_in_the_browsers_stead(line: str, folder: Path) -> None:
         try:
             lines = iter(app.stdout.readline, "")
             url = next(line.rsplit(" ", 1)[1].strip() for line in lines if "ready at" in line)
-            voting = [sys.executable, "-m", "rlhf.simulation.vote", "--url", url, "--campaign", "first", "--raters", str(accounts)]
+            voting = [sys.executable, "-m", "rlhf.simulation.vote", "--url", url, "--campaign", campaign, "--raters", str(accounts)]
             subprocess.run(voting, env=environment, check=True, stdout=subprocess.DEVNULL)
         finally:
             os.killpg(app.pid, 15)
 
 
 @pytest.mark.timeout(600)
-def test_the_guides_commands_lead_from_votes_to_an_adapter(policy_dir, tmp_path, monkeypatch, capsys):
+def test_the_guides_commands_lead_from_votes_to_an_adapter(policy_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     ran = 0
     for language, note, content in blocks():
@@ -84,17 +84,19 @@ def test_the_guides_commands_lead_from_votes_to_an_adapter(policy_dir, tmp_path,
             continue
         assert language == "sh"
         for line in content.splitlines():
-            if note == "keep-open":
-                vote_in_the_browsers_stead(line, tmp_path)
+            if note.startswith("vote:"):
+                vote_in_the_browsers_stead(line, note.removeprefix("vote:"), tmp_path)
             elif note == "":
                 execute(line, policy_dir)
             ran += note != "loop"
-    assert ran == 13
+    assert ran == 16
     for name in ("sft", "dpo", "ppo"):
         assert read_adapter(Path("runs/first") / name / "adapter").manifest.snapshot_sha256
     assert Path("sad-piano.wav").is_file()
     assert Path("best-of-4.wav").is_file()
-    assert "unchanged" in capsys.readouterr().out  # the lineage found the snapshot as it was frozen
+    told = capfd.readouterr().out
+    assert "unchanged" in told  # the lineage found the snapshot as it was frozen
+    assert re.search(r"^\s*ppo\s", told, re.MULTILINE)  # the board
 
 
 def test_the_loop_of_the_guide_is_one_that_the_command_line_knows():

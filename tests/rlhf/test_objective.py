@@ -136,7 +136,8 @@ def test_without_an_objective_the_reward_chooses_alone_and_says_so(policy_dir, r
     ("more", "match"),
     [
         (["--choose-by", "human=1,colour=1"], "weights of colour"),
-        (["--choose-by", "diversity=1"], "a part that judges a clip by itself"),
+        (["--choose-by", "diversity=1"], "which judge a clip by itself"),
+        (["--choose-by", "human=1,diversity=0.3"], "which judge a clip by itself"),
         (["--choose-by", "human"], "name=number"),
         (["--choose-by", "human=1", "--score-command", "true"], "--choose-by with --score-command"),
     ],

@@ -50,6 +50,12 @@ def test_several_rewards_are_learnt_by_their_weights(tmp_path: Path) -> None:
     assert rows[0]["score"] == pytest.approx(0, abs=1e-5)  # the base is the origin
 
 
+@pytest.mark.parametrize(("more", "said"), [({}, False), ({"heldout_clips": 1}, True), ({"heldout_clips": 1, "weights": "human=1"}, False)])
+def test_spreads_that_no_prompt_can_measure_are_told(more: dict[str, Any], said: bool, tmp_path: Path, capsys: Any) -> None:
+    main(config(tmp_path / "run", **{"weights": "human=1,code_5=0.5", "steps": 1} | more))
+    assert ("no prompt has two clips" in capsys.readouterr().out) == said
+
+
 def test_a_part_of_weight_zero_is_plotted_and_changes_no_weight(tmp_path: Path) -> None:
     main(config(tmp_path / "watched", weights="human=1,code_5=0"))
     main(config(tmp_path / "alone"))
