@@ -177,6 +177,14 @@ def adapter_shape(lm: nn.Module, name: str = "default") -> tuple[int, float]:
     raise UserError(f"no adapter '{name}'", f"one of {adapter_names(lm)}", "name an adapter that is attached")
 
 
+def scale_adapter(lm: nn.Module, factor: float, name: str = "default") -> None:
+    """Make an attached adapter's update `factor` times what it is, in place: 0 is the base."""
+    with torch.no_grad():
+        for layer in lora_layers(lm).values():
+            if name in layer.lora_A:
+                _factors(layer, name)[1].mul_(factor)
+
+
 def set_adapter_tensors(lm: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
     """Fill an attached adapter. Every tensor must find its place and every place its tensor, else UserError."""
     places: dict[str, Tensor] = {}

@@ -1,21 +1,33 @@
-"""Between the rounds of a DPO run: measure; stop where the KL budget is spent; else play, judge and hand the trainer its next rows and
-the price of drift."""
+"""Between the rounds of a DPO run: measure; draw back, or stop, where the KL budget is spent; else play, judge and hand the trainer its
+next rows and the price of drift.
+
+A round can go much further than the one before: the first ones have the highest rate, and what a LoRA does grows with the product of its
+two factors. A run that is steered (--target-kl) and finds itself beyond its budget scales its adapter back, by the root of target / KL as
+KL is quadratic in a small step, measures again, and goes on at the price that the KL before had called for: a line search (as in TRPO,
+Schulman et al. 2015, arXiv:1502.05477, appendix C) on the way to the base. It needs nothing but the adapter and what was measured, so
+that a resumed run does the same.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import TrainerCallback
 
+from adapters.lora import scale_adapter
 from rlhf.dpo_report import NothingLeftError, Recorder
 from rlhf.flat_dpo import FlatDPOTrainer, LiveRows
 from rlhf.journal import speeds
 from rlhf.own_pairs import OwnPairs
 from rlhf.round_price import Price
 
+DRAWN_BACK = 3
+"""How often the adapter of one round is scaled back, at most."""
+
 
 class Rounds(TrainerCallback):
-    """Between rounds: measure; stop where the KL budget is spent; else play, judge and hand the next rows to the trainer."""
+    """Between rounds: measure; draw back, or stop, where the KL budget is spent; else play, judge and hand the next rows to the trainer."""
 
     def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, recorder: Recorder, price: Price) -> None:
         self.own, self.live, self.epochs, self.recorder, self.price = own, live, epochs, recorder, price
@@ -39,7 +51,7 @@ class Rounds(TrainerCallback):
 
     def _next(self, state: Any, control: Any) -> None:
         number = int((state.epoch or 0) + 1e-6) // self.epochs
-        figures = self.own.measure(number)
+        figures, gone = self._measure(number)
         kl = figures["held_out/kl"]
         if not kl <= self.own.plan.kl_budget:  # NaN too
             self.stopped = f"kl {kl:.1f} nats a clip exceeds the budget of {self.own.plan.kl_budget:g}"
@@ -48,7 +60,7 @@ class Rounds(TrainerCallback):
             rows, more = self.own.round(number)
             self.live.fill(rows)
             assert self.trainer is not None
-            self.trainer.kl_weight = self.price.of(number, kl)
+            self.trainer.kl_weight = self.price.of(number, gone)
             figures["kl_weight"] = self.trainer.kl_weight
             figures |= more
         self.last = figures
@@ -57,6 +69,21 @@ class Rounds(TrainerCallback):
         heard = self.own.heard
         assert heard is not None
         self.recorder.play(state.global_step, [(self.own.prompts[row], codes) for row, codes in zip(heard.rows, heard.codes)])
+
+    def _measure(self, number: int) -> tuple[dict[str, float], float]:
+        """Figures on held-out prompts of the adapter that the run goes on with, and the KL that the round had gone to, nats a clip."""
+        figures = self.own.measure(number)
+        gone = kl = figures["held_out/kl"]
+        budget, target = self.own.plan.kl_budget, self.price.target_kl
+        if target is None or not budget < gone < math.inf:
+            return figures, gone
+        for _ in range(DRAWN_BACK):
+            scale_adapter(self.own.lm, math.sqrt(min(target, budget) / kl))
+            figures = self.own.measure(number)
+            kl = figures["held_out/kl"]
+            if not kl > budget:
+                break
+        return figures | {"held_out/kl_before": gone}, gone
 
     def _speeds(self) -> dict[str, float]:
         """Seconds of what has just been played and judged, and of learning in the round before, whose speed is known now."""

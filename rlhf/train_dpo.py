@@ -166,7 +166,8 @@ class Config:
     held_out_clips: int = 32
     """Clips by which reward and KL are measured between rounds, on the held-out prompts."""
     kl_budget: float = 60.0
-    """End the rounds when the policy's KL exceeds this many nats a clip; beyond, it fools the reward more than it pleases listeners."""
+    """The rounds end when the policy's KL exceeds this many nats a clip: beyond, it fools the reward more than it pleases listeners. With
+    --target-kl the adapter is scaled back to the target instead, and the run goes on at a higher price."""
     warmup_steps: int = 5
     """Steps until the peak learning rate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

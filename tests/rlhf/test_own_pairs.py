@@ -191,6 +191,25 @@ def test_the_run_ends_when_the_kl_budget_is_spent_and_a_resumed_one_learns_nothi
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_steered_run_beyond_its_budget_is_drawn_back_and_goes_on_resumed_or_not(tmp_path):
+    changes: dict[str, Any] = {"kl_budget": 0.5, "target_kl": 0.3, "kl_weight": 1e-4, "lr": 3e-2, "rounds": 4, "save_every": 1}
+    for name in ("whole", "broken"):
+        figures = train_dpo.main(config(tmp_path / name, **changes))
+        assert figures["stopped"] == "rounds"
+    told = rounds(tmp_path / "whole")
+    drawn = [row for row in told if "held_out/kl_before" in row]
+    assert drawn
+    assert all(row["held_out/kl"] <= 0.5 < row["held_out/kl_before"] for row in drawn)
+    first = told.index(drawn[0])
+    assert told[first]["kl_weight"] == 2 * told[first - 1]["kl_weight"]  # by the KL that it had gone to
+    last = sorted((tmp_path / "broken" / "checkpoints").iterdir())[-1]  # what it saved was not drawn back yet
+    shutil.rmtree(last)
+    shutil.rmtree(tmp_path / "broken" / "adapter")
+    train_dpo.main(config(tmp_path / "broken", resume=True, **changes))
+    one, two = (read_adapter(tmp_path / name / "adapter").lora.tensors for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_run_resumed_between_rounds_ends_bitwise_where_the_unbroken_one_does(tmp_path):
     changes: dict[str, Any] = {"rounds": 3, "save_every": 1}
     train_dpo.main(config(tmp_path / "whole", **changes))
