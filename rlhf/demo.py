@@ -52,7 +52,8 @@ class DemoConfig:
     heldout_clips: int = 2
     dpo: tuple[str, ...] = (*DPO_ROUNDS, *DPO_PRICE, "--weights", WEIGHTS)
     ppo: tuple[str, ...] = (
-        "--steps", "40", "--lr", "1e-3", "--kl-coef", "0.006", "--average", "0.9", "--weights", WEIGHTS, "--kl-budget", "150",
+        "--steps", "40", "--samples-per-prompt", "2", "--lr", "1e-3", "--kl-coef", "0.006", "--average", "0.9", "--weights", WEIGHTS,
+        "--kl-budget", "150",
     )  # fmt: skip
     seed: int = 0
 
