@@ -18,6 +18,7 @@ from adapters.lora import (
     lora_layers,
     merged,
     remove_adapter,
+    scale_adapter,
     set_adapter_tensors,
     trainable_parameters,
 )
@@ -80,6 +81,20 @@ def test_sampling_hears_the_adapter_and_reports_its_log_probs(tiny):
     with merged(tiny.lm):
         again = generate(tiny.lm, tiny.cond, 5, seeds=[1, 2])
     assert torch.equal(again.codes, played.codes)
+
+
+def test_a_scaled_adapter_changes_weights_by_so_much_and_leaves_the_others(tiny):
+    base, first = tiny.logps(), attach_lora(tiny.lm, r=4, alpha=8, init_b=True)
+    once = {name: layer.get_delta_weight("default").clone() for name, layer in lora_layers(first).items()}
+    attach_lora(tiny.lm, r=2, alpha=4, name="other", init_b=True)
+    other = adapter_tensors(tiny.lm, "other")
+    scale_adapter(tiny.lm, 0.5)
+    for name, layer in lora_layers(tiny.lm).items():
+        torch.testing.assert_close(layer.get_delta_weight("default"), 0.5 * once[name])
+    assert all(torch.equal(tensor, adapter_tensors(tiny.lm, "other")[name]) for name, tensor in other.items())
+    scale_adapter(tiny.lm, 0.0)
+    activate(tiny.lm, "default")
+    assert torch.equal(tiny.logps(), base)
 
 
 def test_two_named_adapters_add_up(tiny):
