@@ -50,8 +50,8 @@ def objective_of(
 
     weights: instead of those that the run was told; any part that the run has measured and that judges a clip by itself. Of the run's own,
     parts that hold clips of one prompt against each other (diversity) are left out, and those of which it met no clip.
-    Raises UserError where weights are given and there is nothing to weigh by, or a part that cannot be; and where a part asks ears which
-    are not those of the run.
+    Raises UserError where weights are given and there is nothing to weigh by, or one of a part without a scale or that compares clips; and
+    where a part asks ears which are not those of the run.
     """
     if problem := _missing(reward, manifests):
         if weights is not None:
@@ -63,15 +63,13 @@ def objective_of(
     alone = {HUMAN} | {name for name, part in found.items() if not (isinstance(part, Judge) and part.compares)}
     scales = {name: scale for name, scale in manifest.objective["scales"].items() if name in alone}
     wanted = manifest.objective["weights"] if weights is None else weights
-    unknown = sorted(set(wanted) - set(scales))
+    unknown = sorted({name for name, weight in wanted.items() if weight} - set(scales))
     if unknown and weights is not None:
         measured = f"some of {', '.join(sorted(scales))}, which the run measured and which judge a clip by itself"
         remedy = "correct --choose-by, or train with --heldout-prompts, whose first look measures every part"
         raise UserError(f"weights of {', '.join(unknown)}", measured, remedy)
     single = {name: weight for name, weight in wanted.items() if weight and name in scales}
     if not single:
-        if weights is not None:
-            raise UserError(f"weights {dict(weights)}", "a part that judges a clip by itself", "give human=1")
         return None
     known, now = manifest.figures.get("ears_sha256"), asked_of_ears(ears)
     if set(single) & set(HEARD) and known != now:

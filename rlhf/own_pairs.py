@@ -10,7 +10,7 @@ al. 2023, arXiv:2309.06657), round after round (Xu et al. 2023, arXiv:2312.16682
 arXiv:2405.07863). It differs from PPO in that nothing but the order within a prompt is learnt: no critic, no scale of the score.
 
 What it must not do is believe the reward for ever: the KL to the base is measured on held-out prompts between rounds, and a run
-ends when it exceeds its budget.
+is drawn back or ends when it exceeds its budget.
 """
 
 from __future__ import annotations

@@ -236,8 +236,8 @@ class Reward:
         return told
 
     def state_dict(self) -> dict[str, Any]:
-        """{weights: name -> as told, scales: name or name/kind -> [mean, sd], now: the same keys -> weight}: what checkpoints and the
-        manifests of adapters keep."""
+        """{weights: name -> as told, scales: name or name/kind -> [mean, sd], now: the same of trained parts -> weight}: what checkpoints
+        and the manifests of adapters keep."""
         weights = {name: self.parts[name].weight for name in self.trained}
         scales = {name: list(scale) for name, scale in self.scales.items()}
         return {"weights": weights, "scales": scales, "now": self.held(self.trained)}

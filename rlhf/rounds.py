@@ -3,9 +3,10 @@ next rows and the price of drift.
 
 A round can go much further than the one before: the first ones have the highest rate, and what a LoRA does grows with the product of its
 two factors. A run that is steered (--target-kl) and finds itself beyond its budget scales its adapter back, by the root of target / KL as
-KL is quadratic in a small step, measures again, and goes on at the price that the KL before had called for: a line search (as in TRPO,
-Schulman et al. 2015, arXiv:1502.05477, appendix C) on the way to the base. It needs nothing but the adapter and what was measured, so
-that a resumed run does the same.
+KL is quadratic in a small step, measures again, up to three times until it is within the budget, and goes on at the price that the KL
+before had called for: a line search (as in TRPO, Schulman et al. 2015, arXiv:1502.05477, appendix C) on the way to the base. Adam forgets
+where it was going, or the next round would leap again. It needs nothing but what a checkpoint has and what was measured, so that a resumed
+run does the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from adapters.lora import scale_adapter
@@ -72,18 +75,26 @@ class Rounds(TrainerCallback):
 
     def _measure(self, number: int) -> tuple[dict[str, float], float]:
         """Figures on held-out prompts of the adapter that the run goes on with, and the KL that the round had gone to, nats a clip."""
-        figures = self.own.measure(number)
+        figures = self._agreed(number)
         gone = kl = figures["held_out/kl"]
         budget, target = self.own.plan.kl_budget, self.price.target_kl
         if target is None or not budget < gone < math.inf:
             return figures, gone
         for _ in range(DRAWN_BACK):
-            scale_adapter(self.own.lm, math.sqrt(min(target, budget) / kl))
-            figures = self.own.measure(number)
+            scale_adapter(self.own.lm, math.sqrt(target / kl))
+            figures = self._agreed(number)
             kl = figures["held_out/kl"]
             if not kl > budget:
                 break
+        assert self.trainer is not None
+        forget_direction(self.trainer.optimizer)
         return figures | {"held_out/kl_before": gone}, gone
+
+    def _agreed(self, number: int) -> dict[str, float]:
+        """What the first process measures: all measure the same clips, but rounding may differ by device, and an adapter must not."""
+        told = [self.own.measure(number)]
+        broadcast_object_list(told)
+        return told[0]
 
     def _speeds(self) -> dict[str, float]:
         """Seconds of what has just been played and judged, and of learning in the round before, whose speed is known now."""
@@ -97,10 +108,17 @@ class Rounds(TrainerCallback):
 
     def summary(self) -> dict[str, Any]:
         """First and last held-out figures, and why it ended."""
-        names = ("held_out/score", "held_out/preferred_to_base", "held_out/kl")
-        told = {name.replace("/", "_"): round(self.last[name], 4) for name in names}
+        names = ("held_out/score", "held_out/preferred_to_base", "held_out/kl", "held_out/kl_before")
+        told = {name.replace("/", "_"): round(self.last[name], 4) for name in names if name in self.last}
         return {
             "rounds": self.number,
             "stopped": self.stopped or "rounds",
             "held_out_score_base": round(self.last["held_out/score_base"], 4),
         } | told
+
+
+def forget_direction(optimizer: torch.optim.Optimizer) -> None:
+    """Adam's mean gradients become 0, in place; their spread, by which it measures its steps, stays."""
+    for state in optimizer.state.values():
+        if "exp_avg" in state:
+            state["exp_avg"].zero_()

@@ -20,7 +20,8 @@ From rated pairs alone it is not on-policy: what it learns is what was rated, an
 --reward it goes in rounds: the policy as it is plays --round-clips clips of --round-prompts prompts, and each is edited for the
 better and for the worse by the slope of the reward (`rlhf.edits`; drawn, or in expectation; or the best and the worst of each prompt
 are the pairs). Rated pairs may be mixed in. The reference stays the base; between rounds reward and KL are measured on held-out
-prompts, and --kl-budget ends the run. It is the reward that limits it then: judge the result by listeners, not by the score.
+prompts, and a run beyond --kl-budget is drawn back (with --target-kl) or ends. It is the reward that limits it then: judge the result
+by listeners, not by the score.
 
 Papers: Rafailov et al. 2023, arXiv:2305.18290 (DPO). Mitchell 2023, "A note on DPO with noisy preferences" (soft labels). Pang et
 al. 2024, arXiv:2404.19733 (the likelihood term that keeps the chosen clips likely). Liu et al. 2023, arXiv:2309.06657 (pairs from the
@@ -167,7 +168,7 @@ class Config:
     """Clips by which reward and KL are measured between rounds, on the held-out prompts."""
     kl_budget: float = 60.0
     """The rounds end when the policy's KL exceeds this many nats a clip: beyond, it fools the reward more than it pleases listeners. With
-    --target-kl the adapter is scaled back to the target instead, and the run goes on at a higher price."""
+    --target-kl the adapter is scaled towards the base first, and the run goes on at a higher price where that brings it within."""
     warmup_steps: int = 5
     """Steps until the peak learning rate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -322,6 +323,9 @@ def check(cfg: Config) -> None:
         raise UserError("--toy-reward without --toy", "both: a toy reward judges a toy policy alone", "add --toy, or give --reward")
     if cfg.kl_weight < 0:
         raise UserError(f"--kl-weight {cfg.kl_weight}", "0 or more", "a nat has a price, or none")
+    if cfg.target_kl is not None and cfg.target_kl >= cfg.kl_budget:
+        got = f"--target-kl {cfg.target_kl:g} with --kl-budget {cfg.kl_budget:g}"
+        raise UserError(got, "a target below the budget", "lower the target, or raise the budget: beyond it a run is drawn back, or ends")
     if cfg.target_kl is not None and (cfg.target_kl <= 0 or not cfg.kl_weight or not (cfg.reward or cfg.toy_reward)):
         got = f"--target-kl {cfg.target_kl} with --kl-weight {cfg.kl_weight}, --reward {cfg.reward}"
         raise UserError(got, "nats above 0, a price above 0 and rounds of own clips", "give --reward and --kl-weight, or leave it out")

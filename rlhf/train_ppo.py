@@ -226,14 +226,13 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     if cfg.credit == "auto" and run.credit == "score":
         flat = ", ".join(without_slope(task, run.reward.trained, bool(cfg.frame_weight)))
         accelerator.print(f"credit by score, which needs ten times the clips of credit code by code: {flat} has no slope")
-    clips_of_a_prompt = cfg.samples_per_prompt if task.heldout is None else cfg.heldout_clips
-    if len(run.reward.trained) > 1 and clips_of_a_prompt < 2:
-        accelerator.print(
-            "parts are weighed by how clips of all prompts differ, which gives a taste less say than its weight: no prompt has two clips to"
-            " measure by; give --heldout-prompts or --samples-per-prompt 2"
-        )
     if cfg.resume:
         restore(run)
+    if run.step == 0 and len(run.reward.trained) > 1 and (remedy := blind_to_spreads(cfg, task)):
+        accelerator.print(
+            "parts are weighed by how clips of all prompts differ, which gives a taste less say than its weight: no prompt has two clips to"
+            f" measure by; give {remedy}"
+        )
     told = Teller(cfg, task, run.step, accelerator.is_main_process)
     stopped, kl = "steps", float("nan")
     if run.step == 0 and look_is_due(run):
@@ -342,6 +341,14 @@ def check(cfg: Config, world: int) -> None:
             "change --batch-size or --minibatches",
         )
     refuse_another_run(cfg.out, cfg.resume)
+
+
+def blind_to_spreads(cfg: Config, task: Task) -> str | None:
+    """What to give so that some prompt has two clips of the base, by which parts are measured; None where one has."""
+    if task.heldout is not None:
+        return "--heldout-clips 2" if cfg.heldout_clips < 2 else None
+    alone = cfg.samples_per_prompt < 2 and cfg.batch_size <= len(task.prompts)
+    return "--heldout-prompts, or --samples-per-prompt 2" if alone else None
 
 
 def check_task(cfg: Config, task: Task) -> None:

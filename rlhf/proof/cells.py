@@ -93,7 +93,7 @@ def place(cell: Cell, *parts: str) -> str:
 
 def portable(path: Path) -> str:
     """A path as it stands in arguments: within this source tree by its place there, else whole."""
-    whole = path.resolve()
+    whole = Path(os.path.abspath(path))  # a link within the tree stays what it is called
     return "/".join((CODE, *whole.relative_to(TOP).parts)) if whole.is_relative_to(TOP) else str(whole)
 
 

@@ -85,7 +85,11 @@ def test_generate_chooses_by_the_adapters_objective_or_by_weights_that_are_given
     manifests = load_adapter(policy, adapter)
     codes, words = drawn(policy, 6), [PROMPT] * 6
     winners = {}
-    for more, weights in (([], None), (["--choose-by", "human=1"], "human=1"), (["--choose-by", "human=0,tempo=1"], "human=0,tempo=1")):
+    for more, weights in (
+        ([], None),
+        (["--choose-by", "human=1"], "human=1"),
+        (["--choose-by", "human=0,tempo=1,diversity=0"], "human=0,tempo=1"),
+    ):
         assert cli.main([*call, *more]) == 0
         told = re.search(r"seed (\d+), the best of 6 with a score of \S+ by (.*)\n", capsys.readouterr().out)
         assert told is not None

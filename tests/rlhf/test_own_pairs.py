@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from rlhf.own_pairs import VERIFY, OwnPairs
 from rlhf.rewards import HOLD_MOST, HOLD_RATE, Mixed, Part, Reward
 from rlhf.round_plan import round_plan
 from rlhf.round_rows import edited_codes, label, pair_up
+from rlhf.rounds import Rounds
 from rlhf.train_dpo import PRESETS, Config
 
 K, V, T = 4, 32, 12
@@ -202,12 +204,43 @@ def test_a_steered_run_beyond_its_budget_is_drawn_back_and_goes_on_resumed_or_no
     assert all(row["held_out/kl"] <= 0.5 < row["held_out/kl_before"] for row in drawn)
     first = told.index(drawn[0])
     assert told[first]["kl_weight"] == 2 * told[first - 1]["kl_weight"]  # by the KL that it had gone to
-    last = sorted((tmp_path / "broken" / "checkpoints").iterdir())[-1]  # what it saved was not drawn back yet
-    shutil.rmtree(last)
+    assert "held_out/kl_before" in told[-2]  # the checkpoint that it goes on from is of a policy that was not drawn back yet
+    shutil.rmtree(sorted((tmp_path / "broken" / "checkpoints").iterdir())[-1])
     shutil.rmtree(tmp_path / "broken" / "adapter")
     train_dpo.main(config(tmp_path / "broken", resume=True, **changes))
     one, two = (read_adapter(tmp_path / name / "adapter").lora.tensors for name in ("whole", "broken"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("measured", "scaled", "goes_on"),
+    [
+        ([0.4], [], True),
+        ([2.0, 0.2], [0.5], True),
+        ([8.0, 2.0, 0.5], [0.25, 0.5], True),
+        ([8.0, 8.0, 8.0, 8.0], [0.25, 0.25, 0.25], False),
+        ([float("inf")], [], False),
+        ([float("nan")], [], False),
+    ],
+)
+def test_how_far_a_round_is_drawn_back(measured, scaled, goes_on, monkeypatch):
+    factors: list[float] = []
+    told = iter(measured)
+    monkeypatch.setattr("rlhf.rounds.scale_adapter", lambda lm, factor: factors.append(factor))
+    stub: Any = SimpleNamespace(lm=None, plan=SimpleNamespace(kl_budget=1.0), measure=lambda number: {"held_out/kl": next(told)})
+    run = Rounds(stub, stub, 1, SimpleNamespace(), SimpleNamespace(target_kl=0.5))  # type: ignore[arg-type]
+    weight = torch.nn.Parameter(torch.ones(2))
+    adam = torch.optim.Adam([weight])
+    weight.sum().backward()
+    adam.step()
+    run.trainer = SimpleNamespace(optimizer=adam)  # type: ignore[assignment]
+    figures, gone = run._measure(3)
+    assert factors == scaled
+    assert gone == measured[0] or math.isnan(gone)
+    assert (figures["held_out/kl"] <= 1.0) == goes_on
+    assert figures.get("held_out/kl_before") == (measured[0] if scaled else None)
+    assert bool(adam.state[weight]["exp_avg"].any()) == (not scaled)
+    assert bool(adam.state[weight]["exp_avg_sq"].all())
 
 
 def test_a_run_resumed_between_rounds_ends_bitwise_where_the_unbroken_one_does(tmp_path):

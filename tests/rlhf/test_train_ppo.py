@@ -50,10 +50,26 @@ def test_several_rewards_are_learnt_by_their_weights(tmp_path: Path) -> None:
     assert rows[0]["score"] == pytest.approx(0, abs=1e-5)  # the base is the origin
 
 
-@pytest.mark.parametrize(("more", "said"), [({}, False), ({"heldout_clips": 1}, True), ({"heldout_clips": 1, "weights": "human=1"}, False)])
-def test_spreads_that_no_prompt_can_measure_are_told(more: dict[str, Any], said: bool, tmp_path: Path, capsys: Any) -> None:
-    main(config(tmp_path / "run", **{"weights": "human=1,code_5=0.5", "steps": 1} | more))
-    assert ("no prompt has two clips" in capsys.readouterr().out) == said
+@pytest.mark.parametrize(
+    ("more", "heldout", "said"),
+    [
+        ({}, True, None),
+        ({"heldout_clips": 1}, True, "--heldout-clips 2"),
+        ({"heldout_clips": 1, "samples_per_prompt": 2}, True, "--heldout-clips 2"),
+        ({"heldout_clips": 1, "weights": "human=1"}, True, None),
+        ({}, False, None),  # 64 clips a round of 8 prompts
+        ({"batch_size": 8}, False, "--samples-per-prompt 2"),
+        ({"batch_size": 8, "samples_per_prompt": 2}, False, None),
+    ],
+)
+def test_spreads_that_no_prompt_can_measure_are_told(
+    more: dict[str, Any], heldout: bool, said: str | None, tmp_path: Path, capsys: Any
+) -> None:
+    task = toy_task(0) if heldout else dataclasses.replace(toy_task(0), heldout=None)
+    main(config(tmp_path / "run", **{"weights": "human=1,code_5=0.5", "steps": 1} | more), task)
+    told = capsys.readouterr().out
+    assert ("no prompt has two clips" in told) == bool(said)
+    assert said is None or said in told
 
 
 def test_a_part_of_weight_zero_is_plotted_and_changes_no_weight(tmp_path: Path) -> None:

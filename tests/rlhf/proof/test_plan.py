@@ -1,9 +1,10 @@
 import re
+import sys
 
 from base_models.corpus.captions import demo_prompts
 from rlhf.proof import prompts
-from rlhf.proof.cells import closure, place
-from rlhf.proof.plan import SMALL, TUNED_ON, Arguments, Builder, Plan, Sizes
+from rlhf.proof.cells import CODE, TOP, closure, place
+from rlhf.proof.plan import METHODS, SMALL, TUNED_ON, Arguments, Builder, Plan, Sizes
 from rlhf.sample_pairs import read_prompts
 
 
@@ -40,6 +41,18 @@ def test_what_trains_never_hears_of_held_out_prompts_and_what_plays_them_does_no
             assert "simulation" not in texts
         if "rlhf.proof.play" in texts and "--prompts" in texts:
             assert "prompts/heldout" in texts
+
+
+def test_no_argument_hangs_on_where_the_code_or_the_interpreter_lies():
+    plan, builder = Plan(), Builder(SMALL, Arguments(), tokens=TOP / "corpus" / "codes")
+    builder.main_table(plan, ("warm",), (0,), METHODS)
+    builder.curve(plan, "warm", 0, METHODS, (20, 40))
+    builder.over_optimisation(plan, "warm", 0)
+    builder.controls(plan, ("shuffled", "listeners", "reversed", "constant", "gold"), "warm", 0, ("ppo", "dpo"))
+    cells = closure(plan.cells())
+    assert any(f"{CODE}/corpus/codes" in cell.argv for cell in cells)
+    assert any("rlhf.simulation.serve" in argument for cell in cells for argument in cell.argv)
+    assert not [a for cell in cells for a in (*cell.argv, *cell.resume) if str(TOP) in a or sys.executable in a]
 
 
 def test_tuning_uses_other_seeds_for_everything():
