@@ -179,12 +179,8 @@ def adapter_shape(lm: nn.Module, name: str = "default") -> tuple[int, float]:
 
 def scale_adapter(lm: nn.Module, factor: float, name: str = "default") -> None:
     """Make an attached adapter's update `factor` times what it is, in place: 0 is the base. UserError for an unknown name."""
-    if name not in adapter_names(lm):
-        raise UserError(f"no adapter '{name}'", f"one of {adapter_names(lm)}", "name an adapter that is attached")
-    with torch.no_grad():
-        for layer in lora_layers(lm).values():
-            if name in layer.lora_A:
-                _factors(layer, name)[1].mul_(factor)
+    tensors = adapter_tensors(lm, name)
+    set_adapter_tensors(lm, {key: tensor * factor if ".lora_B." in key else tensor for key, tensor in tensors.items()}, name)
 
 
 def set_adapter_tensors(lm: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
