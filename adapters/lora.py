@@ -157,13 +157,15 @@ def merged(lm: nn.Module) -> Iterator[None]:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
+def _places(lm: nn.Module, name: str) -> dict[str, Tensor]:
+    """Key of an adapter's file -> the factor itself as it stands in `lm`; nothing for an adapter that is not there."""
+    layers = ((module, layer) for module, layer in lora_layers(lm).items() if name in layer.lora_A)
+    return {f"{module}.lora_{side}.weight": factor for module, layer in layers for side, factor in zip("AB", _factors(layer, name))}
+
+
 def adapter_tensors(lm: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """`<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r] of one adapter, detached copies."""
-    tensors = {}
-    for module, layer in lora_layers(lm).items():
-        if name in layer.lora_A:
-            for side, factor in zip("AB", _factors(layer, name)):
-                tensors[f"{module}.lora_{side}.weight"] = factor.detach().clone()
+    tensors = {key: place.detach().clone() for key, place in _places(lm, name).items()}
     if not tensors:
         raise UserError(f"no adapter '{name}'", f"one of {adapter_names(lm)}", "name an adapter that is attached")
     return tensors
@@ -185,10 +187,7 @@ def scale_adapter(lm: nn.Module, factor: float, name: str = "default") -> None:
 
 def set_adapter_tensors(lm: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
     """Fill an attached adapter. Every tensor must find its place and every place its tensor, else UserError."""
-    places: dict[str, Tensor] = {}
-    for module, layer in lora_layers(lm).items():
-        if name in layer.lora_A:
-            places |= {f"{module}.lora_{side}.weight": factor for side, factor in zip("AB", _factors(layer, name))}
+    places = _places(lm, name)
     wrong = sorted(set(places) ^ set(tensors))
     wrong += sorted(k for k in set(places) & set(tensors) if places[k].shape != tensors[k].shape)
     if wrong:

@@ -40,7 +40,8 @@ def training_arguments(cfg: Config, n_rows: int) -> DPOConfig:
         loss_type=[pair_loss, "sft"] if cfg.sft_weight else [pair_loss],
         loss_weights=[1.0, cfg.sft_weight] if cfg.sft_weight else None,
         learning_rate=cfg.lr,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": cfg.lr_end},
         warmup_steps=cfg.warmup_steps,
         max_grad_norm=1.0,
         per_device_train_batch_size=cfg.batch_size,
@@ -72,6 +73,7 @@ def kto_arguments(cfg: Config, args: DPOConfig) -> KTOConfig:
         "max_length",
     )
     shared += ("remove_unused_columns", "precompute_ref_log_probs", "beta", "learning_rate", "lr_scheduler_type", "warmup_steps")
+    shared += ("lr_scheduler_kwargs",)
     shared += ("max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
     shared += ("max_steps", "logging_steps", "logging_first_step", "save_strategy", "save_steps", "report_to", "dataloader_pin_memory")
     shared += ("seed", "data_seed")

@@ -28,7 +28,8 @@ def learnt_and_held_out(cfg: Config, task: Task) -> tuple[list[Preference], list
 
 
 def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str, Any]:
-    """What a resumed run has to find again: the base, the votes and their pairs in order, the reward, the prompts to play, loss, seed."""
+    """What a resumed run has to find again: the base, the votes and their pairs in order, the reward, the prompts to play, loss, seed, and
+    what a mean of rounds keeps."""
     pairs = [(p.chosen_sha256, p.rejected_sha256, p.prompt_id, p.p, p.weight) for p in train]
     own = task.own
     return {
@@ -40,4 +41,5 @@ def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str
         "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
         "loss": cfg.loss,
         "seed": cfg.seed,
+        "average": cfg.average,
     }

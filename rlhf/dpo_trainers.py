@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 
+from rlhf.average import Average
 from rlhf.dpo_arguments import kto_arguments
 from rlhf.dpo_report import Recorder
 from rlhf.dpo_task import Task
@@ -51,7 +52,7 @@ def pair_trainer(
         own = OwnPairs(flat, args, plan, task.own.prompts, task.own.first_row, task.own.held_out, task.own.score, rated)
         rows_to_learn = LiveRows(plan.n_rows)
         price = Price(cfg.kl_weight, cfg.target_kl, cfg.out / "price.json", args.should_save)
-        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder, price)
+        rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder, price, Average(flat.trunk.lm, cfg.average))
         callbacks.insert(0, rounds)  # it measures, also where the recorder has nothing left to do
     assert cfg.loss != "kto"
     codebooks = task.own.score.codebooks if task.own and isinstance(task.own.score, Mixed) else None
@@ -59,7 +60,7 @@ def pair_trainer(
         flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks, cfg.loss, cfg.gamma, cfg.kl_weight, codebooks, cfg.edit_price
     )
     if rounds is not None:
-        rounds.trainer = trainer
+        rounds.trainer, trainer.average = trainer, rounds.average
     return trainer, rounds
 
 

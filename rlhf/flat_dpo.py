@@ -33,6 +33,7 @@ from trl.trainer.kto_config import KTOConfig
 from adapters.lora import adapter_tensors, lora_config, set_adapter_tensors
 from base_models.checkpoint import load_training_state, save_training_state
 from base_models.lm import MusicLM
+from rlhf.average import Average
 from rlhf.flat_policy import ExpectedEdits, FlatCausalLM, flat_order, make_tokenizer, use_native_heads
 from rlhf.losses import dpo_loss, ipo_loss, simpo_loss
 from rlhf.preferences import Preference, Spans
@@ -169,18 +170,20 @@ class FlatCheckpoints:
     accelerator: Any
     parents: Mapping[str, Any] = MappingProxyType({})
     """What the run comes from; a checkpoint says it, and is not resumed with anything else."""
+    average: Average | None = None
+    """The mean of the rounds' adapters that goes with them, for a trainer in rounds."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """`output_dir/checkpoints/step_XXXXXXXX`, written by the first process; whole with the trainer's own state or not at all."""
         if self.args.should_save:
             states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
-            weights = {"adapter": adapter_tensors(self.lm)}
+            mean = self.average.tensors if self.average is not None else {}
             save_training_state(
                 str(self.args.output_dir),
                 self.state.global_step,
-                weights,
+                {"adapter": adapter_tensors(self.lm), **({"average": mean} if mean else {})},
                 states,
-                {**self.parents, **self._remembered()},
+                {**self.parents, **self._remembered(), "rounds_averaged": self.average.rounds if self.average is not None else 0},
                 also=lambda folder: self.state.save_to_json(str(folder / TRAINER_STATE_NAME)),
             )
         self.accelerator.wait_for_everyone()
@@ -190,7 +193,10 @@ class FlatCheckpoints:
         return {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        set_adapter_tensors(self.lm, load_training_state(resume_from_checkpoint, restore_rng=False)[1]["adapter"])
+        _, tensors, _, extra = load_training_state(resume_from_checkpoint, restore_rng=False)
+        set_adapter_tensors(self.lm, tensors["adapter"])
+        if self.average is not None:
+            self.average.load(tensors.get("average", {}), extra["rounds_averaged"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -210,10 +210,31 @@ class OwnPairs:
         with timed(self.seconds, "look"):
             return self._measure(number)
 
+    @torch.no_grad()
+    def drift(self, number: int = 0) -> dict[str, float]:
+        """The KL alone, of the same prompts and seeds, whole and by codebook: nobody judges, and no held weight moves."""
+        with timed(self.seconds, "look"):
+            rows, seeds = self._looked_at()
+            return self._kl(self._play(rows, seeds, {}, judged=False))
+
+    def _looked_at(self) -> tuple[list[int], list[int]]:
+        """Row of the table and seed of every clip of a look; a prompt's clips in a row."""
+        plan = self.plan
+        rows = [self.held_out[(i // plan.n_clips) % len(self.held_out)] for i in range(plan.held_out_clips)]
+        return rows, [sample_seed(plan.seed ^ 0x4E1D, i) for i in range(len(rows))]
+
+    def _kl(self, played: Judged) -> dict[str, float]:
+        """KL(policy || base) of what the policy as it is has played, in nats a clip."""
+        plan, book_kl = self.plan, []
+        for part in self._parts(len(played.rows)):
+            cond = self.flat.trunk.table.index(played.rows[part]).to(self.args.device)
+            codes, logps = played.codes[part].to(self.args.device), played.code_logps[part].to(self.args.device)
+            book_kl.append(kl_by_book(self.lm, codes, cond, logps, plan.temperature).cpu())
+        return {f"held_out/{name}": value for name, value in kl_figures(torch.cat(book_kl).mean(0)).items()}
+
     def _measure(self, number: int) -> dict[str, float]:
         plan, apart = self.plan, dict[str, float]()
-        rows = [self.held_out[(i // plan.n_clips) % len(self.held_out)] for i in range(plan.held_out_clips)]  # a prompt's clips in a row
-        seeds = [sample_seed(plan.seed ^ 0x4E1D, i) for i in range(len(rows))]
+        rows, seeds = self._looked_at()
         if self.base_scores is None:
             with adapter_disabled(self.lm):
                 base = self._play(rows, seeds, apart)
@@ -228,12 +249,6 @@ class OwnPairs:
         self.heard = played = self._play(rows, seeds, apart, not plan.held)
         if plan.held:
             self.heard = played = self._hold(number, played)
-        book_kl = []
-        for start in range(0, len(rows), plan.score_batch):
-            part = slice(start, start + plan.score_batch)
-            cond = self.flat.trunk.table.index(rows[part]).to(self.args.device)
-            codes, logps = played.codes[part].to(self.args.device), played.code_logps[part].to(self.args.device)
-            book_kl.append(kl_by_book(self.lm, codes, cond, logps, plan.temperature).cpu())
         both = torch.isfinite(played.score) & torch.isfinite(self.base_scores)
         mine, theirs = played.score[both], self.base_scores[both]
         held = self.score.reward.held(plan.held) if isinstance(self.score, Mixed) else {}
@@ -241,7 +256,7 @@ class OwnPairs:
             "held_out/score": mine.mean().item(),
             "held_out/score_base": theirs.mean().item(),
             "held_out/preferred_to_base": ((mine > theirs).float() + 0.5 * (mine == theirs).float()).mean().item(),
-            **{f"held_out/{name}": value for name, value in kl_figures(torch.cat(book_kl).mean(0)).items()},
+            **self._kl(played),
             **{f"held_out/weight_{key.replace('/', '_')}": weight for key, weight in held.items()},
         }
 

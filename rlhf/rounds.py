@@ -1,5 +1,6 @@
 """Between the rounds of a DPO run: measure; draw back, or stop, where the KL budget is spent; else play, judge and hand the trainer its
-next rows and the price of drift.
+next rows and the price of drift. With --average the mean of the rounds' adapters is what is looked at and left (rlhf/average.py), while
+budget and price go by what the round itself has come to.
 
 A round can go much further than the one before: the first ones have the highest rate, and what a LoRA does grows with the product of its
 two factors. A run that is steered (--target-kl) and finds itself beyond its budget scales its adapter back, by the root of target / KL as
@@ -12,6 +13,7 @@ run does the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from adapters.lora import scale_adapter
+from rlhf.average import Average
 from rlhf.dpo_report import NothingLeftError, Recorder
 from rlhf.flat_dpo import FlatDPOTrainer, LiveRows
 from rlhf.journal import speeds
@@ -32,8 +35,8 @@ DRAWN_BACK = 3
 class Rounds(TrainerCallback):
     """Between rounds: measure; draw back, or stop, where the KL budget is spent; else play, judge and hand the next rows to the trainer."""
 
-    def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, recorder: Recorder, price: Price) -> None:
-        self.own, self.live, self.epochs, self.recorder, self.price = own, live, epochs, recorder, price
+    def __init__(self, own: OwnPairs, live: LiveRows, epochs: int, recorder: Recorder, price: Price, average: Average) -> None:
+        self.own, self.live, self.epochs, self.recorder, self.price, self.average = own, live, epochs, recorder, price, average
         self.trainer: FlatDPOTrainer | None = None
         """Whose price of drift follows what is measured."""
         self.seconds: dict[str, float] = {}
@@ -54,8 +57,7 @@ class Rounds(TrainerCallback):
 
     def _next(self, state: Any, control: Any) -> None:
         number = int((state.epoch or 0) + 1e-6) // self.epochs
-        figures, gone = self._measure(number)
-        kl = figures["held_out/kl"]
+        figures, kl, gone = self._measure(number)
         if not kl <= self.own.plan.kl_budget:  # NaN too
             self.stopped = f"kl {kl:.1f} nats a clip exceeds the budget of {self.own.plan.kl_budget:g}"
             control.should_training_stop = True
@@ -73,26 +75,34 @@ class Rounds(TrainerCallback):
         assert heard is not None
         self.recorder.play(state.global_step, [(self.own.prompts[row], codes) for row, codes in zip(heard.rows, heard.codes)])
 
-    def _measure(self, number: int) -> tuple[dict[str, float], float]:
-        """Figures on held-out prompts of the adapter that the run goes on with, and the KL that the round had gone to, nats a clip."""
-        figures = self._agreed(number)
+    def _measure(self, number: int) -> tuple[dict[str, float], float, float]:
+        """Figures on held-out prompts of what the run would leave now; the KL of the adapter that it goes on with, and that which the
+        round had gone to before it was drawn back, nats a clip."""
+        averages = bool(self.average.decay and number)
+        look = self.own.drift if averages else self.own.measure
+        figures = self._agreed(look, number)
         gone = kl = figures["held_out/kl"]
         budget, target = self.own.plan.kl_budget, self.price.target_kl
-        if target is None or not budget < gone < math.inf:
-            return figures, gone
-        for _ in range(DRAWN_BACK):
-            scale_adapter(self.own.lm, math.sqrt(target / kl))
-            figures = self._agreed(number)
-            kl = figures["held_out/kl"]
-            if not kl > budget:
-                break
-        assert self.trainer is not None
-        forget_direction(self.trainer.optimizer)
-        return figures | {"held_out/kl_before": gone}, gone
+        drawn_back = target is not None and budget < gone < math.inf
+        if target is not None and drawn_back:
+            for _ in range(DRAWN_BACK):
+                scale_adapter(self.own.lm, math.sqrt(target / kl))
+                figures = self._agreed(look, number)
+                kl = figures["held_out/kl"]
+                if not kl > budget:
+                    break
+            assert self.trainer is not None
+            forget_direction(self.trainer.optimizer)
+        if averages:
+            if kl <= budget:  # what ends a run for having leapt is no part of what it leaves
+                self.average.update()
+            with self.average.in_place():
+                figures = self._agreed(self.own.measure, number) | {"held_out/kl_round": kl}
+        return figures | ({"held_out/kl_before": gone} if drawn_back else {}), kl, gone
 
-    def _agreed(self, number: int) -> dict[str, float]:
+    def _agreed(self, look: Callable[[int], dict[str, float]], number: int) -> dict[str, float]:
         """What the first process measures: all measure the same clips, but rounding may differ by device, and an adapter must not."""
-        told = [self.own.measure(number)]
+        told = [look(number)]
         broadcast_object_list(told)
         return told[0]
 
@@ -108,7 +118,7 @@ class Rounds(TrainerCallback):
 
     def summary(self) -> dict[str, Any]:
         """First and last held-out figures, and why it ended."""
-        names = ("held_out/score", "held_out/preferred_to_base", "held_out/kl", "held_out/kl_before")
+        names = ("held_out/score", "held_out/preferred_to_base", "held_out/kl", "held_out/kl_round", "held_out/kl_before")
         told = {name.replace("/", "_"): round(self.last[name], 4) for name in names if name in self.last}
         return {
             "rounds": self.number,

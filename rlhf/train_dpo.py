@@ -120,7 +120,9 @@ class Config:
     alpha: float = 32.0
     """Scale of the adapter: alpha / r."""
     lr: float = 2e-4
-    """Peak learning rate (AdamW, linear warmup, cosine to 0)."""
+    """Peak learning rate (AdamW, linear warmup, then a cosine down to --lr-end)."""
+    lr_end: float = 0.0
+    """Share of the peak learning rate that is left at the end; 1 keeps it, as --average wants: a mean needs rounds that differ."""
     batch_size: int = 8
     """Pairs a step and process."""
     accumulation: int = 1
@@ -156,6 +158,9 @@ class Config:
     """Parts that are to stay at the base's level, as in train_ppo.py; their weights move between rounds."""
     labels: Labels = "hard"
     """What is said of an own pair: that the better one wins, or how probably, by the reward model's calibration."""
+    average: float = 0.0
+    """In rounds, as in train_ppo.py: share that the mean of the rounds' adapters keeps each round. Looks hear the mean, and it is what the
+    run leaves: as much reward at less drift. 0 leaves the last round's adapter. --target-kl and --kl-budget go by the rounds' own KL."""
     rated_share: float = 0.25
     """Share of a round's pairs that are rated ones, in turn, where --snapshot is given."""
     rated_weight: float = 1.0
@@ -269,6 +274,7 @@ def main(cfg: Config) -> dict[str, Any]:
     figures: dict[str, Any] = {"pairs": len(train), "pairs_held_out": len(held_out), "steps": trainer.state.global_step}
     figures |= (task.voted.figures if task.voted else {}) | recorder.summary()
     if rounds is not None:
+        rounds.average.keep()
         figures |= rounds.summary()
     if held_out and cfg.loss != "kto":
         evaluation = trainer.evaluate()
@@ -329,6 +335,12 @@ def check(cfg: Config) -> None:
     if cfg.target_kl is not None and (cfg.target_kl <= 0 or not cfg.kl_weight or not (cfg.reward or cfg.toy_reward)):
         got = f"--target-kl {cfg.target_kl} with --kl-weight {cfg.kl_weight}, --reward {cfg.reward}"
         raise UserError(got, "nats above 0, a price above 0 and rounds of own clips", "give --reward and --kl-weight, or leave it out")
+    if not 0 <= cfg.lr_end <= 1:
+        raise UserError(f"--lr-end {cfg.lr_end:g}", "0 to 1", "a share of --lr: 0 to end at none, 1 to keep it")
+    if not 0 <= cfg.average < 1:
+        raise UserError(f"--average {cfg.average:g}", "0 to below 1", "take .8, or 0 for the last round's adapter")
+    if cfg.average and not (cfg.reward or cfg.toy_reward):
+        raise UserError(f"--average {cfg.average:g} without --reward", "rounds of own clips", "give --reward, or leave it out")
     if cfg.loss == "kto" and (cfg.marks == "mask" or cfg.sft_weight or cfg.kl_weight):
         raise UserError(
             "--loss kto with --marks mask, --sft-weight or --kl-weight", "a loss over pairs for those", "leave them out, or choose another"

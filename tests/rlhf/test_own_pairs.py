@@ -16,8 +16,10 @@ from torch import Tensor
 
 from adapters.library import read_adapter
 from adapters.lora import attach_lora
+from base_models.checkpoint import load_training_state
 from base_models.errors import UserError
 from rlhf import train_dpo
+from rlhf.average import Average
 from rlhf.dense import redraw
 from rlhf.dpo_arguments import training_arguments
 from rlhf.dpo_task import Task, held_out_prompts, toy_task
@@ -29,6 +31,7 @@ from rlhf.round_plan import round_plan
 from rlhf.round_rows import edited_codes, label, pair_up
 from rlhf.rounds import Rounds
 from rlhf.train_dpo import PRESETS, Config
+from tests.rlhf.two_processes import launch
 
 K, V, T = 4, 32, 12
 
@@ -193,15 +196,18 @@ def test_the_run_ends_when_the_kl_budget_is_spent_and_a_resumed_one_learns_nothi
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_steered_run_beyond_its_budget_is_drawn_back_and_goes_on_resumed_or_not(tmp_path):
+@pytest.mark.parametrize("average", [0.0, 0.7])
+def test_a_steered_run_beyond_its_budget_is_drawn_back_and_goes_on_resumed_or_not(tmp_path, average):
     changes: dict[str, Any] = {"kl_budget": 0.5, "target_kl": 0.3, "kl_weight": 1e-4, "lr": 3e-2, "rounds": 4, "save_every": 1}
+    changes |= {"average": average}
     for name in ("whole", "broken"):
         figures = train_dpo.main(config(tmp_path / name, **changes))
         assert figures["stopped"] == "rounds"
     told = rounds(tmp_path / "whole")
     drawn = [row for row in told if "held_out/kl_before" in row]
     assert drawn
-    assert all(row["held_out/kl"] <= 0.5 < row["held_out/kl_before"] for row in drawn)
+    came_to = "held_out/kl_round" if average else "held_out/kl"
+    assert all(row[came_to] <= 0.5 < row["held_out/kl_before"] for row in drawn)
     first = told.index(drawn[0])
     assert told[first]["kl_weight"] == 2 * told[first - 1]["kl_weight"]  # by the KL that it had gone to
     assert "held_out/kl_before" in told[-2]  # the checkpoint that it goes on from is of a policy that was not drawn back yet
@@ -212,8 +218,25 @@ def test_a_steered_run_beyond_its_budget_is_drawn_back_and_goes_on_resumed_or_no
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_two_processes_draw_back_and_average_as_one_does(tmp_path):
+    """4 pairs a process x 2 are the 8 pairs of the single run, and the first process's figures decide for both."""
+    steered: dict[str, Any] = {"kl_budget": 0.5, "target_kl": 0.3, "kl_weight": 1e-4, "lr": 3e-2, "rounds": 3, "average": 0.7}
+    steered |= {"rated_share": 0.0}  # 32 rows a round: whole batches
+    one = train_dpo.main(config(tmp_path / "one", **steered))
+    flags = [part for name, value in steered.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    done = launch(tmp_path, "train_dpo.py", "--preset", "smoke_reward", "--out", "two", "--precision", "fp32", "--batch-size", "4", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, both = rounds(tmp_path / "one"), rounds(tmp_path / "two")
+    drawn = [[row.get("held_out/kl_before") for row in rows] for rows in (alone, both)]
+    assert any(drawn[0])
+    assert drawn[1] == [value and pytest.approx(value, rel=1e-2) for value in drawn[0]]
+    assert both[-1]["held_out/kl_round"] == pytest.approx(one["held_out_kl_round"], rel=1e-2)
+    tensors = [read_adapter(tmp_path / name / "adapter").lora.tensors for name in ("one", "two")]
+    assert all(torch.allclose(tensors[0][name], tensors[1][name], atol=2e-3) for name in tensors[0])
+
+
 @pytest.mark.parametrize(
-    ("measured", "scaled", "goes_on"),
+    ("measured", "scaled", "goes_on"),  # KL of the policy as it is, each time that it is measured
     [
         ([0.4], [], True),
         ([2.0, 0.2], [0.5], True),
@@ -223,28 +246,62 @@ def test_a_steered_run_beyond_its_budget_is_drawn_back_and_goes_on_resumed_or_no
         ([float("nan")], [], False),
     ],
 )
-def test_how_far_a_round_is_drawn_back(measured, scaled, goes_on, monkeypatch):
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_how_far_a_round_is_drawn_back(measured, scaled, goes_on, average, monkeypatch):
     factors: list[float] = []
     told = iter(measured)
     monkeypatch.setattr("rlhf.rounds.scale_adapter", lambda lm, factor: factors.append(factor))
-    stub: Any = SimpleNamespace(lm=None, plan=SimpleNamespace(kl_budget=1.0), measure=lambda number: {"held_out/kl": next(told)})
-    run = Rounds(stub, stub, 1, SimpleNamespace(), SimpleNamespace(target_kl=0.5))  # type: ignore[arg-type]
+
+    def look(number: int) -> dict[str, float]:
+        return {"held_out/kl": next(told)}
+
+    lm = attach_lora(toy_task(config(Path())).lm, 2, 4.0)
+    mean = Average(lm, average)
+    mean.update()
+    stub: Any = SimpleNamespace(lm=lm, plan=SimpleNamespace(kl_budget=1.0))
+    stub.measure, stub.drift = (lambda number: {"held_out/kl": 0.1}, look) if average else (look, None)
+    run = Rounds(stub, stub, 1, SimpleNamespace(), SimpleNamespace(target_kl=0.5), mean)  # type: ignore[arg-type]
     weight = torch.nn.Parameter(torch.ones(2))
     adam = torch.optim.Adam([weight])
     weight.sum().backward()
     adam.step()
     run.trainer = SimpleNamespace(optimizer=adam)  # type: ignore[assignment]
-    figures, gone = run._measure(3)
+    figures, kl, gone = run._measure(3)
     assert factors == scaled
     assert gone == measured[0] or math.isnan(gone)
-    assert (figures["held_out/kl"] <= 1.0) == goes_on
+    assert kl == measured[-1] or math.isnan(kl)
+    assert (kl <= 1.0) == goes_on
+    if average:
+        assert figures["held_out/kl"] == 0.1  # the mean's
+        assert mean.rounds == 1 + goes_on  # what ends the run is no part of it
     assert figures.get("held_out/kl_before") == (measured[0] if scaled else None)
     assert bool(adam.state[weight]["exp_avg"].any()) == (not scaled)
     assert bool(adam.state[weight]["exp_avg_sq"].all())
 
 
-def test_a_run_resumed_between_rounds_ends_bitwise_where_the_unbroken_one_does(tmp_path):
-    changes: dict[str, Any] = {"rounds": 3, "save_every": 1}
+def test_a_run_leaves_the_mean_of_what_its_rounds_left(tmp_path):
+    changes: dict[str, Any] = {"rounds": 4, "save_every": 1}
+    train_dpo.main(config(tmp_path / "plain", **changes))
+    train_dpo.main(config(tmp_path / "mean", average=0.5, **changes))
+    _, saved, _, extra = load_training_state(max((tmp_path / "mean" / "checkpoints").iterdir()))
+    last, mean = saved["adapter"], saved["average"]
+    assert extra["rounds_averaged"] == 3  # a round is saved before it is looked at
+    ended = read_adapter(tmp_path / "plain" / "adapter").lora.tensors
+    assert all(torch.equal(last[name], ended[name]) for name in last)  # the mean is looked at, and changes nothing of what is learnt
+    left = read_adapter(tmp_path / "mean" / "adapter").lora.tensors
+    assert all(torch.allclose(left[name], 0.5 * mean[name] + 0.5 * last[name], atol=1e-7) for name in left)
+    assert not all(torch.allclose(left[name], last[name], atol=1e-4) for name in left)
+    told, plain = rounds(tmp_path / "mean"), rounds(tmp_path / "plain")
+    assert [row["held_out/kl_round"] for row in told[1:]] == pytest.approx([row["held_out/kl"] for row in plain[1:]], abs=1e-5)
+    assert told[-1]["held_out/kl"] < told[-1]["held_out/kl_round"]
+    assert told[-1]["held_out/score"] > told[0]["held_out/score"]
+    with pytest.raises(UserError, match="average"):
+        train_dpo.main(config(tmp_path / "mean", average=0.6, resume=True, **changes))
+
+
+@pytest.mark.parametrize("average", [0.0, 0.7])
+def test_a_run_resumed_between_rounds_ends_bitwise_where_the_unbroken_one_does(tmp_path, average):
+    changes: dict[str, Any] = {"rounds": 3, "save_every": 1, "average": average}
     train_dpo.main(config(tmp_path / "whole", **changes))
     train_dpo.main(config(tmp_path / "broken", **changes))
     saved = sorted((tmp_path / "broken" / "checkpoints").iterdir())

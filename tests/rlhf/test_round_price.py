@@ -82,6 +82,8 @@ def test_a_run_is_brought_back_towards_its_target_and_resumes_bitwise_at_the_pri
     ("changes", "message"),
     [
         ({"target_kl": -1.0}, "--target-kl -1"),
+        ({"average": 1.0}, "--average 1"),
+        ({"average": 0.5, "toy": False, "toy_reward": False, "target_kl": None}, "--average 0.5 without --reward"),
         ({"kl_budget": 0.5}, "a target below the budget"),
         ({"kl_weight": 0.0}, "with --kl-weight 0.0"),
         ({"toy_reward": False}, "rounds of own clips"),

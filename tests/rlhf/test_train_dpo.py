@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,9 +21,8 @@ from rlhf.flat_dpo import smoothed
 from rlhf.losses import dpo_loss
 from rlhf.preferences import content_sha256
 from rlhf.train_dpo import PRESETS, Config
+from tests.rlhf.two_processes import launch
 from tests.rlhf.vote_toys import ToyPolicy, write_snapshot
-
-ROOT = Path(train_dpo.__file__).resolve().parents[1]
 
 
 def config(out: Path, **changes: object) -> Config:
@@ -50,18 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], Pa
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     """The smoke preset as a file from another folder, on two gloo processes."""
     folder = tmp_path_factory.mktemp("launched")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "rlhf" / "train_dpo.py"), "--preset", "smoke", "--out", "run", "--processes", "2"]
-    command += ["--precision", "fp32", "--batch-size", "4", "--steps", "20"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
-        try:
-            stdout, stderr = process.communicate(timeout=280)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # the launcher and its workers, should any be left
-                os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr), folder / "run"
+    flags = ("--preset", "smoke", "--out", "run", "--precision", "fp32", "--batch-size", "4", "--steps", "20")
+    return launch(folder, "train_dpo.py", *flags), folder / "run"
 
 
 def test_the_first_loss_is_log_2(run):
