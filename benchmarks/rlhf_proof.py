@@ -2,6 +2,7 @@
 
     python benchmarks/rlhf_proof.py --jobs 2                                # main table: 3 tastes x 3 seeds x {PPO, DPO}
     python benchmarks/rlhf_proof.py --jobs 2 --methods ppo,ppo_best         # PPO, and the best of four clips of its adapter
+    python benchmarks/rlhf_proof.py --jobs 2 --experiments familiar         # the main table's adapters on pairs that training had
     python benchmarks/rlhf_proof.py --jobs 2 --tastes drive --seeds 0 --methods ppo
     python benchmarks/rlhf_proof.py --jobs 2 --experiments curve --votes 50,200,500,1000,2000,3000 --methods ppo,dpo,best_of_n,sft
     python benchmarks/rlhf_proof.py --jobs 2 --experiments over_optimisation,controls
@@ -44,7 +45,7 @@ TASTES = ("warm", "drive", "space")
 SEEDS = (21, 22, 23)
 """Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for drift and the unit of weights, on
 12, 13, 15 and 16; 9, 11, 14 and 17 to 20 were looked at before the last of them."""
-EXPERIMENTS = ("main", "curve", "over_optimisation", "controls")
+EXPERIMENTS = ("main", "familiar", "curve", "over_optimisation", "controls")
 CONTROLS = ("shuffled", "listeners", "reversed", "constant", "gold")
 
 # ---- what each training script is given: tuned with --tuning, on prompts that the figures do not use ----------------------
@@ -103,10 +104,15 @@ def build(args: argparse.Namespace) -> Plan:
         sizes = dataclasses.replace(sizes, shuffles=args.shuffles)
     builder = Builder(sizes, arguments, args.policy, args.tuning, args.tokens)
     plan = Plan()
-    tastes, seeds = args.tastes or [TASTES[0]], args.seeds or [SEEDS[0]]  # of all but the main table, whose cells they share
+    tastes, seeds = (
+        args.tastes or [TASTES[0]],
+        args.seeds or [SEEDS[0]],
+    )  # of all but the main table and familiar
     for experiment in args.experiments:
         if experiment == "main":
             builder.main_table(plan, args.tastes or TASTES, args.seeds or SEEDS, args.methods)
+        elif experiment == "familiar":
+            builder.familiar(plan, args.tastes or TASTES, args.seeds or SEEDS, args.methods)
         elif experiment == "curve":
             votes = (20, 40, 60) if args.small else args.votes
             for taste, seed in product(tastes, seeds):
@@ -150,8 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     parser.add_argument("--policy", type=Path, default=PRETRAINED)
     parser.add_argument("--experiments", type=words(EXPERIMENTS), default=["main"], help=",".join(EXPERIMENTS))
-    parser.add_argument("--tastes", type=words(TASTES), help="main table: all; other experiments: warm")
-    parser.add_argument("--seeds", type=integers, help=f"main table: {','.join(map(str, SEEDS))}; other experiments: {SEEDS[0]}")
+    parser.add_argument("--tastes", type=words(TASTES), help="main table and familiar: all; other experiments: warm")
+    parser.add_argument("--seeds", type=integers, help=f"main table and familiar: {','.join(map(str, SEEDS))}; others: {SEEDS[0]}")
     parser.add_argument("--methods", type=words(METHODS), default=["ppo", "dpo"])
     parser.add_argument("--votes", type=integers, default=list(VOTES), help="points of the curve")
     parser.add_argument("--votes-main", type=int, help="votes of the main table and of the controls (default 2000)")

@@ -155,12 +155,14 @@ def over_table(arms: dict[str, Row]) -> str:
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 MAIN, CURVE, REWARDS, CONTROLS, OVER = "The main table", "How many votes", "The reward against its ceiling", "Controls", "Over-optimisation"
+FAMILIAR = "The same adapters where genre and mood have met before"
 
 
 def sections(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(title, what it says, table) of each part that has rows."""
     outcomes = [
         *figures["main_by_seed"],
+        *figures["familiar_by_seed"],
         *figures["curve_by_seed"],
         *(row for rows in figures["controls_by_seed"].values() for row in rows),
     ]
@@ -180,6 +182,8 @@ def sections(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, Callable[..., str], Any]] = [
         (MAIN, f"All seeds' pairs together. {changes}", main_table, figures["main"]),
         ("Seed by seed", foretold, row_table, figures["main_by_seed"]),
+        (FAMILIAR, f"New prompts of pairs that training had too. {changes}", main_table, figures["familiar"]),
+        (f"{FAMILIAR}, seed by seed", "", row_table, figures["familiar_by_seed"]),
         (CURVE, "Subsets of one snapshot, the smaller within the larger; all seeds' pairs together.", curve_table, figures["curve"]),
         (CONTROLS, judged, control_table, figures["controls"]),
         *((f"Control by run: {name}", "", row_table, figures["controls_by_seed"].get(name)) for name in MUST),

@@ -4,7 +4,8 @@
     -> held-out prompts -> the taste judges in a process of its own
 
 A replication (seed) has prompts, clips, votes, reward, training and held-out prompts of its own. The tastes of one seed vote on the same
-clips. Prompts come from ranges that never meet: training 100 + seed, play 200 + seed, watch 300 + seed, held out 9000 + seed;
+clips. Prompts come from ranges that never meet: training 100 + seed, play 200 + seed, watch 300 + seed, held out 9000 + seed, familiar
+400 + seed (the genre and mood pairs of training, in prompts that neither votes nor training have seen);
 for choosing settings (`tuning`) 500, 600, 700 and 8000 + seed, and no held-out prompt is among those of `TUNED_ON`."""
 
 from __future__ import annotations
@@ -179,12 +180,15 @@ class Builder:
             "train": (500 if self.tuning else 100, "train", self.sizes.train_prompts),
             "play": (600 if self.tuning else 200, "train", self.sizes.play_prompts),
             "watch": (700 if self.tuning else 300, "train", self.sizes.watch_prompts),
+            "familiar": (800 if self.tuning else 400, "train", self.sizes.heldout_prompts),
             "heldout": (8000 if self.tuning else 9000, "heldout", self.sizes.heldout_prompts),
             "trail": (8000 if self.tuning else 9000, "heldout", self.sizes.trail_prompts),
         }[kind]
         named = ("--n", str(n), "--split", split, "--seed", str(first + seed), "--name", f"{kind}{seed}", "--out", f"{HERE}/prompts.jsonl")
         avoid = ("--avoid", *map(str, TUNED_ON)) if split == "heldout" and not self.tuning else ()
-        return Cell(f"prompts/{kind}/s{seed}", (*program("rlhf.proof.prompts"), *named, *avoid), weight=6)
+        needs = tuple(self.prompts(other, seed) for other in ("train", "play", "watch")) if kind == "familiar" else ()
+        unlike = ("--unlike", *(place(other, "prompts.jsonl") for other in needs)) if needs else ()
+        return Cell(f"prompts/{kind}/s{seed}", (*program("rlhf.proof.prompts"), *named, *avoid, *unlike), needs, weight=6)
 
     def samples(self, seed: int) -> Cell:
         prompts = self.prompts("train", seed)
@@ -264,7 +268,7 @@ class Builder:
 
     def how_to_play(self, seed: int, kind: str = "heldout") -> tuple[tuple[str, ...], tuple[Cell, ...]]:
         prompts, probe, samples, known = self.prompts(kind, seed), self.probe(seed), self.samples(seed), self.known()
-        n = self.sizes.heldout_clips if kind == "heldout" else 1
+        n = 1 if kind == "trail" else self.sizes.heldout_clips
         how = (
             *self.on_policy, "--prompts", place(prompts, "prompts.jsonl"), "-n", str(n), "--seed", str(10_000 + seed),
             "--duration", str(self.sizes.duration_s), "--probe", place(probe, "probe.npz"), "--real-probe", place(known, "probe.npz"),
@@ -276,10 +280,10 @@ class Builder:
         how, needs = self.how_to_play(seed, kind)
         return Cell(f"base/{kind}/s{seed}", (*program("rlhf.proof.play"), "--out", HERE, *how), needs, weight=43)
 
-    def played(self, run: Cell, method: str, seed: int, proxy: Cell | None) -> Cell:
+    def played(self, run: Cell, method: str, seed: int, proxy: Cell | None, kind: str = "heldout") -> Cell:
         """Clips of a run's adapter, or, for a method that says so, the best of several by all that it was trained for."""
-        how, needs = self.how_to_play(seed)
-        base = self.base(seed)
+        how, needs = self.how_to_play(seed, kind)
+        base = self.base(seed, kind)
         given = ("--system", method, "--adapter", place(run, "run", "adapter"), "--out", HERE, "--beside", place(base))
         more = ("--proxy", place(proxy, "reward")) if proxy else ()
         label, weight, needs = run.label, 75, (*needs, run, base, *((proxy,) if proxy else ()))
@@ -287,6 +291,7 @@ class Builder:
             assert proxy is not None
             more = (*more, "--best-of", str(self.sizes.adapted_best_of), "--reward", place(proxy, "reward"))
             label, weight = f"{method}/{label.partition('/')[2]}", 200
+        label = label if kind == "heldout" else f"{kind}/{label}"
         return Cell(f"play/{label}", (*program("rlhf.proof.play"), *given, *more, *how), needs, weight=weight)
 
     def best_of_n(self, reward: Cell, seed: int) -> Cell:
@@ -328,9 +333,11 @@ class Builder:
         turn: str = "none",
         turn_seed: int = 0,
         more: tuple[str, ...] = (),
+        kind: str = "heldout",
     ) -> Outcome:
         """A method on the first `votes` votes. turn: none, half of each prompt's pairs (turn_seed says which half), or all; training has
-        the replication's seed in every draw. more: than the method's own settings, for PPO and DPO."""
+        the replication's seed in every draw. more: than the method's own settings, for PPO and DPO. kind: of the prompts that
+        an adapter plays."""
         snapshot = self.snapshot(taste, seed, votes, turn, turn_seed)
         reward = self.reward(snapshot)
         if method == "best_of_n":
@@ -338,10 +345,9 @@ class Builder:
         else:
             trainer = method.removesuffix(BEST)
             own = (*getattr(self.arguments, trainer), *more)
-            played = self.played(
-                self.trained(trainer, snapshot, reward, seed, own, f"{experiment}-{trainer}" if more else ""), method, seed, reward
-            )
-        base = self.base(seed)
+            run = self.trained(trainer, snapshot, reward, seed, own, f"{experiment}-{trainer}" if more else "")
+            played = self.played(run, method, seed, reward, kind)
+        base = self.base(seed, kind)
         settings = self.settings(self.arguments.reward, () if method == "best_of_n" else own)
         return Outcome(experiment, method, taste, seed, votes, played, base, self.gold(played, base, taste), settings, turn_seed)
 
@@ -354,6 +360,13 @@ class Builder:
             for taste in tastes:
                 plan.rewards.append(self.reward_row(taste, seed, self.sizes.votes))
                 plan.outcomes += [self.outcome("main", method, taste, seed, self.sizes.votes) for method in methods]
+
+    def familiar(self, plan: Plan, tastes: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
+        """The main table's adapters on new prompts of the genre and mood pairs that they were trained on."""
+        adapted = [method for method in methods if method != "best_of_n"]
+        for seed in seeds:
+            for taste in tastes:
+                plan.outcomes += [self.outcome("familiar", m, taste, seed, self.sizes.votes, kind="familiar") for m in adapted]
 
     def curve(self, plan: Plan, taste: str, seed: int, methods: Sequence[str], votes: Sequence[int]) -> None:
         for n in votes:

@@ -17,7 +17,7 @@ def collect_figures(plan: Plan, root: Path) -> dict[str, Any]:
     found: dict[str, list[Told]] = defaultdict(list)
     for outcome in plan.outcomes:
         found[outcome.experiment].append(tell(outcome, root))
-    main, curve = found.pop("main", []), found.pop("curve", [])
+    main, familiar, curve = (found.pop(experiment, []) for experiment in ("main", "familiar", "curve"))
     rewards = {entry.cell.name: entry for entry in plan.rewards}
     trails: dict[str, dict[str, list[Row]]] = defaultdict(dict)
     for trail in plan.trails:
@@ -25,6 +25,8 @@ def collect_figures(plan: Plan, root: Path) -> dict[str, Any]:
     return {
         "main": over_seeds(main),
         "main_by_seed": in_order(main),
+        "familiar": over_seeds(familiar),
+        "familiar_by_seed": in_order(familiar),
         "curve": over_seeds(curve),
         "curve_by_seed": in_order(curve),
         "controls": judge_controls(found, sorted([*curve, *main], key=lambda told: told.row["votes"])),

@@ -134,7 +134,8 @@ def figures():
     other = [{**row, "taste": "space"} for row in rows()]
     arms = {"free": trail, "braked": trail}
     return {
-        "results": 9, "asked": 4, "missing": 1, "left_out": 0, "main": rows(), "main_by_seed": each, "curve": rows() + other,
+        "results": 9, "asked": 4, "missing": 1, "left_out": 0, "main": rows(), "main_by_seed": each,
+        "familiar": rows(), "familiar_by_seed": each, "curve": rows() + other,
         "curve_by_seed": each, "controls": [control, {**control, "ci": None, "held": None}], "controls_by_seed": {"gold": each},
         "rewards": [reward], "trails": {"warm, seed 3": arms, "drive, seed 3": arms},
         "over_optimisation": {at: {arm: lost_after_the_best(trail) for arm in arms} for at in ("warm, seed 3", "drive, seed 3")},
@@ -151,7 +152,7 @@ def test_the_page_shows_what_is_there_and_leaves_out_what_is_not(tmp_path):
     assert "4, of which 1 are missing" in text
     assert "0.050 - 0.070 = -0.020" in text
     assert [line.split("|")[-3].strip() for line in text.splitlines() if line.startswith("| gold    | warm")][:2] == ["NO", "not judged"]
-    empty = {key: [] for key in ("main", "main_by_seed", "curve", "curve_by_seed", "controls", "rewards")}
+    empty = {key: [] for key in ("main", "main_by_seed", "familiar", "familiar_by_seed", "curve", "curve_by_seed", "controls", "rewards")}
     counts = {"results": 0, "asked": 4, "missing": 4, "left_out": 0}
     nothing = {**empty, **counts, "controls_by_seed": {}, "trails": {}, "over_optimisation": {}}
     assert "##" not in page.write_page(tmp_path / "empty", nothing).read_text()

@@ -1,6 +1,7 @@
 import re
 import sys
 
+from base_models.checkpoint import read_jsonl
 from base_models.corpus.captions import demo_prompts
 from rlhf.proof import prompts
 from rlhf.proof.cells import CODE, TOP, closure, place
@@ -47,6 +48,7 @@ def test_no_argument_hangs_on_where_the_code_or_the_interpreter_lies():
     plan, builder = Plan(), Builder(SMALL, Arguments(), tokens=TOP / "corpus" / "codes")
     builder.main_table(plan, ("warm",), (0,), METHODS)
     builder.curve(plan, "warm", 0, METHODS, (20, 40))
+    builder.familiar(plan, ("warm",), (0,), METHODS)
     builder.over_optimisation(plan, "warm", 0)
     builder.controls(plan, ("shuffled", "listeners", "reversed", "constant", "gold"), "warm", 0, ("ppo", "dpo"))
     cells = closure(plan.cells())
@@ -72,6 +74,41 @@ def test_no_held_out_prompt_is_one_on_which_settings_were_chosen(tmp_path):
     tuned = {row["prompt"] for seed in (0, 1, 8000) for row in demo_prompts(144, "heldout", seed=seed)}
     assert len(own) == 144
     assert not own & tuned
+
+
+def test_familiar_prompts_ask_for_what_training_asked_for_in_other_words(tmp_path):
+    builder = Builder(Sizes(), Arguments())
+    cells = {kind: builder.prompts(kind, 4) for kind in ("train", "play", "watch", "familiar")}
+    files = {}
+    for kind, cell in cells.items():  # the programs as the plan gives them, with the folders of their cells put in
+        files[kind] = tmp_path / kind / "prompts.jsonl"
+        files[kind].parent.mkdir()
+        argv = [re.sub(r"\{here\}", str(files[kind].parent), argument) for argument in cell.argv[3:]]
+        for need in cell.needs:
+            argv = [argument.replace(place(need), str(tmp_path / need.label.split("/")[1])) for argument in argv]
+        assert prompts.main(argv) == 0
+    said = {kind: read_jsonl(path) for kind, path in files.items()}
+    trained_on = {row["prompt"] for kind in ("train", "play", "watch") for row in said[kind]}
+    assert len(said["familiar"]) == Sizes().heldout_prompts
+    assert not {row["prompt"] for row in said["familiar"]} & trained_on
+    assert {row["prompt"] for row in demo_prompts(144, "train", seed=404)} & trained_on  # or nothing had to be left out
+    pairs = [{(row["genre"], row["mood"]) for row in rows} for rows in (said["familiar"], demo_prompts(400, "train", seed=0))]
+    assert pairs[0] <= pairs[1]
+    assert not pairs[0] & {(row["genre"], row["mood"]) for row in demo_prompts(400, "heldout", seed=0)}
+
+
+def test_familiar_prompts_are_played_by_the_adapters_of_the_main_table():
+    main, plan, builder = main_plan(), Plan(), Builder(Sizes(), Arguments())
+    builder.familiar(plan, ["warm"], [0], ["ppo", "ppo_best", "dpo", "best_of_n"])
+    assert [o.method for o in plan.outcomes] == ["ppo", "ppo_best", "dpo"]
+    trained = {cell.name for cell in closure(main.cells()) if cell.label.startswith(("ppo/", "dpo/"))}
+    runs = [cell.name for cell in closure(plan.cells()) if cell.label.startswith(("ppo/", "dpo/"))]
+    assert runs
+    assert set(runs) <= trained
+    for outcome in plan.outcomes:
+        assert outcome.base.label == "base/familiar/s0"
+        assert outcome.gold.label.startswith("gold/familiar/")
+        assert not any("heldout" in cell.label for cell in closure([outcome.gold]))
 
 
 def test_the_curve_and_the_main_table_share_what_is_the_same():
