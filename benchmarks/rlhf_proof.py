@@ -104,10 +104,7 @@ def build(args: argparse.Namespace) -> Plan:
         sizes = dataclasses.replace(sizes, shuffles=args.shuffles)
     builder = Builder(sizes, arguments, args.policy, args.tuning, args.tokens)
     plan = Plan()
-    tastes, seeds = (
-        args.tastes or [TASTES[0]],
-        args.seeds or [SEEDS[0]],
-    )  # of all but the main table and familiar
+    tastes, seeds = args.tastes or [TASTES[0]], args.seeds or [SEEDS[0]]  # of all but the main table and familiar
     for experiment in args.experiments:
         if experiment == "main":
             builder.main_table(plan, args.tastes or TASTES, args.seeds or SEEDS, args.methods)

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import get_scheduler
 
 from adapters.library import read_adapter
 from base_models.errors import UserError
 from rlhf import dpo_task, train_dpo
+from rlhf.dpo_arguments import training_arguments
 from rlhf.dpo_task import toy_task
 from rlhf.flat_dpo import smoothed
 from rlhf.losses import dpo_loss
@@ -69,6 +71,22 @@ def test_preference_accuracy_rises_on_trained_and_held_out_pairs(run):
     assert rows[-1]["dpo/loss_hard_labels"] < 0.6
     assert figures["held_out_accuracy"] == 1.0
     assert rows[-1]["logps/chosen"] - rows[0]["logps/chosen"] > rows[-1]["logps/rejected"] - rows[0]["logps/rejected"]
+
+
+@pytest.mark.parametrize(("lr_end", "last"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
+def test_the_rate_ends_at_its_share_of_the_peak(lr_end, last):
+    args = training_arguments(config(Path("nowhere"), lr_end=lr_end), 80)
+    steps = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    schedule = get_scheduler(args.lr_scheduler_type, steps, args.warmup_steps, 30, args.lr_scheduler_kwargs)
+    rates = []
+    for _ in range(30):
+        steps.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    assert max(rates) == pytest.approx(args.learning_rate)
+    assert rates[-1] == pytest.approx(last * args.learning_rate, abs=1e-9)
+    with pytest.raises(UserError, match=r"--lr-end 1\.5"):
+        train_dpo.check(config(Path("nowhere"), lr_end=1.5))
 
 
 def test_kl_of_played_clips_is_positive_after_learning(run):
