@@ -27,6 +27,8 @@ from rlhf.stages import ROOT, Stage, accounts_file, rating_app, resume_flag, run
 
 logger = logging.getLogger(__name__)
 CAMPAIGN = "demo"
+YOURS = "base-or-ppo"
+"""The campaign that waits for whoever rates by hand; simulated raters have answered all of the other."""
 SYSTEMS = ("dpo", "ppo", "shuffled")
 TRACK_PROMPT = "sad piano, slow"
 LICENCE = "Apache-2.0"
@@ -87,6 +89,7 @@ class Demo:
             Stage("ppo", "training the PPO adapter", 200, self.ppo),
             Stage("heldout", "playing held-out prompts with all of them", 180, self.heldout),
             Stage("judge", "the hidden taste compares", 20, self.judge),
+            Stage("yours", "putting up the base against PPO for you to rate", 10, self.yours),
             Stage("tracks", "mastering three tracks", 10, self.tracks),
             Stage("report", "writing the report", 15, self.report),
         ]
@@ -191,6 +194,11 @@ class Demo:
         run_python(["-m", "rlhf.simulation.judge", *named, "--out", self.out / "gold.json"])
         return {"comparisons": compare_gold(self.out / "gold.json", SYSTEMS)}
 
+    def yours(self) -> None:
+        """Held-out clips of the base and of PPO, blind, clip against clip of the same prompt: what `make app` asks about afterwards."""
+        sources = [part for name in (BASE, "ppo") for part in ("--source", self.out / "heldout" / name / "manifest.jsonl")]
+        run_python(["-m", "feedback_app.campaigns", "--db", self.db, "--name", YOURS, *sources])
+
     def tracks(self) -> dict[str, Any]:
         from adapters.library import load_adapter, unload_adapters
 
@@ -269,5 +277,6 @@ def main(cfg: DemoConfig) -> int:
             f"{name:9} wins {row['gold_win_rate']:.3f} [{low:.3f}, {high:.3f}] of {row['n']} decided against the base, KL {row['kl']:.1f}"
         )
     print(f"\nreport:  {page.resolve()}\ntracks:  {(cfg.out / 'tracks').resolve()}")
-    print("rate by hand: `make app` opens the same database at http://127.0.0.1:7860")
+    print("rate by hand: `make app` opens the same database at http://127.0.0.1:7860, and asks, blind, whether you prefer the base or PPO;")
+    print(f"who won, by your votes: `.venv/bin/encore owners leaderboard {YOURS} --db sqlite:///{cfg.out / 'encore.db'}`")
     return 0

@@ -20,7 +20,7 @@ from base_models.policy import load_policy
 from db.export import export_snapshot
 from db.store import open_store
 from rlhf import cli
-from rlhf.demo import ROOT, Demo, DemoConfig
+from rlhf.demo import ROOT, YOURS, Demo, DemoConfig
 from rlhf.ppo_task import read_prompts as ppo_prompts
 from rlhf.preferences import load_snapshot, training_pairs
 from rlhf.sample_pairs import Settings, clip_seed, read_prompts, sample, write_prompts
@@ -48,6 +48,16 @@ def test_the_loop_closes(policy_dir, tmp_path):
     assert all((page.parent / path).is_file() for path in local)
     assert not re.findall(r"(?:src|href)=['\"]https?:", text)
     assert len(list((tmp_path / "demo" / "tracks").glob("*.wav"))) == 3
+
+    # Who rates by hand afterwards is asked about the base and PPO: simulated raters have answered all the rest.
+    with open_store(f"sqlite:///{tmp_path / 'demo' / 'encore.db'}") as store:
+        rater = store.sign_in("me", str(store.add_rater("me")))
+        assert rater is not None
+        offer = store.next_assignment(rater.id)
+        assert offer is not None
+        assert offer.campaign == YOURS
+        assert offer.progress.open == cfg.heldout_prompts * cfg.heldout_clips
+        assert offer.prompt in {row.prompt for row in read_prompts(tmp_path / "demo" / "prompts_heldout.jsonl")}
 
     # A second call does nothing again, and says the same.
     before = page.read_bytes()
@@ -151,6 +161,7 @@ def test_a_prompt_with_unicode_line_separators_keeps_its_row_all_the_way(policy_
         code = [sys.executable, "-m", "feedback_app.campaigns", "--db", f"sqlite:///{tmp_path / 'e.db'}", "--name", "c"]
         subprocess.run([*code, "--manifest", str(manifest), "--min-listen-ms", "0"], check=True, cwd=ROOT)
         rater = store.sign_in("ada", store.add_rater("ada"))
+        assert rater is not None
         assert rater is not None
         offer = store.next_assignment(rater.id)
         assert offer is not None
