@@ -16,6 +16,13 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from adapters.lora import adapter_tensors, set_adapter_tensors
+from base_models.errors import UserError
+
+
+def check_decay(decay: float) -> None:
+    """Refuse an --average that keeps all of a mean, or less than nothing."""
+    if not 0 <= decay < 1:
+        raise UserError(f"--average {decay:g}", "0 to below 1", "take .9, or 0 for the last round's adapter")
 
 
 class Average:

@@ -51,6 +51,7 @@ from base_models.errors import UserError
 from base_models.launch import check_processes, check_sharding, end_in_good_order
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
+from rlhf.average import check_decay
 from rlhf.dpo_arguments import training_arguments
 from rlhf.dpo_pairs import learnt_and_held_out, parents_of
 from rlhf.dpo_report import NothingLeftError, Recorder
@@ -337,8 +338,7 @@ def check(cfg: Config) -> None:
         raise UserError(got, "nats above 0, a price above 0 and rounds of own clips", "give --reward and --kl-weight, or leave it out")
     if not 0 <= cfg.lr_end <= 1:
         raise UserError(f"--lr-end {cfg.lr_end:g}", "0 to 1", "a share of --lr: 0 to end at none, 1 to keep it")
-    if not 0 <= cfg.average < 1:
-        raise UserError(f"--average {cfg.average:g}", "0 to below 1", "take .8, or 0 for the last round's adapter")
+    check_decay(cfg.average)
     if cfg.average and not (cfg.reward or cfg.toy_reward):
         raise UserError(f"--average {cfg.average:g} without --reward", "rounds of own clips", "give --reward, or leave it out")
     if cfg.loss == "kto" and (cfg.marks == "mask" or cfg.sft_weight or cfg.kl_weight):

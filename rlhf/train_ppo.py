@@ -41,6 +41,7 @@ from base_models.errors import UserError
 from base_models.launch import check_processes, open_accelerator
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
+from rlhf.average import check_decay
 from rlhf.journal import timed
 from rlhf.ppo_checkpoint import restore, save
 from rlhf.ppo_look import look, look_is_due, rewind
@@ -315,8 +316,7 @@ def check(cfg: Config, world: int) -> None:
         raise UserError("a size below 1", "1 or more everywhere", "correct batch_size, minibatches, epochs, steps, n_frames or look_every")
     if not 0 <= cfg.kl_coef_least <= cfg.kl_coef:
         raise UserError(f"--kl-coef-least {cfg.kl_coef_least:g}", f"0 to --kl-coef, {cfg.kl_coef:g}", "lower it, or raise the first price")
-    if not 0 <= cfg.average < 1:
-        raise UserError(f"--average {cfg.average:g}", "0 to below 1", "take .9, or 0 for the last round's adapter")
+    check_decay(cfg.average)
     if cfg.kl_power < 0 or (cfg.kl_power and cfg.target_kl is None):
         got = f"--kl-power {cfg.kl_power:g} with --target-kl {cfg.target_kl}"
         raise UserError(got, "0 or more, and a target", "give --target-kl and take 1, or leave it out")
