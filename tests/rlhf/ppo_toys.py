@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from rlhf.rewards import HUMAN, Mixed, parse_weights, weighted
 from rlhf.rollout import Critic, Rollout, play
 from rlhf.train_ppo import TOY, Config
 
-SCRIPT = Path(__file__).resolve().parents[2] / "rlhf" / "train_ppo.py"
 CODES: dict[str, Any] = {"credit": "codes", "lr": 1e-2, "kl_coef": 0.002}
 """The toy by code-by-code credit."""
 T = 7
@@ -101,12 +99,6 @@ def weights(out: Path) -> dict[str, Tensor]:
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def alone() -> dict[str, str]:
-    """The environment of a run launched by hand: nothing of a launcher's, as many threads as here."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
-    return {**kept, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def tiny_lm(n_q: int = 3, card: int = 8, init_b: bool = True) -> MusicLM:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,9 +38,7 @@ from rlhf.rollout import Rollout, add_score_once, code_logits, judge, score_step
 from rlhf.train_ppo import Config, main
 from tests.rlhf.ppo_toys import (
     CODES,
-    SCRIPT,
     T,
-    alone,
     conditions,
     config,
     judged_by,
@@ -55,6 +51,7 @@ from tests.rlhf.ppo_toys import (
     untimed,
     weights,
 )
+from tests.rlhf.two_processes import launch
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
 by_either_credit = pytest.mark.parametrize("how", [{"credit": "score"}, CODES], ids=["score", "codes"])
@@ -512,11 +509,9 @@ def test_14_the_losses_of_eight_microbatches_add_up_to_one_of_eight_on_ragged_le
     ids=["score", "codes"],
 )
 def test_15_two_gloo_processes_equal_one_on_the_same_global_batch(settings: dict[str, Any], largest: float, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     settings = {"steps": 3, "batch_size": 32, "look_every": 2, "heldout_clips": 3, **settings}
     flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    everything = [*command, "--preset", "smoke", "--processes", "2", "--out", "two", *flags]
-    done = subprocess.run(everything, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=alone(), check=False)
+    done = launch(tmp_path, "train_ppo.py", "--preset", "smoke", "--out", "two", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     main(config(tmp_path / "one", **settings))
     assert largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < largest

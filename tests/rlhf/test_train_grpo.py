@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,7 @@ from rlhf import flat_grpo
 from rlhf.flat_grpo import Judge
 from rlhf.flat_policy import flatten_codes
 from rlhf.train_grpo import PRESETS, Config, check, main, toy_task, training_arguments
-
-SCRIPT = Path(__file__).resolve().parents[2] / "rlhf" / "train_grpo.py"
+from tests.rlhf.two_processes import launch
 
 
 def config(out: Path, **changes: Any) -> Config:
@@ -142,10 +138,7 @@ def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(tmp_path, change
 
 
 def test_two_processes_play_what_one_plays_when_launched_as_a_file_from_another_folder(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    flags = ["--preset", "smoke", "--steps", "3", "--processes", "2", "--out", "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment, check=False)
+    done = launch(tmp_path, "train_grpo.py", "--preset", "smoke", "--steps", "3", "--out", "two")
     assert done.returncode == 0, done.stderr[-3000:]
     main(config(tmp_path / "one"))
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +13,12 @@ from adapters.library import read_adapter
 from base_models.checkpoint import read_jsonl
 from base_models.errors import UserError
 from base_models.policy import load_policy
-from rlhf import train_sft
 from rlhf.evaluate_models import evaluate
 from rlhf.sample_pairs import Settings, read_prompts
 from rlhf.sft_run import Learner
 from rlhf.sft_task import toy_task
 from rlhf.train_sft import PRESETS, Config, main
-
-SCRIPT = Path(train_sft.__file__).resolve()
-
+from tests.rlhf.two_processes import launch
 
 KINDS = {".json", ".jsonl", ".safetensors", ".md", ".wav", ".png"}
 
@@ -107,10 +101,8 @@ def test_microbatches_and_two_processes_change_nothing(tmp_path):
     few = {"steps": 6, "kl_clips": 0}
     main(config(tmp_path / "one", **few))
     main(config(tmp_path / "small", microbatch=3, **few))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += ["--preset", "smoke", "--steps", "6", "--kl-clips", "0", "--out", "two"]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    done = launch(tmp_path, "train_sft.py", "--preset", "smoke", "--steps", "6", "--kl-clips", "0", "--out", "two")
+    assert done.returncode == 0, done.stderr[-3000:]
     told = {}
     for name in ("one", "small", "two"):
         told[name] = [row["nats_a_code"] for row in steps(tmp_path / name)]
