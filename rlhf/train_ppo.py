@@ -202,7 +202,22 @@ TOY: dict[str, Any] = {
     "microbatch": 64,
     "precision": "fp32",
 }
-PRESETS: dict[str, dict[str, Any]] = {"smoke": {**TOY, "out": Path("runs/ppo-smoke")}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "votes": {
+        "steps": 40,
+        "samples_per_prompt": 2,
+        "kl_coef": 0.005,
+        "kl_coef_least": 0.0025,
+        "target_kl": 48.0,
+        "kl_horizon": 120,
+        "kl_power": 1.0,
+        "kl_budget": 150.0,
+        "average": 0.9,
+        "weights": f"{HUMAN}=1,similarity=0.15,tempo=0.06,genre=0.5,diversity=0.04",
+        "hold": "similarity,tempo,genre,diversity",
+    },
+    "smoke": {**TOY, "out": Path("runs/ppo-smoke")},
+}
 
 PATIENCE = 5
 """Rounds in a row without one finite score, after which the reward is taken to be broken."""

@@ -79,10 +79,17 @@ def test_the_values_on_the_page_are_the_defaults(section):
     assert wrong == {}
 
 
-def test_what_the_page_tells_of_rounds_is_the_presets():
-    in_rounds = {name: text.split("; ")[1] for name, text in told("DPO").items() if text.endswith(" in rounds")}
-    assert {"lr", "batch_size"} <= in_rounds.keys()
-    wrong = {name: text for name, text in in_rounds.items() if not says(text, train_dpo.PRESETS["rounds"][name])}
+@pytest.mark.parametrize(
+    ("section", "ending", "preset", "least"),
+    [
+        ("DPO", " in rounds", train_dpo.PRESETS["rounds"], {"lr", "batch_size"}),
+        ("PPO", " by votes", train_ppo.PRESETS["votes"], {"average", "kl_power"}),
+    ],
+)
+def test_what_the_page_tells_of_a_preset_is_the_presets(section, ending, preset, least):
+    of_it = {name: text.split("; ")[1] for name, text in told(section).items() if text.endswith(ending)}
+    assert least <= of_it.keys()
+    wrong = {name: text for name, text in of_it.items() if not says(text, preset[name])}
     assert wrong == {}
 
 

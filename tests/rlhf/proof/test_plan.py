@@ -1,8 +1,13 @@
 import re
 import sys
 
+import pytest
+
 from base_models.checkpoint import read_jsonl
 from base_models.corpus.captions import demo_prompts
+from base_models.settings import parse
+from benchmarks import rlhf_proof
+from rlhf import train_dpo, train_ppo
 from rlhf.proof import prompts
 from rlhf.proof.cells import CODE, TOP, closure, place
 from rlhf.proof.plan import METHODS, SMALL, TUNED_ON, Arguments, Builder, Plan, Sizes
@@ -24,6 +29,14 @@ def test_the_main_table_has_a_row_for_each_taste_seed_and_method():
     rows = {(o.taste, o.seed, o.method) for o in plan.outcomes}
     assert len(rows) == len(plan.outcomes) == 18
     assert all(o.votes <= 2000 for o in plan.outcomes)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "preset"), [(train_ppo, rlhf_proof.PPO, "votes"), (train_dpo, rlhf_proof.DPO, "rounds")], ids=["ppo", "dpo"]
+)
+def test_what_the_main_table_is_trained_with_is_a_preset_that_anybody_can_name(script, flags, preset):
+    asked = ("--preset", preset, "--kl-budget", "150")
+    assert parse(script.Config, script.PRESETS, [*flags]) == parse(script.Config, script.PRESETS, [*asked])
 
 
 def test_tastes_share_the_clips_of_a_seed_and_seeds_share_nothing():
