@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,12 @@ def weights(out: Path) -> dict[str, Tensor]:
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def alone() -> dict[str, str]:
+    """The environment of a run launched by hand: nothing of a launcher's, as many threads as here."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
+    return {**kept, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def tiny_lm(n_q: int = 3, card: int = 8, init_b: bool = True) -> MusicLM:
