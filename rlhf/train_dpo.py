@@ -62,7 +62,7 @@ from rlhf.flat_kto import FlatKTOTrainer
 from rlhf.flat_policy import FlatCausalLM
 from rlhf.played import kl_figures, play_now
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, Mixed, held_parts, parse_weights
+from rlhf.rewards import HUMAN, WITH_CHECKS, Mixed, held_parts, parse_weights
 from rlhf.round_plan import BY_SLOPE, Labels, Pairing, round_plan
 from rlhf.rounds import Rounds
 from rlhf.tracking import Kind
@@ -221,7 +221,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "round_epochs": 2,
         "batch_size": 16,
         "held_out_clips": 96,
-        "weights": f"{HUMAN}=1,similarity=0.15,tempo=0.06,genre=0.5,diversity=0.04",
+        "weights": WITH_CHECKS,
         "hold": "similarity,tempo,diversity",
     },
     "best_worst": {"lr": 1e-3, "pairing": "best_worst", "rounds": 10, "round_prompts": 48, "round_clips": 8, "round_epochs": 2},

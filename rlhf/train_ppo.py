@@ -1,6 +1,6 @@
 """Proximal policy optimisation: the reward model's opinion into a LoRA adapter, by playing and being judged.
 
-    accelerate launch rlhf/train_ppo.py --policy base_models/pretrained --reward runs/reward --prompts prompts.txt --out runs/ppo
+    accelerate launch rlhf/train_ppo.py --preset votes --reward runs/reward --prompts prompts.txt --heldout-prompts heldout.txt
     python rlhf/train_ppo.py --preset smoke                       # a toy policy that learns to play one code, under a minute
     torchrun --nproc-per-node 2 rlhf/train_ppo.py ...             # or any accelerate configuration
 
@@ -49,7 +49,7 @@ from rlhf.ppo_run import Run, without_slope
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, held_parts, parse_weights
+from rlhf.rewards import HUMAN, WITH_CHECKS, held_parts, parse_weights
 from rlhf.tracking import Kind
 
 
@@ -213,7 +213,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_power": 1.0,
         "kl_budget": 150.0,
         "average": 0.9,
-        "weights": f"{HUMAN}=1,similarity=0.15,tempo=0.06,genre=0.5,diversity=0.04",
+        "weights": WITH_CHECKS,
         "hold": "similarity,tempo,genre,diversity",
     },
     "smoke": {**TOY, "out": Path("runs/ppo-smoke")},

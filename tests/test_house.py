@@ -280,8 +280,17 @@ def test_commit_hooks_are_local_and_run_tools_of_the_environment() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_link_inside_the_repository_resolves(document: Path) -> None:
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()) if not re.match(r"[a-z]+:|#", link)]
-    assert [link for link in links if not (document.parent / link.split("#")[0]).exists()] == []
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()) if not re.match(r"[a-z]+:", link)]
+    there = {link: document.parent / name if (name := link.split("#")[0]) else document for link in links}
+    assert [link for link, place in there.items() if not place.exists()] == []
+    to_headings = {link: place for link, place in there.items() if "#" in link and place.suffix == ".md"}
+    assert [link for link, place in to_headings.items() if link.split("#")[1] not in anchors(place)] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as links name them: in small letters, without marks, - for a space."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def test_scripts_that_the_readme_names_exist() -> None:

@@ -32,11 +32,15 @@ def test_the_main_table_has_a_row_for_each_taste_seed_and_method():
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "preset"), [(train_ppo, rlhf_proof.PPO, "votes"), (train_dpo, rlhf_proof.DPO, "rounds")], ids=["ppo", "dpo"]
+    ("script", "flags", "named"),
+    [
+        (train_ppo, rlhf_proof.PPO, ["--preset", "votes"]),
+        (train_dpo, rlhf_proof.DPO, ["--preset", "rounds", "--kl-budget", "150"]),
+    ],
+    ids=["ppo", "dpo"],
 )
-def test_what_the_main_table_is_trained_with_is_a_preset_that_anybody_can_name(script, flags, preset):
-    asked = ("--preset", preset, "--kl-budget", "150")
-    assert parse(script.Config, script.PRESETS, [*flags]) == parse(script.Config, script.PRESETS, [*asked])
+def test_what_the_main_table_is_trained_with_is_a_preset_that_anybody_can_name(script, flags, named):
+    assert parse(script.Config, script.PRESETS, [*flags]) == parse(script.Config, script.PRESETS, named)
 
 
 def test_tastes_share_the_clips_of_a_seed_and_seeds_share_nothing():
