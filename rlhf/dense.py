@@ -67,47 +67,68 @@ def dense_advantages(gain: Tensor, old_log_probs: Tensor, ref_log_probs: Tensor,
 
 
 def expected_ppo_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float, count: Tensor | float | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+    logits: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cliprange: float,
+    count: Tensor | float | None = None,
+    at: Sequence[int] | None = None,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """mean over codes of -sum_v pi_old(v) min(rho_v A_v, clip(rho_v, 1 - eps, 1 + eps) A_v): PPO's surrogate without its sampling noise.
 
     Schulman et al. 2017, arXiv:1707.06347, eq. 7, with the expectation over actions taken exactly.
 
-    Args: log_probs, old_log_probs, advantages [B, K, T, V]. mask [B, K, T] bool. count: divisor (see `losses.masked_mean`).
-    Returns: a scalar loss; figures `dense_kl` (KL of old to new), `dense_clipfrac` (probability mass that was clipped), by the same count.
+    Args: logits [B, K, T, V] of the policy as it stands. old_log_probs, advantages [N, K, T, V]. mask [B, K, T] bool. count: divisor (see
+        `losses.masked_mean`). at: which of the N clips the B are, where they are not all of them in order.
+    Returns: a scalar loss, to be differentiated once; figures `dense_kl` (KL of old to new), `dense_clipfrac` (probability mass that was
+        clipped), by the same count; the policy's normaliser log sum exp logits [B, K, T], without gradient.
     """
-    sums: list[Tensor] = _ExpectedSurrogate.apply(log_probs, old_log_probs, advantages, cliprange)  # type: ignore[no-untyped-call]
+    rows = range(len(logits)) if at is None else at
+    *sums, normaliser = _ExpectedSurrogate.apply(logits, old_log_probs, advantages, rows, cliprange)  # type: ignore[no-untyped-call]
     surrogate, kl, clipped = (masked_mean(x.flatten(1), mask.flatten(1), count) for x in sums)
-    return -surrogate, {"dense_kl": kl, "dense_clipfrac": clipped}
+    return -surrogate, {"dense_kl": kl, "dense_clipfrac": clipped}, normaliser
 
 
 class _ExpectedSurrogate(torch.autograd.Function):
-    """Sums over V, [B, K, T] each: sum pi_old min(rho A, clip(rho) A); KL of old to new; the probability that is clipped.
+    """Sums over V, [B, K, T] each: sum pi_old min(rho A, clip(rho) A); KL of old to new; the probability that is clipped; log sum exp.
 
-    The derivative of the first by log pi is pi A where nothing is clipped and 0 elsewhere: it is written down on the way, book by book, and
-    is all that is kept, where autograd would keep six tensors as large.
+    The derivative of the first by log pi is g = pi A where nothing is clipped and 0 elsewhere, by the logits g - pi sum g. It is written
+    down on the way, clip by clip, so that what is needed in between stays in the cache, and is all that is kept, where autograd would
+    keep seven tensors as large.
     """
 
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor, Tensor]:
-        slope, sums = torch.empty_like(log_probs), log_probs.new_empty((3, *log_probs.shape[:-1]))
-        for k in range(log_probs.shape[1]):
-            new, before, advantage = log_probs[:, k], old_log_probs[:, k], advantages[:, k]
-            old, ratio = before.exp(), (new - before).exp()
-            sums[1, :, k] = (old * (before - new)).sum(-1)
-            sums[2, :, k] = (old * ((ratio - 1).abs() > cliprange)).sum(-1)
-            plain, bounded = ratio * advantage, ratio.clamp(1 - cliprange, 1 + cliprange) * advantage
-            sums[0, :, k] = (old * torch.minimum(plain, bounded)).sum(-1)
-            slope[:, k] = old * plain * (plain <= bounded)
-        ctx.save_for_backward(slope)
-        surrogate, kl, clipped = (x.clone() for x in sums)
-        ctx.mark_non_differentiable(kl, clipped)
-        return surrogate, kl, clipped
+    def forward(
+        ctx: Any, logits: Tensor, old_log_probs: Tensor, advantages: Tensor, rows: Sequence[int], cliprange: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        slope, sums = torch.empty_like(logits), logits.new_empty((4, *logits.shape[:-1]))
+        for here, row in enumerate(rows):
+            before, advantage = old_log_probs[row], advantages[row]
+            new = logits[here].log_softmax(-1)
+            sums[3, here] = logits[here, ..., 0] - new[..., 0]
+            old = before.exp()
+            change = new.sub_(before)
+            sums[1, here] = -(old * change).sum(-1)
+            ratio = change.exp_()
+            bounded = ratio.clamp(1 - cliprange, 1 + cliprange)
+            sums[2, here] = (old * (ratio != bounded)).sum(-1)
+            now, plain = old * ratio, ratio.mul_(advantage)
+            bounded.mul_(advantage)
+            free = plain <= bounded
+            sums[0, here] = torch.minimum(plain, bounded).mul_(old).sum(-1)
+            by_log_prob = plain.mul_(old).mul_(free)
+            torch.sub(by_log_prob, now.mul_(by_log_prob.sum(-1, keepdim=True)), out=slope[here])
+        ctx.slope = slope
+        outputs = tuple(x.clone() for x in sums)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * upstream[..., None], None, None, None
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
+        slope, ctx.slope = ctx.slope, None  # it is as large as the logits: given away, not copied
+        assert slope is not None, "the surrogate can be differentiated once"
+        return slope.mul_(upstream[..., None]), None, None, None, None
 
 
 def redraw(codes: Tensor, log_probs: Tensor, gain: Tensor, price: float, generator: torch.Generator) -> Tensor:

@@ -35,14 +35,16 @@ class DenseTable:
     mask: Tensor
     scale: float
 
-    def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the rollout [B] -> old log-probs, advantages [B, K, T, V], mask [B, K, T]."""
-        here = torch.tensor([self.place[row] for row in rows.tolist()], device=self.mask.device)
-        return self.old_log_probs[here], self.advantages[here], self.mask[here]
-
-    def loss(self, log_probs: Tensor, rows: Tensor, cliprange: float, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """`expected_ppo_loss` of log_probs [B, K, T, V] for these rows of the rollout."""
-        return expected_ppo_loss(log_probs, *self.at(rows), cliprange, count)
+    def loss(
+        self, logits: Tensor, codes: Tensor, rows: Tensor, cliprange: float, count: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """`expected_ppo_loss` of logits [B, K, T, V] for these rows of the rollout, its figures, and the log-probs [B, S] that the policy
+        has now for what was played there, codes [B, K, T]."""
+        here = [self.place[row] for row in rows.tolist()]
+        mask = self.mask[torch.tensor(here, device=self.mask.device)]
+        loss, stats, normaliser = expected_ppo_loss(logits, self.old_log_probs, self.advantages, mask, cliprange, count, here)
+        with torch.no_grad():
+            return loss, stats, step_log_probs(logits, codes, normaliser)
 
 
 @torch.no_grad()
@@ -70,10 +72,13 @@ def dense_table(
     for start, part in zip(range(0, len(needed), microbatch), needed.split(microbatch)):
         here = slice(start, start + len(part))
         codes, cond = rollout.codes[part], conditions(part)
-        now = old[here] = logits(codes, cond).log_softmax(-1)
+        now = logits(codes, cond)
         with adapter_disabled(lm):
-            reference = logits(codes, cond).log_softmax(-1)
-        made[here] = dense_advantages(gains(rollout.slope[part] / unit, codebooks), now, reference, price)
+            reference = logits(codes, cond)
+        gain = (gains(slope[None] / unit, codebooks)[0] for slope in rollout.slope[part])
+        for row, logits_now, logits_ref, gained in zip(range(here.start, here.stop), now, reference, gain):  # in the cache, clip by clip
+            old[row] = logits_now.log_softmax(-1)
+            made[row] = dense_advantages(gained, old[row], logits_ref.log_softmax(-1), price)
     place = {row: index for index, row in enumerate(needed.tolist())}
     mask = rollout.mask[needed].any(1)[:, None, None].expand(shape)
     mine = torch.tensor([place[row] for row in own.tolist()], dtype=torch.long, device=needed.device)
@@ -84,6 +89,6 @@ def dense_table(
     return DenseTable(place, old, made.div_(scale), mask, scale)
 
 
-def sampled_log_ratio(log_probs: Tensor, codes: Tensor, old_logps: Tensor) -> Tensor:
-    """How far the steps that were played have become likelier: log pi - log pi_old [B, S], for the figures."""
-    return sum_by_step(log_probs.gather(-1, codes[..., None])[..., 0]) - old_logps
+def step_log_probs(logits: Tensor, codes: Tensor, normaliser: Tensor) -> Tensor:
+    """log pi [B, S] of the steps that were played: codes [B, K, T], of logits [B, K, T, V] with log sum exp [B, K, T]."""
+    return sum_by_step(logits.gather(-1, codes[..., None])[..., 0] - normaliser)

@@ -28,7 +28,7 @@ from rlhf.controllers import AdaptiveKLController, PromptBaseline, RewardNormali
 from rlhf.dense import limited
 from rlhf.judges import weighted_slope
 from rlhf.losses import explained_variance, gae, masked_mean, masked_spread, masked_whiten, ppo_policy_loss, ppo_value_loss
-from rlhf.ppo_dense import DenseTable, dense_table, sampled_log_ratio
+from rlhf.ppo_dense import DenseTable, dense_table
 from rlhf.ppo_task import Task
 from rlhf.rewards import held_parts, parse_weights, weighted
 from rlhf.rollout import Critic, Rollout, code_logits, frames_on_steps, judge, play, prompt_of, sample_seed, score_steps
@@ -300,11 +300,11 @@ class Run:
         totals: dict[str, Tensor] = {}
         for part in mine.split(self.cfg.microbatch):
             codes = rollout.codes[part]
-            log_probs = self._logits(codes, self.table.index(rollout.prompt_ids[part])).log_softmax(-1)
-            loss, stats = table.loss(log_probs, part, self.cfg.cliprange, n_codes)
+            logits = self._logits(codes, self.table.index(rollout.prompt_ids[part]))
+            loss, stats, logps = table.loss(logits, codes, part, self.cfg.cliprange, n_codes)
             loss.backward()
             with torch.no_grad():
-                log_ratio = sampled_log_ratio(log_probs, codes, rollout.logps[part])
+                log_ratio = logps - rollout.logps[part]
                 stats["ratio"] = masked_mean(log_ratio.exp(), rollout.mask[part], n_steps)
                 stats["approx_kl"] = masked_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask[part], n_steps)
             for name, value in {**stats, "clipfrac": stats["dense_clipfrac"], "policy_loss": loss.detach()}.items():

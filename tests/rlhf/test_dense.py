@@ -30,7 +30,7 @@ def test_the_first_step_follows_exactly_the_gradient_of_gain_minus_price_times_k
     objective = (log_probs.exp() * (gain - price * (log_probs - ref))).sum(-1).mean()
     (wanted,) = torch.autograd.grad(objective, logits)
     old = logits.detach().log_softmax(-1)
-    loss, stats = expected_ppo_loss(logits.log_softmax(-1), old, dense_advantages(gain, old, ref, price), EVERYWHERE, 0.2)
+    loss, stats, _ = expected_ppo_loss(logits, old, dense_advantages(gain, old, ref, price), EVERYWHERE, 0.2)
     (found,) = torch.autograd.grad(-loss, logits)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-9)
     assert stats["dense_kl"] == pytest.approx(0, abs=1e-12)
@@ -41,7 +41,7 @@ def test_it_is_what_sampled_ppo_gives_on_the_average():
     """One codebook, so that a code is a step: the mean over many sampled actions of PPO's own loss."""
     old, new = distributions(0)[:1, :1, :1], distributions(3)[:1, :1, :1]
     advantages = dense_advantages(torch.randn(1, 1, 1, V, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), old, old, 0.0)
-    exact, _ = expected_ppo_loss(new, old, advantages, torch.ones(1, 1, 1, dtype=torch.bool), 0.2)
+    exact, *_ = expected_ppo_loss(new, old, advantages, torch.ones(1, 1, 1, dtype=torch.bool), 0.2)
     n = 200_000
     action = torch.multinomial(old.exp().flatten(), n, replacement=True, generator=torch.Generator().manual_seed(1))
     picked = [x.flatten()[action][:, None] for x in (new, old, advantages)]
@@ -54,21 +54,21 @@ def test_a_clipped_action_has_no_gradient_and_a_masked_place_none_either():
     logits = (old + 1.5 * torch.eye(V, dtype=torch.float64)[0]).requires_grad_(True)  # action 0 has become far more likely
     advantages = torch.zeros(B, K, T, V, dtype=torch.float64)
     advantages[..., 0] = 1.0
-    loss, stats = expected_ppo_loss(logits.log_softmax(-1), old, advantages, EVERYWHERE, 0.2)
+    loss, stats, _ = expected_ppo_loss(logits, old, advantages, EVERYWHERE, 0.2)
     loss.backward()
     assert logits.grad.abs().max() == 0
     assert stats["dense_clipfrac"] > 0.1
     logits = old.clone().requires_grad_(True)
     mask = EVERYWHERE.clone()
     mask[1] = False
-    expected_ppo_loss(logits.log_softmax(-1), old, advantages, mask, 0.2)[0].backward()
+    expected_ppo_loss(logits, old, advantages, mask, 0.2)[0].backward()
     assert logits.grad[1].abs().max() == 0
     assert logits.grad[0].abs().max() > 0
 
 
 def test_microbatches_add_up_with_the_global_count():
     old, new, advantages = distributions(0), distributions(1), torch.randn(B, K, T, V, dtype=torch.float64)
-    whole, _ = expected_ppo_loss(new, old, advantages, EVERYWHERE, 0.2)
+    whole, *_ = expected_ppo_loss(new, old, advantages, EVERYWHERE, 0.2)
     count = float(EVERYWHERE.sum())
     parts = [expected_ppo_loss(new[i : i + 1], old[i : i + 1], advantages[i : i + 1], EVERYWHERE[i : i + 1], 0.2, count)[0] for i in (0, 1)]
     assert float(sum(parts)) == pytest.approx(float(whole), abs=1e-12)
@@ -118,8 +118,22 @@ def test_the_surrogates_derivative_is_that_of_its_definition_clipped_or_not():
     assert 0.2 < float(((ratio - 1).abs() > 0.2).double().mean()) < 0.95  # both kinds are there
     plain = -(old.exp() * torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).sum(-1).mean()
     (expected,) = torch.autograd.grad(plain, logits)
-    loss, stats = expected_ppo_loss(logits.log_softmax(-1), old, advantages, EVERYWHERE, 0.2)
+    loss, stats, normaliser = expected_ppo_loss(logits, old, advantages, EVERYWHERE, 0.2)
     (found,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(found, expected)
     assert not stats["dense_kl"].requires_grad
+    torch.testing.assert_close(normaliser, logits.detach().logsumexp(-1))
+    torch.testing.assert_close(stats["dense_kl"], (old.exp() * (old - logits.detach().log_softmax(-1))).sum(-1).mean())
+
+
+def test_clips_may_be_chosen_from_a_table_in_any_order():
+    old, advantages, logits = distributions(0), distributions(2), distributions(1).requires_grad_(True)
+    turned = [1, 0]
+    loss, stats, normaliser = expected_ppo_loss(logits, old, advantages, EVERYWHERE, 0.2, at=turned)
+    (found,) = torch.autograd.grad(loss, logits)
+    again, more, same = expected_ppo_loss(logits, old[turned], advantages[turned], EVERYWHERE, 0.2)
+    (wanted,) = torch.autograd.grad(again, logits)
+    assert (loss, stats) == (again, more)
+    assert torch.equal(found, wanted)
+    assert torch.equal(normaliser, same)

@@ -31,7 +31,7 @@ from rlhf.controllers import AdaptiveKLController, RewardNormalizer
 from rlhf.dense import expected_ppo_loss
 from rlhf.judges import Score
 from rlhf.losses import entropy, gae, kl_k1, kl_k3, masked_whiten, ppo_policy_loss, ppo_value_loss
-from rlhf.ppo_dense import sampled_log_ratio
+from rlhf.ppo_dense import step_log_probs
 from rlhf.ppo_run import LEAST_SPREAD, Run
 from rlhf.ppo_task import Task, share_of_code_3, slope_of_code_3, toy_task
 from rlhf.rollout import Rollout, add_score_once, code_logits, judge, score_steps
@@ -178,9 +178,9 @@ def test_06_step_log_probs_are_the_joint_of_the_codebooks_and_forced_delay_token
     torch.testing.assert_close(scored.logps, want)
     torch.testing.assert_close(scored.entropy, want_spread)
     with torch.no_grad():
-        log_probs = code_logits(lm, rollout.codes, cond)[0].log_softmax(-1)  # what code-by-code credit reads: no fillers in it
-    assert log_probs.shape == (6, 3, T, 8)
-    torch.testing.assert_close(sampled_log_ratio(log_probs, rollout.codes, torch.zeros_like(want)), want)
+        logits = code_logits(lm, rollout.codes, cond)[0]  # what code-by-code credit reads: no fillers in it
+    assert logits.shape == (6, 3, T, 8)
+    torch.testing.assert_close(step_log_probs(logits, rollout.codes, logits.logsumexp(-1)), want)
 
 
 def test_07_k1_and_k3_average_to_the_enumerated_categorical_kl() -> None:
@@ -213,7 +213,7 @@ def test_07_code_by_code_credit_prices_the_enumerated_kl_to_the_base_where_it_pl
         policy = log_probs()
         with adapter_disabled(run.lm):
             base = log_probs()
-    old, advantages, _ = table.at(torch.arange(4))
+    old, advantages = table.old_log_probs, table.advantages
     torch.testing.assert_close(old, policy, atol=1e-5, rtol=0)
     drift = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (policy, base)))
     assert drift.mean() > 0.01
@@ -325,7 +325,7 @@ def test_09_code_by_code_credit_is_scaled_over_all_ranks(tmp_path: Path) -> None
     def work(run: Run) -> tuple[float, Tensor]:
         rollout, _ = run.judge(run.play())
         table = run.advantages_by_codes(rollout, torch.arange(8))
-        return table.scale, table.at(torch.arange(8))[1]
+        return table.scale, table.advantages[[table.place[row] for row in range(8)]]
 
     def alone(run: Run) -> float:
         rollout, _ = run.judge(run.play())
@@ -398,11 +398,13 @@ def test_12_policy_gradient_is_zero_exactly_where_the_clip_matches_the_advantage
     torch.testing.assert_close(logps.grad, row(-advantage * ratio if moves else 0.0))
 
     old = torch.tensor([0.4, 0.6], dtype=torch.float64).log().view(1, 1, 1, 2)
-    log_probs = (old + torch.tensor([math.log(ratio), 0.0], dtype=torch.float64)).requires_grad_()
+    new = torch.tensor([0.4 * ratio, 1 - 0.4 * ratio], dtype=torch.float64)
+    logits = new.log().view(1, 1, 1, 2).requires_grad_()
     advantages = torch.tensor([advantage, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
-    loss, _ = expected_ppo_loss(log_probs, old, advantages, torch.ones(1, 1, 1, dtype=torch.bool), 0.2)
-    (gradient,) = torch.autograd.grad(loss, log_probs)
-    torch.testing.assert_close(gradient.flatten(), torch.tensor([-0.4 * advantage * ratio if moves else 0.0, 0.0], dtype=torch.float64))
+    loss, *_ = expected_ppo_loss(logits, old, advantages, torch.ones(1, 1, 1, dtype=torch.bool), 0.2)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    by_log_prob = torch.tensor([-0.4 * advantage * ratio if moves else 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(gradient.flatten(), by_log_prob - new * by_log_prob.sum())
 
 
 # ---- the same result however it is cut -------------------------------------------------------------------------------
