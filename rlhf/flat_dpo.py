@@ -178,12 +178,13 @@ class FlatCheckpoints:
         if self.args.should_save:
             states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
             mean = self.average.tensors if self.average is not None else {}
+            counted = {} if self.average is None else {"rounds_averaged": self.average.rounds}
             save_training_state(
                 str(self.args.output_dir),
                 self.state.global_step,
                 {"adapter": adapter_tensors(self.lm), **({"average": mean} if mean else {})},
                 states,
-                {**self.parents, **self._remembered(), "rounds_averaged": self.average.rounds if self.average is not None else 0},
+                {**self.parents, **self._remembered(), **counted},
                 also=lambda folder: self.state.save_to_json(str(folder / TRAINER_STATE_NAME)),
             )
         self.accelerator.wait_for_everyone()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -245,9 +244,13 @@ def _base_table(figures: dict[str, Any]) -> str:
         for key, value in content.items():
             if isinstance(value, dict):
                 continue
-            shown = (
-                f"{value:.3f}" if isinstance(value, float) else html.escape(json.dumps(value) if isinstance(value, list) else str(value))
-            )
-            rows.append(f"<tr><td>{part}</td><td>{html.escape(key)}</td><td>{shown}</td></tr>")
+            rows.append(f"<tr><td>{part}</td><td>{html.escape(key)}</td><td>{html.escape(_shown(value))}</td></tr>")
     note = "<p>These were measured when the base was made; <em>measured</em> names the command.</p>"
     return f"{note}<div class='wide'><table>{''.join(rows)}</table></div>"
+
+
+def _shown(value: Any) -> str:
+    """Three places of a float, alone or in a list; all else as it is written."""
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
