@@ -2,6 +2,7 @@
 
     python benchmarks/rlhf_proof.py --jobs 2                                # main table: 3 tastes x 3 seeds x {PPO, DPO}
     python benchmarks/rlhf_proof.py --jobs 2 --methods ppo,ppo_best         # PPO, and the best of four clips of its adapter
+    python benchmarks/rlhf_proof.py --jobs 2 --methods ppo_strong           # its adapter at weight 1.2
     python benchmarks/rlhf_proof.py --jobs 2 --experiments familiar         # the main table's adapters on pairs that training had
     python benchmarks/rlhf_proof.py --jobs 2 --tastes drive --seeds 0 --methods ppo
     python benchmarks/rlhf_proof.py --jobs 2 --experiments curve --votes 50,200,500,1000,2000,3000 --methods ppo,dpo,best_of_n,sft
@@ -44,7 +45,7 @@ from rlhf.proof.tables import collect_figures
 TASTES = ("warm", "drive", "space")
 SEEDS = (21, 22, 23)
 """Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for drift and the unit of weights, on
-12, 13, 15 and 16; 9, 11, 14 and 17 to 20 were looked at before the last of them, 24 and 25 have been since: a new table takes others."""
+12, 13, 15 and 16; 9, 11, 14 and 17 to 20 were looked at before the last of them, 24 to 27 have been since: a new table takes others."""
 EXPERIMENTS = ("main", "familiar", "curve", "over_optimisation", "controls")
 CONTROLS = ("shuffled", "listeners", "reversed", "constant", "gold")
 

@@ -20,9 +20,11 @@ from pathlib import Path
 from base_models.policy import PRETRAINED
 from rlhf.proof.cells import HERE, PYTHON, Cell, Kept, place, portable
 
-METHODS = ("ppo", "ppo_best", "dpo", "dpo_best", "best_of_n", "sft")
+METHODS = ("ppo", "ppo_strong", "ppo_best", "dpo", "dpo_strong", "dpo_best", "best_of_n", "sft")
 BEST = "_best"
 """Ending of a method that plays several clips of an adapter and keeps the best by what it was trained for (rlhf.objective)."""
+STRONG, STRENGTH = "_strong", 1.2
+"""Ending of a method that plays an adapter at this weight instead of 1, as `encore generate --weight` does."""
 SECONDS = {"ppo": 390, "dpo": 500, "sft": 200}
 """What training takes of one core, roughly; finished cells tell better."""
 ALONE = ("--weights", "human=1", "--hold", "")
@@ -281,7 +283,8 @@ class Builder:
         return Cell(f"base/{kind}/s{seed}", (*program("rlhf.proof.play"), "--out", HERE, *how), needs, weight=43)
 
     def played(self, run: Cell, method: str, seed: int, proxy: Cell | None, kind: str = "heldout") -> Cell:
-        """Clips of a run's adapter, or, for a method that says so, the best of several by all that it was trained for."""
+        """Clips of a run's adapter, or, for a method that says so, at another weight, or the best of several by all that it was trained
+        for."""
         how, needs = self.how_to_play(seed, kind)
         base = self.base(seed, kind)
         given = ("--system", method, "--adapter", place(run, "run", "adapter"), "--out", HERE, "--beside", place(base))
@@ -291,6 +294,8 @@ class Builder:
             assert proxy is not None
             more = (*more, "--best-of", str(self.sizes.adapted_best_of), "--reward", place(proxy, "reward"))
             label, weight = f"{method}/{label.partition('/')[2]}", 200
+        elif method.endswith(STRONG):
+            more, label = (*more, "--weight", str(STRENGTH)), f"{method}/{label.partition('/')[2]}"
         label = label if kind == "heldout" else f"{kind}/{label}"
         return Cell(f"play/{label}", (*program("rlhf.proof.play"), *given, *more, *how), needs, weight=weight)
 
@@ -343,7 +348,7 @@ class Builder:
         if method == "best_of_n":
             played = self.best_of_n(reward, seed)
         else:
-            trainer = method.removesuffix(BEST)
+            trainer = method.removesuffix(BEST).removesuffix(STRONG)
             own = (*getattr(self.arguments, trainer), *more)
             run = self.trained(trainer, snapshot, reward, seed, own, f"{experiment}-{trainer}" if more else "")
             played = self.played(run, method, seed, reward, kind)

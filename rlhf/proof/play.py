@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace, policy: Policy, manifest: Path) -> dict[st
 
 def play(args: argparse.Namespace) -> dict[str, Any]:
     policy = load_policy(args.policy)
-    manifests = load_adapter(policy, args.adapter) if args.adapter else []
+    manifests = load_adapter(policy, args.adapter, [args.weight]) if args.adapter else []
     hashes = [manifest.adapter_sha256 for manifest in manifests]
     best = asked(args.best_of, args.reward, policy, args.score_command, manifests)
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
@@ -100,6 +100,7 @@ def play(args: argparse.Namespace) -> dict[str, Any]:
     found = measure(args, policy, manifest)
     rows = read_jsonl(manifest)
     figures: dict[str, Any] = {"clips": len(rows), "prompts": len({row["prompt_id"] for row in rows}), "adapter_sha256": hashes}
+    figures |= {"weight": args.weight} if args.adapter else {}
     figures |= {name: float(np.nanmean(values)) if np.isfinite(values).any() else None for name, values in found.items()}
     if args.n > 1:
         figures["diversity"] = diversity(clip_features(policy, read_codes(manifest, rows)), [row["prompt_id"] for row in rows])
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--system", default="base")
     parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--weight", type=float, default=1.0, help="of the adapter")
     parser.add_argument("--best-of", type=int, default=1)
     parser.add_argument("--reward", type=Path)
     parser.add_argument("--score-command")

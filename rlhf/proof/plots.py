@@ -18,8 +18,10 @@ from base_models.atomic import atomic_file
 Row = dict[str, Any]
 COLOURS = {
     "ppo": "#d9480f",
+    "ppo_strong": "#e8590c",
     "ppo_best": "#f59f00",
     "dpo": "#2563eb",
+    "dpo_strong": "#4f46e5",
     "dpo_best": "#0891b2",
     "best_of_n": "#15803d",
     "sft": "#7e22ce",
@@ -29,8 +31,10 @@ COLOURS = {
 }
 NAMES = {
     "ppo": "PPO",
+    "ppo_strong": "PPO, at weight 1.2",
     "ppo_best": "PPO, best of several",
     "dpo": "DPO",
+    "dpo_strong": "DPO, at weight 1.2",
     "dpo_best": "DPO, best of several",
     "best_of_n": "best of n",
     "sft": "SFT on winners",

@@ -162,6 +162,19 @@ def test_the_best_of_several_of_an_adapter_takes_the_run_that_is_there_and_the_r
     assert [(outcome.method, outcome.votes) for outcome in plan.outcomes] == [("ppo", 2000), ("ppo_best", 2000), ("dpo_best", 2000)]
 
 
+def test_a_stronger_adapter_is_the_run_that_is_there_at_another_weight():
+    plan, builder = Plan(), Builder(Sizes(), Arguments())
+    builder.main_table(plan, ["warm"], [0], ["ppo", "ppo_strong", "dpo_strong"])
+    cells = {cell.label: cell for cell in closure(plan.cells())}
+    assert sum(label.startswith("ppo/") for label in cells) == 1
+    for trainer in ("ppo", "dpo"):
+        told = cells[f"play/{trainer}_strong/warm/s0/n2000"].argv
+        assert place(cells[f"{trainer}/warm/s0/n2000"], "run", "adapter") in told
+        assert told[told.index("--weight") + 1] == "1.2"
+        assert f"gold/{trainer}_strong/warm/s0/n2000" in cells
+    assert "--weight" not in cells["play/ppo/warm/s0/n2000"].argv
+
+
 def test_controls_train_on_what_they_should():
     plan, builder = Plan(), Builder(SMALL, Arguments(ppo=("--weights", "human=1,tempo=1"), dpo=("--hold", "tempo")))
     builder.controls(plan, ["shuffled", "listeners", "reversed", "constant", "gold"], "drive", 0, ["ppo", "dpo", "best_of_n"])

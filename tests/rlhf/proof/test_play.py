@@ -26,6 +26,7 @@ def test_the_kl_of_a_best_of_several_of_an_adapter_is_the_adapters_on_its_clips_
     figures = {}
     for name, more in (
         ("plain", ["--adapter", str(tmp_path / "moved")]),
+        ("strong", ["--adapter", str(tmp_path / "moved"), "--weight", "3"]),
         ("best", ["--adapter", str(tmp_path / "moved"), "--best-of", "3", "--reward", str(reward_dir)]),
         ("base", ["--best-of", "3", "--reward", str(reward_dir)]),
     ):
@@ -34,6 +35,8 @@ def test_the_kl_of_a_best_of_several_of_an_adapter_is_the_adapters_on_its_clips_
     clips = json.loads((tmp_path / "best" / "clips.json").read_text())
     assert figures["best"]["kl"] == pytest.approx(kl_bound(3) + sum(clips["kl"]) / len(clips["kl"]), abs=1e-4)
     assert figures["base"]["kl"] == kl_bound(3)
+    assert (figures["plain"]["weight"], figures["strong"]["weight"]) == (1.0, 3.0)
+    assert figures["strong"]["kl"] > figures["plain"]["kl"]
     assert abs(figures["plain"]["kl"]) > 1e-4  # an estimate from four clips may lie below 0
     rows = read_jsonl(tmp_path / "best" / "samples" / "manifest.jsonl")
     assert {tuple(row["adapters"]) for row in rows} == {(adapter.adapter_sha256,)}
