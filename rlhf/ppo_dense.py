@@ -70,15 +70,14 @@ def dense_table(
     shape = (len(needed), *rollout.codes.shape[1:])
     old, made = (rollout.slope.new_empty((*shape, codebooks.shape[1])) for _ in range(2))
     for start, part in zip(range(0, len(needed), microbatch), needed.split(microbatch)):
-        here = slice(start, start + len(part))
         codes, cond = rollout.codes[part], conditions(part)
         now = logits(codes, cond)
         with adapter_disabled(lm):
             reference = logits(codes, cond)
-        gain = (gains(slope[None] / unit, codebooks)[0] for slope in rollout.slope[part])
-        for row, logits_now, logits_ref, gained in zip(range(here.start, here.stop), now, reference, gain):  # in the cache, clip by clip
-            old[row] = logits_now.log_softmax(-1)
-            made[row] = dense_advantages(gained, old[row], logits_ref.log_softmax(-1), price)
+        for i, row in enumerate(part.tolist()):  # clip by clip, so that what is needed in between stays in the cache
+            gain = gains(rollout.slope[row : row + 1] / unit, codebooks)[0]
+            old[start + i] = now[i].log_softmax(-1)
+            made[start + i] = dense_advantages(gain, old[start + i], reference[i].log_softmax(-1), price)
     place = {row: index for index, row in enumerate(needed.tolist())}
     mask = rollout.mask[needed].any(1)[:, None, None].expand(shape)
     mine = torch.tensor([place[row] for row in own.tolist()], dtype=torch.long, device=needed.device)

@@ -111,14 +111,17 @@ def sample(
     system: str,
     adapters: Sequence[str] = (),
     best: BestOf | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Path:
     """Sample into `out` and return the path of its manifest.
 
     Args: system: the name under which the clips stand in the database. adapters: hashes of the adapters that `policy` carries.
-    best: keep the best of several candidates for each clip; a row then says which it was.
+    best: keep the best of several candidates for each clip; a row then says which it was. weights: of the adapters, which a row says
+        where they are not all 1.
     Raises UserError when `out` holds samples that were made otherwise.
     """
     out = Path(out)
+    weighed = {"adapter_weights": list(weights)} if weights is not None and any(weight != 1 for weight in weights) else {}
     plan = {
         "policy_sha256": policy.sha256,
         "adapters": list(adapters),
@@ -126,6 +129,7 @@ def sample(
         "prompts": [[p.prompt, p.prompt_id, p.tempo_bpm] for p in prompts],
         **{k: v for k, v in vars(settings).items() if k != "batch_size"},
         **({"best_of": best.n, **best.chooser} if best else {}),
+        **weighed,
     }
     manifest, partial = out / "manifest.jsonl", out / "manifest.partial.jsonl"
     if (out / "sample.json").is_file():
@@ -162,7 +166,7 @@ def sample(
                 row |= {
                     "prompt": prompt.prompt, "prompt_id": prompt.prompt_id, "split": prompt.split, "tempo_bpm": prompt.tempo_bpm,
                     "genre": prompt.genre, "mood": prompt.mood, "seed": seed, "system": system, "policy_sha256": policy.sha256,
-                    "adapters": list(adapters), "gen": how | more, "licence": LICENCE, "consent": CONSENT,
+                    "adapters": list(adapters), "gen": how | more | weighed, "licence": LICENCE, "consent": CONSENT,
                 }  # fmt: skip
                 rows.write(json.dumps(row, ensure_ascii=False) + "\n")
                 rows.flush()
@@ -236,4 +240,4 @@ def sample_folder(
     best = asked(n_best, reward_dir, policy, command, manifests, choose_by)
     if best is not None and system is None:
         name = f"{name}-best-of-{n_best}"
-    return sample(policy, prompts, out, settings, name, hashes, best)
+    return sample(policy, prompts, out, settings, name, hashes, best, weights)

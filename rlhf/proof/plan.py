@@ -293,9 +293,11 @@ class Builder:
         if method.endswith(BEST):
             assert proxy is not None
             more = (*more, "--best-of", str(self.sizes.adapted_best_of), "--reward", place(proxy, "reward"))
-            label, weight = f"{method}/{label.partition('/')[2]}", 200
+            weight = 200
         elif method.endswith(STRONG):
-            more, label = (*more, "--weight", str(STRENGTH)), f"{method}/{label.partition('/')[2]}"
+            more = (*more, "--weight", str(STRENGTH))
+        if method.endswith((BEST, STRONG)):
+            label = f"{method}/{label.partition('/')[2]}"
         label = label if kind == "heldout" else f"{kind}/{label}"
         return Cell(f"play/{label}", (*program("rlhf.proof.play"), *given, *more, *how), needs, weight=weight)
 

@@ -96,7 +96,7 @@ def play(args: argparse.Namespace) -> dict[str, Any]:
     hashes = [manifest.adapter_sha256 for manifest in manifests]
     best = asked(args.best_of, args.reward, policy, args.score_command, manifests)
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
-    manifest = sample(policy, read_prompts(args.prompts), args.out / "samples", settings, args.system, hashes, best)
+    manifest = sample(policy, read_prompts(args.prompts), args.out / "samples", settings, args.system, hashes, best, [args.weight])
     found = measure(args, policy, manifest)
     rows = read_jsonl(manifest)
     figures: dict[str, Any] = {"clips": len(rows), "prompts": len({row["prompt_id"] for row in rows}), "adapter_sha256": hashes}

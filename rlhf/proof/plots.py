@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from base_models.atomic import atomic_file
+from rlhf.proof.plan import STRENGTH
 
 Row = dict[str, Any]
 COLOURS = {
@@ -31,10 +32,10 @@ COLOURS = {
 }
 NAMES = {
     "ppo": "PPO",
-    "ppo_strong": "PPO, at weight 1.2",
+    "ppo_strong": f"PPO, at weight {STRENGTH:g}",
     "ppo_best": "PPO, best of several",
     "dpo": "DPO",
-    "dpo_strong": "DPO, at weight 1.2",
+    "dpo_strong": f"DPO, at weight {STRENGTH:g}",
     "dpo_best": "DPO, best of several",
     "best_of_n": "best of n",
     "sft": "SFT on winners",

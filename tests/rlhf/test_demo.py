@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from base_models.checkpoint import write_json
+from base_models.checkpoint import read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.lm import MusicLM
 from base_models.policy import load_policy
@@ -126,6 +126,17 @@ def test_another_seed_does_not_overwrite_samples(policy_dir, prompts, tmp_path):
     sample(policy, read_prompts(prompts), tmp_path / "a", Settings(seed=1, **settings), "base")
     with pytest.raises(UserError, match="other samples"):
         sample(policy, read_prompts(prompts), tmp_path / "a", Settings(seed=2, **settings), "base")
+
+
+def test_an_adapter_at_another_weight_does_not_pass_for_samples_that_are_there(policy_dir, prompts, tmp_path):
+    policy, how = load_policy(policy_dir), Settings(n=1, duration_s=1.0)
+    plain = sample(policy, read_prompts(prompts), tmp_path / "a", how, "ppo", ["hash"])
+    assert sample(policy, read_prompts(prompts), tmp_path / "a", how, "ppo", ["hash"], weights=[1.0]) == plain
+    with pytest.raises(UserError, match="other samples"):
+        sample(policy, read_prompts(prompts), tmp_path / "a", how, "ppo", ["hash"], weights=[1.2])
+    strong = sample(policy, read_prompts(prompts), tmp_path / "b", how, "ppo", ["hash"], weights=[1.2])
+    assert [row["gen"].get("adapter_weights") for row in read_jsonl(plain)] == [None, None]
+    assert [row["gen"]["adapter_weights"] for row in read_jsonl(strong)] == [[1.2], [1.2]]
 
 
 def test_clip_seeds_have_no_collisions():

@@ -20,6 +20,13 @@ def main_plan(**changes):
     return plan
 
 
+def warm_table(methods):
+    """The main table of one taste and seed, and its cells by their labels."""
+    plan = Plan()
+    Builder(Sizes(), Arguments()).main_table(plan, ["warm"], [0], methods)
+    return plan, {cell.label: cell for cell in closure(plan.cells())}
+
+
 def labels(plan):
     return [cell.label for cell in closure(plan.cells())]
 
@@ -148,9 +155,7 @@ def test_other_settings_of_ppo_leave_all_else_alone():
 
 
 def test_the_best_of_several_of_an_adapter_takes_the_run_that_is_there_and_the_reward_it_was_trained_on():
-    plan, builder = Plan(), Builder(Sizes(), Arguments())
-    builder.main_table(plan, ["warm"], [0], ["ppo", "ppo_best", "dpo_best"])
-    cells = {cell.label: cell for cell in closure(plan.cells())}
+    plan, cells = warm_table(["ppo", "ppo_best", "dpo_best"])
     assert sum(label.startswith("ppo/") for label in cells) == 1
     for trainer in ("ppo", "dpo"):
         played = cells[f"play/{trainer}_best/warm/s0/n2000"]
@@ -163,9 +168,7 @@ def test_the_best_of_several_of_an_adapter_takes_the_run_that_is_there_and_the_r
 
 
 def test_a_stronger_adapter_is_the_run_that_is_there_at_another_weight():
-    plan, builder = Plan(), Builder(Sizes(), Arguments())
-    builder.main_table(plan, ["warm"], [0], ["ppo", "ppo_strong", "dpo_strong"])
-    cells = {cell.label: cell for cell in closure(plan.cells())}
+    _, cells = warm_table(["ppo", "ppo_strong", "dpo_strong"])
     assert sum(label.startswith("ppo/") for label in cells) == 1
     for trainer in ("ppo", "dpo"):
         told = cells[f"play/{trainer}_strong/warm/s0/n2000"].argv
