@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--campaign", help="register the clips as pairs of this campaign")
     p.add_argument("--db", default=DEMO_DB)
     p.add_argument("--target-votes", type=int, default=3)
+    apart = "ask about the N pairs of each prompt whose clips sound least alike; default: each clip meets one other"
+    p.add_argument("--pairs-per-prompt", type=int, metavar="N", help=apart)
 
     p = _command(top, "app", commands.app, "serve the rating page")
     p.add_argument("--db", default=DEMO_DB)
@@ -168,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--champion", type=Path, help="adapter to begin with; default: none, the base")
     methods = "ppo (default), grpo, dpo_own: by a reward model, on clips of its own; dpo, sft: by the rated clips alone"
     g.add_argument("--method", choices=["ppo", "grpo", "dpo_own", "dpo", "sft"], help=f"how the challenger is trained: {methods}")
-    g.add_argument("-n", dest="clips_per_prompt", type=int, help="clips a prompt; every two of them are a pair; default 2")
+    g.add_argument("-n", dest="clips_per_prompt", type=int, help="clips a prompt; default 2")
+    apart = "ask about the N pairs of each prompt whose clips sound least alike; default: about every two clips"
+    g.add_argument("--pairs-per-prompt", type=int, metavar="N", help=apart)
     g.add_argument("--duration", dest="duration_s", type=float, help="seconds; default 6")
     g.add_argument("--train", help="more options for the training script, quoted; may change between rounds")
     g.add_argument("--reward", help="more options for train_reward.py, quoted; --reward=--strict ends a round whose gates fail")

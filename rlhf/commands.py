@@ -31,14 +31,22 @@ def corpus_build(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> int:
+    from base_models.policy import load_policy
+    from rlhf.apart import write_furthest
     from rlhf.sample_pairs import Settings, sample_folder
 
+    if args.pairs_per_prompt is not None and not args.campaign:
+        raise UserError("--pairs-per-prompt without --campaign", "a campaign that asks about these pairs", "name one, or leave it out")
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
     best = {"n_best": args.best_of, "reward_dir": args.reward, "command": args.score_command, "choose_by": args.choose_by}
     manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight, **best)
     print(manifest)
     if args.campaign:
         wanted = ["--db", args.db, "--name", args.campaign, "--manifest", str(manifest), "--target-votes", str(args.target_votes)]
+        if args.pairs_per_prompt is not None:
+            pairs = args.out / "pairs.jsonl"
+            write_furthest(load_policy(_policy_dir(args)), manifest, pairs, args.pairs_per_prompt)
+            wanted += ["--pairs", str(pairs)]
         return _app_module("campaigns", *wanted)
     return 0
 

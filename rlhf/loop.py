@@ -34,6 +34,7 @@ from base_models.errors import UserError
 from base_models.policy import PRETRAINED, Policy, load_policy
 from base_models.settings import from_mapping, to_mapping
 from db.errors import NoVotesError
+from rlhf.apart import write_furthest
 from rlhf.collecting import Collecting, admit, collect, freeze
 from rlhf.evaluate_models import BASE, evaluate
 from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
@@ -79,6 +80,8 @@ class LoopConfig:
     method: str = "ppo"
     """One of METHODS."""
     clips_per_prompt: int = 2
+    pairs_per_prompt: int | None = None
+    """How many pairs of a prompt are asked about, those whose clips sound least alike (rlhf.apart); None: every two clips."""
     duration_s: float = 6.0
     target_votes: int = 2
     """Votes wanted for each pair that is trained on."""
@@ -118,6 +121,8 @@ def settings(given: dict[str, Any]) -> LoopConfig:
         raise UserError(f"method {cfg.method!r}", f"one of {tuple(METHODS)}", "pass another --method")
     if min(cfg.target_votes, cfg.ab_votes, cfg.ab_clips) < 1 or cfg.clips_per_prompt < 2:
         raise UserError("fewer than 2 clips a prompt, or no votes", "2 clips and 1 vote or more", "correct the settings")
+    if cfg.pairs_per_prompt is not None and cfg.pairs_per_prompt < 1:
+        raise UserError(f"{cfg.pairs_per_prompt} pairs a prompt", "1 or more", "raise it, or leave it out for all pairs")
     return cfg
 
 
@@ -223,7 +228,11 @@ class Round:
         how = Settings(n=self.cfg.clips_per_prompt, seed=self.cfg.seed + 2 * self.number, duration_s=self.cfg.duration_s)
         system = f"round-{self.number:02d}"
         manifest = self.loop.play(champion["adapter"], self.loop.prompts, self.folder / "samples", how, system)
-        self.loop.put_up(self.cfg.campaign, [(system, manifest)], self.cfg.target_votes, ["--all-pairs"])
+        meet: list[Any] = ["--all-pairs"]
+        if self.cfg.pairs_per_prompt is not None:
+            meet = ["--pairs", self.folder / "pairs.jsonl"]
+            write_furthest(self.loop.policy, manifest, self.folder / "pairs.jsonl", self.cfg.pairs_per_prompt)
+        self.loop.put_up(self.cfg.campaign, [(system, manifest)], self.cfg.target_votes, meet)
         return {"adapter_sha256": champion["adapter_sha256"]}
 
     def votes(self) -> dict[str, Any]:
