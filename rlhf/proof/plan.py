@@ -44,7 +44,7 @@ class Sizes:
     votes: int = 2000
     """Votes of the main table and of the controls; some 3,000 are collected (252 prompts of 6 pairs, 2 votes each)."""
     play_prompts: int = 480
-    watch_prompts: int = 24
+    watch_prompts: int = 48
     """By which PPO's brake watches the run; training prompts too, since nobody may look at held-out ones."""
     heldout_prompts: int = 144
     heldout_clips: int = 2

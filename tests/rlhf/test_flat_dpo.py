@@ -21,6 +21,7 @@ from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
 from adapters.library import read_adapter
 from adapters.lora import adapter_disabled
+from base_models.checkpoint import read_json
 from base_models.errors import UserError
 from rlhf import train_dpo
 from rlhf.dpo_arguments import kto_arguments, training_arguments
@@ -111,6 +112,7 @@ def test_each_loss_starts_where_it_must_and_learns_to_tell_chosen_from_rejected(
 def test_a_resumed_kto_run_ends_bitwise_where_the_unbroken_one_does(tmp_path):
     changes: dict[str, Any] = {"loss": "kto", "save_every": 3, "steps": 6}
     train_dpo.main(config(tmp_path / "whole", **changes))
+    assert "rounds_averaged" not in read_json(tmp_path / "whole" / "checkpoints" / "step_00000006" / "state.json")  # it has no rounds
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for folder in ("adapter", "checkpoints/step_00000006"):
         shutil.rmtree(tmp_path / "cut" / folder)
