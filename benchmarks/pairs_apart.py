@@ -35,14 +35,15 @@ from base_models.checkpoint import read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, Policy, load_policy
 from base_models.settings import run
-from rlhf.apart import furthest, heard_apart
+from rlhf.apart import NAMED as BLOCKS
+from rlhf.apart import furthest, in_spreads
+from rlhf.apart import hear as hear_features
 from rlhf.evaluate_models import read_codes
 from rlhf.losses import from_group_means
 from rlhf.reward_committee import committees
-from rlhf.reward_features import DESCRIPTORS, DETAILS, FIT, features
+from rlhf.reward_features import DETAILS
 from rlhf.reward_heads import Pairs, expand, fit, make_lens
 
-BLOCKS = (DESCRIPTORS, DETAILS, FIT)
 NOISE, TIE = (0.35, 0.7), 0.2
 """Of a rater who listens, in units of gold: the logistic noise of each second one, and the difference that goes for a tie."""
 
@@ -95,16 +96,13 @@ def hear(cfg: Config, policy: Policy) -> Clips:
     if not judged:
         raise UserError("no prompt in --judged that is not in --asked", "other prompts", "sample some")
     number = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    parts = [
-        features(policy, codes[at : at + 32], texts[at : at + 32], BLOCKS) for at in tqdm(range(0, len(codes), 32), "hearing", disable=None)
-    ]
-    table = {block: torch.cat([part[block] for part in parts]) for block in BLOCKS}
+    table = hear_features(policy, codes, texts, BLOCKS)
     with tempfile.TemporaryDirectory() as folder:
         named = [part for manifest in manifests for part in ("--manifest", str(manifest.resolve()))]
         argv = [sys.executable, "-m", "rlhf.simulation.judge", *named, "--taste", cfg.taste, "--out", f"{folder}/gold.json"]
         subprocess.run(argv, check=True, cwd=Path(__file__).resolve().parents[1], stdout=subprocess.DEVNULL)
         gold = np.array([row["gold"] for row in json.loads(Path(folder, "gold.json").read_text())["clips"]])
-    points = heard_apart(policy, codes[:n], texts[:n], names[:n])
+    points = in_spreads({block: heard[:n] for block, heard in table.items()}, names[:n])
     return Clips(table, torch.tensor([number[name] for name in names]), gold, n, torch.tensor(judged), points)
 
 

@@ -20,7 +20,7 @@ from base_models.checkpoint import read_jsonl
 from base_models.errors import UserError
 from base_models.policy import Policy
 from rlhf.evaluate_models import read_codes
-from rlhf.reward_features import DESCRIPTORS, DETAILS, FIT, blocks_of, features
+from rlhf.reward_features import DESCRIPTORS, DETAILS, FIT, Table, blocks_of, features
 from rlhf.reward_heads import Head, joined, make_lens
 from rlhf.sample_pairs import write_prompts
 
@@ -46,9 +46,19 @@ def heard_apart(policy: Policy, codes: Tensor, texts: Sequence[str], prompt: Seq
     """codes [N, K, T] of clips that answer `texts`, grouped by `prompt` -> points [N, F] whose distances tell how unlike they sound."""
     known = blocks_of(policy)
     blocks = tuple(block for block in NAMED if block in known) if DESCRIPTORS in known else known
+    return in_spreads(hear(policy, codes, texts, blocks, batch_size), prompt)
+
+
+def hear(policy: Policy, codes: Tensor, texts: Sequence[str], blocks: Sequence[str], batch_size: int = 32) -> dict[str, Tensor]:
+    """codes [N, K, T] of clips that answer `texts` -> blocks of features [N, F], a batch at a time."""
     starts = range(0, len(codes), batch_size)
     parts = [features(policy, codes[at : at + batch_size], texts[at : at + batch_size], blocks) for at in starts]
-    table = {block: torch.cat([part[block] for part in parts]) for block in blocks}
+    return {block: torch.cat([part[block] for part in parts]) for block in blocks}
+
+
+def in_spreads(table: Table, prompt: Sequence[str]) -> Tensor:
+    """Blocks of features [N, F] -> points [N, F]: each feature in its spread among clips of one prompt, all alike."""
+    blocks = tuple(table)
     number = {name: index for index, name in enumerate(dict.fromkeys(prompt))}
     lens = make_lens(Head("linear", blocks, 1.0), table, torch.tensor([number[name] for name in prompt]))
     return replace(lens, share=torch.full_like(lens.share, len(lens.share) ** -0.5)).standard(joined(table, blocks))
