@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 
 from rlhf.average import Average
+from rlhf.controllers import AdaptiveKLController
 from rlhf.dpo_arguments import kto_arguments
 from rlhf.dpo_report import Recorder
 from rlhf.dpo_task import Task
@@ -56,8 +57,9 @@ def pair_trainer(
         callbacks.insert(0, rounds)  # it measures, also where the recorder has nothing left to do
     assert cfg.loss != "kto"
     codebooks = task.own.score.codebooks if task.own and isinstance(task.own.score, Mixed) else None
+    paid = AdaptiveKLController(cfg.kl_weight, cfg.target_kl, least=cfg.kl_weight, power=cfg.kl_power)
     trainer = FlatDPOTrainer(
-        flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks, cfg.loss, cfg.gamma, cfg.kl_weight, codebooks, cfg.edit_price
+        flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks, cfg.loss, cfg.gamma, paid, codebooks, cfg.edit_price
     )
     if rounds is not None:
         rounds.trainer, trainer.average = trainer, rounds.average

@@ -34,6 +34,7 @@ from adapters.lora import adapter_tensors, lora_config, set_adapter_tensors
 from base_models.checkpoint import load_training_state, save_training_state
 from base_models.lm import MusicLM
 from rlhf.average import Average
+from rlhf.controllers import AdaptiveKLController
 from rlhf.flat_policy import ExpectedEdits, FlatCausalLM, flat_order, make_tokenizer, use_native_heads
 from rlhf.losses import dpo_loss, ipo_loss, simpo_loss
 from rlhf.preferences import Preference, Spans
@@ -223,14 +224,15 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         callbacks: list[Any] | None = None,
         loss: PairLoss = "sigmoid",
         gamma: float = 0.5,
-        kl_weight: float = 0.0,
+        kl_price: AdaptiveKLController | None = None,
         codebooks: Tensor | None = None,
         edit_price: float = 0.0,
     ) -> None:
         """`args.loss_type` begins with TRL's name of `loss`, or with "sigmoid" where TRL has none (simpo). gamma: SimPO's margin.
-        kl_weight: what a nat of divergence from the reference costs (`_anchor`). codebooks [K, V, D], edit_price: of rows that bring the
-        slope of a score instead of a second clip (`_expected`)."""
-        self.pair_loss, self.gamma, self.kl_weight = loss, gamma, kl_weight
+        kl_price: what a nat of divergence from the reference costs (`_anchor`); None: nothing. codebooks [K, V, D], edit_price: of rows
+        that bring the slope of a score instead of a second clip (`_expected`)."""
+        self.pair_loss, self.gamma = loss, gamma
+        self.kl_price = kl_price or AdaptiveKLController(0.0)
         self.codebooks, self.edit_price = codebooks, edit_price
         self.lm: MusicLM = flat.trunk.lm
         live = train_rows if isinstance(train_rows, LiveRows) else None
@@ -262,7 +264,7 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         heard: list[Any] = []
 
         def listening(**kwargs: Any) -> Any:
-            heard.append(model(**kwargs, anchored=self.kl_weight > 0))
+            heard.append(model(**kwargs, anchored=self.kl_price.kl_coef > 0))
             return heard[-1]
 
         loss = super()._compute_loss(listening, inputs, return_outputs)
@@ -288,7 +290,7 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         ids, mask = inputs["input_ids"][clips], inputs["attention_mask"][clips]
         labels = ids.masked_fill(inputs["completion_mask"][clips] == 0, -100)
         edits = ExpectedEdits(inputs["slope"], self.codebooks.to(ids.device), self.edit_price)
-        out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, anchored=self.kl_weight > 0, edits=edits)
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, anchored=self.kl_price.kl_coef > 0, edits=edits)
         nothing = torch.zeros_like(out.margin)
         loss, better, worse = dpo_loss(out.margin, nothing, nothing, nothing, self.beta, p_chosen)
         self._tell(weight * loss, dpo_loss(out.margin, nothing, nothing, nothing, self.beta)[0], better, worse, p_chosen)
@@ -297,7 +299,8 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         return (weight * loss).mean() + self._anchor(out.kl)
 
     def _anchor(self, kl: Tensor | None) -> Tensor | float:
-        """What departure from the reference costs: kl_weight * mean KL(policy || reference) [nats a clip] over the pairs' clips.
+        """What departure from the reference costs: price * mean KL(policy || reference) [nats a clip] over the pairs' clips, where the
+        price may answer that KL (--kl-power).
 
         A pair says which of two clips is to become likelier, and nothing of all that they have in common: there a step's noise moves
         the policy, and no later pair moves it back. (A sequential KL beside the pairs, as in token-level DPO: Zeng et al. 2024,
@@ -305,8 +308,11 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         """
         if kl is None:
             return 0.0
-        self._figures()["dpo/kl_of_pairs"].append(kl.detach().mean().item())
-        return self.kl_weight * kl.mean()
+        measured = float(self.accelerator.reduce(kl.detach().mean(), "mean"))
+        figures, price = self._figures(), self.kl_price.price(measured)
+        figures["dpo/kl_of_pairs"].append(measured)
+        figures["dpo/kl_price"].append(price)
+        return price * kl.mean()
 
     def _tell(self, loss: Tensor, hard: Tensor, reward_chosen: Tensor, reward_rejected: Tensor, p_chosen: Tensor) -> None:
         """Figures that TRL does not log, over all processes."""

@@ -35,10 +35,11 @@ from rlhf.journal import timed
 from rlhf.judges import Score
 from rlhf.played import kl_by_book, kl_figures
 from rlhf.rewards import Mixed
-from rlhf.rollout import prompt_of, sample_seed
+from rlhf.rollout import look_seed, prompt_of, sample_seed
 from rlhf.round_plan import Plan
 from rlhf.round_rows import Judged, Made, edited_codes, label, pair_up, play_and_judge
 
+LOOK = 0x4E1D
 VERIFY = 4
 """Of so many edited clips the reward is asked about one where labels are hard: of 160 edits a round it orders 0 to 6 otherwise than meant
 (shipped base, five runs), and to ask about all of them would double what judging costs."""
@@ -221,7 +222,7 @@ class OwnPairs:
         """Row of the table and seed of every clip of a look; a prompt's clips in a row."""
         plan = self.plan
         rows = [self.held_out[(i // plan.n_clips) % len(self.held_out)] for i in range(plan.held_out_clips)]
-        return rows, [sample_seed(plan.seed ^ 0x4E1D, i) for i in range(len(rows))]
+        return rows, [sample_seed(look_seed(plan.seed, LOOK), i) for i in range(len(rows))]
 
     def _kl(self, played: Judged) -> dict[str, float]:
         """KL(policy || base) of what the policy as it is has played, in nats a clip."""
@@ -233,43 +234,57 @@ class OwnPairs:
         return {f"held_out/{name}": value for name, value in kl_figures(torch.cat(book_kl).mean(0)).items()}
 
     def _measure(self, number: int) -> dict[str, float]:
-        plan, apart = self.plan, dict[str, float]()
+        apart: dict[str, float] = {}
         rows, seeds = self._looked_at()
+        whole = self.score if isinstance(self.score, Mixed) else None
         if self.base_scores is None:
             with adapter_disabled(self.lm):
-                base = self._play(rows, seeds, apart)
-            names = [self.prompts[row] for row in rows]
-            if isinstance(self.score, Mixed):  # the base's clips set the scale of the reward's parts
-                self.score.measure(base.codes.to(self.args.device), names)
-                idle = [name for name in plan.held if name not in self.score.reward.scales]
-                if idle and self.args.should_save:
-                    print(f"not held: {', '.join(idle)}, of which no clip of the held-out prompts tells anything", flush=True)
-                base = dataclasses.replace(base, score=self.score(base.codes.to(self.args.device), names).float().cpu())
-            self.base_scores = base.score
-        self.heard = played = self._play(rows, seeds, apart, not plan.held)
-        if plan.held:
-            self.heard = played = self._hold(number, played)
+                base = self._play(rows, seeds, apart, whole is None)
+            self.base_scores = base.score if whole is None else self._scales(whole, base)
+        self.heard = played = self._play(rows, seeds, apart, whole is None)
+        parts: dict[str, float] = {}
+        if whole is not None:
+            self.heard, parts = self._told_apart(whole, number, played)
+            played = self.heard
         both = torch.isfinite(played.score) & torch.isfinite(self.base_scores)
         mine, theirs = played.score[both], self.base_scores[both]
-        held = self.score.reward.held(plan.held) if isinstance(self.score, Mixed) else {}
         return {
             "held_out/score": mine.mean().item(),
             "held_out/score_base": theirs.mean().item(),
             "held_out/preferred_to_base": ((mine > theirs).float() + 0.5 * (mine == theirs).float()).mean().item(),
             **self._kl(played),
-            **{f"held_out/weight_{key.replace('/', '_')}": weight for key, weight in held.items()},
+            **{f"held_out/{name}": value for name, value in parts.items()},
         }
 
-    def _hold(self, number: int, played: Judged) -> Judged:
-        """Move the weights of held parts by what was played, which is judged by the weights of the start."""
-        assert isinstance(self.score, Mixed)
-        reward = self.score.reward
-        reward.begin(self.plan.held, self.held.before(number) if number else None)
+    def _scales(self, whole: Mixed, base: Judged) -> Tensor:
+        """Let the base's clips set the scale of the reward's parts: those of the look, and --base-looks less one with other seeds, since
+        what a policy that has moved on plays shares with them the prompts alone. Returns the scores [B] of the first."""
+        words = [self.prompts[row] for row in base.rows]
+        looks = [whole.reward.marks(base.codes.to(self.args.device), words, everything=True)]
+        for number in range(1, 1 if whole.reward.measured else self.plan.base_looks):
+            seeds = [sample_seed(look_seed(self.plan.seed, LOOK, number), i) for i in range(len(words))]
+            with adapter_disabled(self.lm):
+                more = self._play(base.rows, seeds, {}, judged=False)
+            looks.append(whole.reward.marks(more.codes.to(self.args.device), words, everything=True))
+        whole.reward.measure(torch.cat(looks), words * len(looks), [*base.rows] * len(looks))
+        idle = [name for name in self.plan.held if name not in whole.reward.scales]
+        if idle and self.args.should_save:
+            print(f"not held: {', '.join(idle)}, of which no clip of the held-out prompts tells anything", flush=True)
+        return whole.reward.judge(looks[0], words, stated=True).total.float().cpu()
+
+    def _told_apart(self, whole: Mixed, number: int, played: Judged) -> tuple[Judged, dict[str, float]]:
+        """What was played, judged by the weights of the start. Held weights move by it. With it what each part says of it, those
+        without a weight too."""
+        reward, held = whole.reward, self.plan.held
+        reward.begin(held, self.held.before(number) if number and held else None)
         words = [self.prompts[row] for row in played.rows]
-        marks = reward.marks(played.codes.to(self.args.device), words)
-        reward.hold(self.plan.held, marks, words)
-        self.held.put(number, reward.held(self.plan.held))
-        return dataclasses.replace(played, score=reward.judge(marks, words, stated=True).total.float().cpu())
+        marks = reward.marks(played.codes.to(self.args.device), words, everything=True)
+        if held:
+            reward.hold(held, marks, words)
+            self.held.put(number, reward.held(held))
+        figures = {name: value for name, value in reward.figures(marks).items() if not name.endswith("_weight")}
+        figures |= {f"weight_{key.replace('/', '_')}": weight for key, weight in reward.held(held).items()}
+        return dataclasses.replace(played, score=reward.judge(marks, words, stated=True).total.float().cpu()), figures
 
     def _play(self, rows: Sequence[int], seeds: Sequence[int], seconds: dict[str, float], judged: bool = True) -> Judged:
         plan, table = self.plan, self.flat.trunk.table

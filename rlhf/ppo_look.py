@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.lora import adapter_tensors, set_adapter_tensors
+from adapters.lora import adapter_disabled, adapter_tensors, set_adapter_tensors
+from base_models.sampling import generate
+from base_models.sharding import gathered
 from rlhf.brake import Look
 from rlhf.judges import scores
 from rlhf.metrics import diversity
 from rlhf.ppo_run import Run
-from rlhf.rollout import play, sample_seed
+from rlhf.rollout import look_seed, play, sample_seed
+
+LOOK = 0x10C4
 
 
 def look_is_due(run: Run) -> bool:
@@ -35,7 +39,7 @@ def look(run: Run) -> dict[str, float]:
     spread = {} if run.task.spread is None else {"": run.task.spread}
     for start in range(0, share, chunk):
         part = mine[start : start + chunk]
-        cond, seeds = table.index([rows[index] for index in part]), [sample_seed(cfg.seed ^ 0x10C4, index) for index in part]
+        cond, seeds = table.index([rows[index] for index in part]), [sample_seed(look_seed(cfg.seed, LOOK), index) for index in part]
         how: dict[str, Any] = {"temperature": cfg.temperature, "cfg_coef": cfg.cfg_coef, "bf16": run.bf16}
         clips = play(run.lm, run.critic, cond, [rows[index] for index in part], seeds, cfg.n_frames, **how)
         prompts = [heldout.texts[rows[index]] for index in part]
@@ -49,7 +53,9 @@ def look(run: Run) -> dict[str, float]:
     kl, marks, apart, points = (run.accelerator.gather(torch.cat(parts))[: len(rows)] for parts in seen.values())
     words = [heldout.texts[row] for row in rows]
     if run.step == 0:
-        run.reward.measure(marks, words, rows)
+        looks = 1 if run.reward.measured else cfg.base_looks
+        every = [marks, *(_marks_of_base(run, rows, mine, number) for number in range(1, looks))]
+        run.reward.measure(torch.cat(every), words * looks, rows * looks)
     run.reward.hold(run.held, marks, words)
     now = Look(
         scores=run.reward.judge(marks, words, stated=True).total.cpu(),
@@ -65,6 +71,30 @@ def look(run: Run) -> dict[str, float]:
         run.braked = reason
     run.examples = examples[: cfg.listen]
     return run.brake.figures(now) | {f"heldout_{name}": value for name, value in run.reward.figures(marks).items()}
+
+
+def _marks_of_base(run: Run, rows: list[int], mine: list[int], number: int) -> Tensor:
+    """All parts' marks [B, P] of the clips of a look, over all processes, as the base plays them with seeds of this look's own. What a
+    policy that has moved on plays shares with the base's clips the prompts alone, and not what their seeds happened to bring."""
+    cfg, heldout = run.cfg, run.task.heldout
+    assert heldout is not None
+    table, chunk = heldout.table.to(run.accelerator.device), max(cfg.batch_size // run.accelerator.num_processes, 1)
+    marks = []
+    for start in range(0, len(mine), chunk):
+        part = mine[start : start + chunk]
+        seeds = [sample_seed(look_seed(cfg.seed, LOOK, number), index) for index in part]
+        with gathered(run.lm), adapter_disabled(run.lm):
+            made = generate(
+                run.lm,
+                table.index([rows[index] for index in part]),
+                cfg.n_frames,
+                seeds=seeds,
+                temperature=cfg.temperature,
+                cfg_coef=cfg.cfg_coef,
+            )
+        marks.append(run.reward.marks(made.codes, [heldout.texts[rows[index]] for index in part], everything=True))
+    everyone: Tensor = run.accelerator.gather(torch.cat(marks))
+    return everyone[: len(rows)]
 
 
 def rewind(run: Run) -> int:

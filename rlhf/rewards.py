@@ -40,7 +40,7 @@ KINDS: Mapping[str, Callable[[str], str | None]] = {"genre": asked_genre}
 HUMAN = "human"
 """The part that listeners' votes taught (a reward model)."""
 WITH_CHECKS = f"{HUMAN}=1,similarity=0.4,tempo=0.06,genre=0.8,diversity=0.04"
-"""Weights of the presets that train on votes: the listeners' part beside what a prompt asks for (docs/ppo.md, "What a spread is")."""
+"""Weights of `train_ppo.py --preset votes`: the listeners' part beside what a prompt asks for (docs/ppo.md, "What a spread is")."""
 WATCHED = "watched"
 """The part that is only looked at: another judge's opinion of held-out clips, which nothing is trained on or braked by."""
 LEAST_LOGITS = 0.25
@@ -276,15 +276,11 @@ def spread_within(marks: Tensor, prompts: Sequence[Hashable]) -> float:
 
 
 class Mixed:
-    """A reward as one judge with one slope: total(codes, prompts) [B], once `measure` has seen clips of the base."""
+    """A reward as one judge with one slope: total(codes, prompts) [B], once `reward.measure` has seen clips of the base."""
 
     def __init__(self, reward: Reward, slopes: Mapping[str, Slope], codebooks: Tensor) -> None:
         """slopes: of the trained parts, those that have one. codebooks [K, V, D]: what each code adds to the latents."""
         self.reward, self.slopes, self.codebooks = reward, slopes, codebooks
-
-    def measure(self, codes: Tensor, prompts: list[str]) -> None:
-        """Take the parts' scales from clips of the base: codes [B, K, T], B prompts."""
-        self.reward.measure(self.reward.marks(codes, prompts), prompts)
 
     def __call__(self, codes: Tensor, prompts: list[str]) -> Tensor:
         return self.reward.judge(self.reward.marks(codes, prompts), prompts).total

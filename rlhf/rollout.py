@@ -91,6 +91,12 @@ def sample_seed(seed: int, index: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
+def look_seed(seed: int, lot: int, number: int = 0) -> int:
+    """What the seeds of a look's clips are drawn from: a lot beside the run's own. number: of a look of the base with other seeds than all
+    looks have."""
+    return seed ^ lot ^ number << 32
+
+
 def prompt_of(indices: Sequence[int], n_prompts: int, samples_per_prompt: int, seed: int) -> list[int]:
     """Which prompt the clips of these global indices answer: groups of `samples_per_prompt`, reshuffled every round."""
     orders: dict[int, list[int]] = {}

@@ -38,6 +38,7 @@ class Plan:
     seed: int
     held: tuple[str, ...] = ()
     """Parts of the reward that stay at the base's level (rlhf.rewards.Reward.hold)."""
+    base_looks: int = 1
 
     @property
     def by_slope(self) -> bool:
@@ -64,10 +65,8 @@ def whole_prompts(n: int, n_clips: int) -> int:
 def round_plan(cfg: Config, n_rated: int) -> Plan:
     """How a round is made. Raises UserError for sizes that make no pair."""
     least = 1 if cfg.pairing in BY_SLOPE else 2
-    if (
-        min(cfg.rounds, cfg.round_prompts, cfg.round_epochs, cfg.n_frames, cfg.sample_batch, cfg.held_out_clips) < 1
-        or cfg.round_clips < least
-    ):
+    sizes = (cfg.rounds, cfg.round_prompts, cfg.round_epochs, cfg.n_frames, cfg.sample_batch, cfg.held_out_clips, cfg.base_looks)
+    if min(sizes) < 1 or cfg.round_clips < least:
         raise UserError("a size too small", f"1 or more everywhere, and {least} or more --round-clips", "correct the sizes of the rounds")
     if cfg.pairing == "expected" and (cfg.loss != "sigmoid" or (n_rated and cfg.rated_share) or cfg.labels != "hard"):
         got = f"--pairing expected with --loss {cfg.loss}, --labels {cfg.labels}, --rated-share {cfg.rated_share}"
@@ -90,6 +89,7 @@ def round_plan(cfg: Config, n_rated: int) -> Plan:
         edit_price=cfg.edit_price,
         seed=cfg.seed,
         held=held_parts(cfg.hold, parse_weights(cfg.weights)),
+        base_looks=cfg.base_looks,
     )
     share = cfg.rated_share / (1 - cfg.rated_share) if n_rated else 0.0
     return dataclasses.replace(plan, n_rated=round(plan.n_rows * share))

@@ -65,8 +65,7 @@ class Rounds(TrainerCallback):
             rows, more = self.own.round(number)
             self.live.fill(rows)
             assert self.trainer is not None
-            self.trainer.kl_weight = self.price.of(number, gone)
-            figures["kl_weight"] = self.trainer.kl_weight
+            figures["kl_weight"] = self.trainer.kl_price.kl_coef = self.price.of(number, gone)
             figures |= more
         self.last = figures
         self.number = number

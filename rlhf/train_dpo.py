@@ -62,7 +62,7 @@ from rlhf.flat_kto import FlatKTOTrainer
 from rlhf.flat_policy import FlatCausalLM
 from rlhf.played import kl_figures, play_now
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, WITH_CHECKS, Mixed, held_parts, parse_weights
+from rlhf.rewards import HUMAN, Mixed, held_parts, parse_weights
 from rlhf.round_plan import BY_SLOPE, Labels, Pairing, round_plan
 from rlhf.rounds import Rounds
 from rlhf.tracking import Kind
@@ -106,8 +106,11 @@ class Config:
     """What a nat of divergence from the reference costs in the loss, over the whole vocabulary at every code of a pair's clips: pairs say
     nothing of what both clips share, and noise moves that; this draws it back. Not for kto."""
     target_kl: float | None = None
-    """In rounds: KL to the base on held-out prompts, nats a clip, that --kl-weight is moved to keep to, at most twice or half as much a
-    round and never less than given. Not given: it stays."""
+    """In rounds: KL to the base on held-out prompts, nats a clip, that --kl-weight is moved to keep to, by the root of KL / target, at most
+    twice or half as much a round and never less than given. Not given: it stays."""
+    kl_power: float = 0.0
+    """With --target-kl: the price of a step is also multiplied by (KL of its pairs' clips / target) to this power, and never less than
+    given: it answers within a round what the round's own price is too late for; 0 leaves it to that."""
     marks: Literal["ignore", "mask"] = "ignore"
     """Whether a pair acts only on the codes at the times that raters marked as bad in its rejected clip, where they marked any."""
     label_smoothing: float = 0.0
@@ -155,6 +158,9 @@ class Config:
     more codes change."""
     weights: str = f"{HUMAN}=1"
     """What a spread of each part of the reward is worth, as in train_ppo.py: human=1,similarity=0.3 keeps the prompt in sight."""
+    base_looks: int = 1
+    """How often the base plays the prompts of the looks, each time with other seeds: the level at which a part is held and the spread that
+    it is weighed in are taken from all of that. By one look a weight is off by a tenth or two, and a level by as much of a spread."""
     hold: str = ""
     """Parts that are to stay at the base's level, as in train_ppo.py; their weights move between rounds."""
     labels: Labels = "hard"
@@ -213,6 +219,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta": 0.03,
         "kl_weight": 3.5e-4,
         "target_kl": 65.0,
+        "kl_power": 2.0,
         "pairing": "expected",
         "edit_price": 0.2,
         "rated_share": 0.0,
@@ -221,7 +228,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "round_epochs": 2,
         "batch_size": 40,
         "held_out_clips": 96,
-        "weights": WITH_CHECKS,
+        "base_looks": 4,
+        "weights": f"{HUMAN}=1,similarity=0.3,tempo=0.06,genre=0.7,diversity=0.1",
         "hold": "similarity,tempo,diversity",
     },
     "best_worst": {"lr": 1e-3, "pairing": "best_worst", "rounds": 10, "round_prompts": 48, "round_clips": 8, "round_epochs": 2},
@@ -336,6 +344,9 @@ def check(cfg: Config) -> None:
     if cfg.target_kl is not None and (cfg.target_kl <= 0 or not cfg.kl_weight or not (cfg.reward or cfg.toy_reward)):
         got = f"--target-kl {cfg.target_kl} with --kl-weight {cfg.kl_weight}, --reward {cfg.reward}"
         raise UserError(got, "nats above 0, a price above 0 and rounds of own clips", "give --reward and --kl-weight, or leave it out")
+    if cfg.kl_power < 0 or (cfg.kl_power and cfg.target_kl is None):
+        got = f"--kl-power {cfg.kl_power:g} with --target-kl {cfg.target_kl}"
+        raise UserError(got, "0 or more, and a target", "give --target-kl and take 1, or leave it out")
     if not 0 <= cfg.lr_end <= 1:
         raise UserError(f"--lr-end {cfg.lr_end:g}", "0 to 1", "a share of --lr: 0 to end at none, 1 to keep it")
     check_decay(cfg.average)

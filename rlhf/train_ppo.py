@@ -73,6 +73,9 @@ class Config:
     weights: str = f"{HUMAN}=1"
     """What a spread of each part of the reward among clips of one prompt is worth: human=1,similarity=0.3,tempo=0. Parts of weight 0 are
     judged and plotted, not trained on; parts that are not named are plotted at the looks at --heldout-prompts."""
+    base_looks: int = 1
+    """How often the base plays the prompts of the looks, each time with other seeds: the level at which a part is held and the spread that
+    it is weighed in are taken from all of that. By one look a weight is off by a tenth or two, and a level by as much of a spread."""
     hold: str = ""
     """Parts that are to stay at the base's level and not to rise at the listeners' expense, such as similarity,tempo,genre: each one's
     weight moves from what --weights gives, at each look at --heldout-prompts: up while the clips are worse at it than the base's, else
@@ -329,7 +332,7 @@ def check(cfg: Config, world: int) -> None:
         raise UserError("--watch-command without --heldout-prompts", "prompts at whose looks it is asked", "give a file of them")
     check_processes(world, cfg.processes)
     sizes = (cfg.batch_size, cfg.minibatches, cfg.epochs, cfg.microbatch, cfg.n_frames, cfg.samples_per_prompt, cfg.steps)
-    if min(*sizes, cfg.look_every, cfg.heldout_clips, cfg.patience) < 1:
+    if min(*sizes, cfg.look_every, cfg.heldout_clips, cfg.base_looks, cfg.patience) < 1:
         raise UserError("a size below 1", "1 or more everywhere", "correct batch_size, minibatches, epochs, steps, n_frames or look_every")
     if not 0 <= cfg.kl_coef_least <= cfg.kl_coef:
         raise UserError(f"--kl-coef-least {cfg.kl_coef_least:g}", f"0 to --kl-coef, {cfg.kl_coef:g}", "lower it, or raise the first price")
@@ -363,7 +366,7 @@ def check(cfg: Config, world: int) -> None:
 def blind_to_spreads(cfg: Config, task: Task) -> str | None:
     """What to give so that some prompt has two clips of the base, by which parts are measured; None where one has."""
     if task.heldout is not None:
-        return "--heldout-clips 2" if cfg.heldout_clips < 2 else None
+        return "--heldout-clips 2" if cfg.heldout_clips * cfg.base_looks < 2 else None
     alone = cfg.samples_per_prompt < 2 and cfg.batch_size <= len(task.prompts)
     return "--heldout-prompts, or --samples-per-prompt 2" if alone else None
 

@@ -24,6 +24,7 @@ from adapters.lora import adapter_disabled
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
 from rlhf import train_dpo
+from rlhf.controllers import AdaptiveKLController
 from rlhf.dpo_arguments import kto_arguments, training_arguments
 from rlhf.dpo_task import Task, toy_task
 from rlhf.flat_dpo import FlatDPOTrainer, PreferenceCollator, marked_codes, preference_rows, reference_logps
@@ -267,7 +268,7 @@ def test_the_anchor_is_the_kl_of_whole_distributions_zero_at_first_and_draws_a_m
     task = toy_task(Config(), n_pairs=8)
     task = dataclasses.replace(task, pairs=[dataclasses.replace(p, weight=0.0) for p in task.pairs])  # the pairs themselves say nothing
     trainer, rows = trainer_of(task, tmp_path, mask=False)
-    trainer.kl_weight = 0.5
+    trainer.kl_price = AdaptiveKLController(0.5)
 
     def loss() -> Tensor:
         with torch.enable_grad():
@@ -287,6 +288,10 @@ def test_the_anchor_is_the_kl_of_whole_distributions_zero_at_first_and_draws_a_m
     kl = (moved.exp() * (moved - base)).sum((1, 2, 3)).mean()
     assert kl > 0.5
     assert loss().item() == pytest.approx(0.5 * kl.item(), rel=1e-4)
+    trainer.kl_price = AdaptiveKLController(0.5, target_kl=kl.item() / 2, least=0.5, power=1.0)
+    assert loss().item() == pytest.approx(2 * 0.5 * kl.item(), rel=1e-4)  # twice the target, and so twice the price
+    trainer.kl_price = AdaptiveKLController(0.5, target_kl=2 * kl.item(), least=0.5, power=1.0)
+    assert loss().item() == pytest.approx(0.5 * kl.item(), rel=1e-4)  # never less than given
     optimiser = torch.optim.SGD(adapter, lr=0.5)
     for _ in range(5):
         optimiser.zero_grad()

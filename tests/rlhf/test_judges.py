@@ -196,7 +196,7 @@ def test_a_mixed_reward_says_by_one_slope_what_it_says_by_its_marks(world: World
     judges = {name: way.judge for name, way in world.ways.items()}
     human = judges.pop(HUMAN)
     mixed = Mixed(weighted({name: WORTH[name] for name in world.ways}, human, judges), world.ways, world.base.codec.codebooks)
-    mixed.measure(world.codes, PROMPTS)
+    mixed.reward.measure(mixed.reward.marks(world.codes, PROMPTS), PROMPTS)
     slope, total = mixed.slope(world.codes, PROMPTS)
     torch.testing.assert_close(total, mixed(world.codes, PROMPTS), rtol=1e-4, atol=1e-5)
     scales = mixed.reward.scales

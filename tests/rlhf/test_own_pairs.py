@@ -427,6 +427,57 @@ def test_a_judge_without_a_slope_cannot_edit(tmp_path):
         own.round(0)
 
 
+def test_looks_tell_what_each_part_says_in_spreads_of_the_base_those_without_a_weight_too(tmp_path):
+    task = toy_task(config(tmp_path))
+    assert task.own is not None
+
+    def even(codes: Tensor, prompts: list[str]) -> Tensor:
+        return (codes % 2 == 0).float().mean((1, 2))
+
+    low = task.own.score.reward.parts["human"].score
+    reward = Reward({"human": Part(low), "even": Part(even, 0.0, asked=True)}, every_round=["human"])
+    own = own_pairs(tmp_path, dataclasses.replace(task, own=dataclasses.replace(task.own, score=Mixed(reward, {}, torch.zeros(K, V, 1)))))
+    first = own.measure(0)
+    assert [first[f"held_out/reward_{name}_z"] for name in ("human", "even")] == pytest.approx([0, 0], abs=1e-4)
+    assert own.base_scores is not None
+    base = first["held_out/reward_even"]
+    for parameter in task.lm.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    second = own.measure(1)
+    heard = even(own.heard.codes, []).mean().item()
+    assert second["held_out/reward_even"] == pytest.approx(heard, abs=1e-6)
+    assert second["held_out/reward_even_z"] == pytest.approx((heard - base) / reward.scales["even"][1], abs=1e-4)
+    assert second["held_out/score"] == pytest.approx(low(own.heard.codes, [""] * len(own.heard.codes)).mean().item(), abs=1e-5)
+
+
+def test_levels_and_spreads_go_by_looks_of_the_base_with_other_seeds_too_also_where_the_policy_has_moved_on(tmp_path):
+    task = toy_task(config(tmp_path))
+    assert task.own is not None
+
+    def even(codes: Tensor, prompts: list[str]) -> Tensor:
+        return (codes % 2 == 0).float().mean((1, 2))
+
+    listeners = task.own.score.reward.parts["human"]
+    own = own_pairs(tmp_path, task)
+
+    def scales(n: int, std: float = 0.0) -> dict[str, tuple[float, float]]:
+        reward = Reward({"human": listeners, "even": Part(even, 0.5)})
+        own.plan = dataclasses.replace(own.plan, base_looks=n)
+        own.score, own.base_scores = Mixed(reward, {}, torch.zeros(K, V, 1)), None
+        for parameter in task.lm.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=std, generator=torch.Generator().manual_seed(0))
+        own.measure(0)
+        return reward.scales
+
+    few, many = scales(1), scales(4)
+    for name in few:
+        assert few[name] != many[name]
+        assert few[name] == pytest.approx(many[name], rel=0.3)
+    assert scales(4, std=0.3) == many  # as when a run is resumed
+
+
 def test_held_weights_move_between_rounds_from_where_the_round_before_had_left_them(tmp_path):
     cfg = config(tmp_path)
     task = toy_task(cfg)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -8,33 +9,38 @@ import torch
 
 from adapters.library import read_adapter
 from base_models.errors import UserError
+from rlhf.controllers import MOST_ANSWER
 from rlhf.round_price import Price, next_price
 from rlhf.train_dpo import PRESETS, Config, check, main
 
 
-def test_the_price_follows_the_kl_at_most_twofold_and_never_below_its_start():
-    assert next_price(1.0, 60, 50, least=0.1) == pytest.approx(1.2)
+def test_the_price_follows_the_root_of_the_kl_at_most_twofold_and_never_below_its_start():
+    assert next_price(1.0, 72, 50, least=0.1) == pytest.approx(1.2)
     assert next_price(1.0, 500, 50, least=0.1) == 2
     assert next_price(1.0, 1, 50, least=0.1) == 0.5
+    assert next_price(1.0, -1e-7, 50, least=0.1) == 0.5  # what rounding may make of 0
     assert next_price(0.15, 1, 50, least=0.1) == 0.1
 
 
 def test_a_policy_that_drifts_as_its_price_lets_it_is_brought_to_the_target():
-    """KL = strength / price^.7: strong rewards and weak ones end at one KL."""
-    for strength in (3.0, 30.0, 300.0):
-        price = 0.001
-        for _ in range(30):
-            price = next_price(price, strength * price**-0.7, 50, least=0.001)
-        assert strength * price**-0.7 == pytest.approx(50, rel=0.01)
+    """KL = strength / price^2, as where a reward grows with the step and KL with its square: strong rewards and weak ones end at one KL
+    without swinging about it, as many rounds after as the price has to double."""
+    for strength in (3e-4, 3e-3, 0.03):
+        price, kl = 0.001, [strength / 0.001**2]
+        for _ in range(6):
+            price = next_price(price, kl[-1], 50, least=0.001)
+            kl.append(strength / price**2)
+        assert all(after < before or after == pytest.approx(50) for before, after in itertools.pairwise(kl))
+        assert kl[-1] == pytest.approx(50, rel=0.01)
 
 
 def test_a_round_takes_up_the_price_of_the_round_before_whatever_was_done_since(tmp_path):
     price = Price(0.1, 50, tmp_path / "price.json", writes=True)
-    told = [price.of(number, kl) for number, kl in enumerate((0, 75, 100))]
-    assert told == pytest.approx([0.1, 0.15, 0.3])
-    assert Price(0.1, 50, tmp_path / "price.json", writes=False).of(2, 100) == pytest.approx(0.3)
+    told = [price.of(number, kl) for number, kl in enumerate((0, 72, 200))]
+    assert told == pytest.approx([0.1, 0.12, 0.24])
+    assert Price(0.1, 50, tmp_path / "price.json", writes=False).of(2, 200) == pytest.approx(0.24)
     elsewhere = Price(0.1, 50, tmp_path / "a-disk-of-its-own" / "price.json", writes=False)
-    assert [elsewhere.of(number, kl) for number, kl in enumerate((0, 75, 100))] == told  # a node without the file
+    assert [elsewhere.of(number, kl) for number, kl in enumerate((0, 72, 200))] == told  # a node without the file
     assert price.of(0, 0) == 0.1
     assert json.loads((tmp_path / "price.json").read_text()) == {"0": 0.1}
 
@@ -42,11 +48,11 @@ def test_a_round_takes_up_the_price_of_the_round_before_whatever_was_done_since(
 def test_a_run_that_had_no_target_takes_one_up_at_the_price_that_it_paid(tmp_path):
     path = tmp_path / "price.json"
     moved, still = Price(0.1, 50, path, writes=True), Price(0.1, None, path, writes=True)
-    assert [moved.of(number, kl) for number, kl in enumerate((0, 75, 100))] == pytest.approx([0.1, 0.15, 0.3])
+    assert [moved.of(number, kl) for number, kl in enumerate((0, 72, 200))] == pytest.approx([0.1, 0.12, 0.24])
     assert still.of(2, 999) == 0.1
-    assert json.loads(path.read_text()) == pytest.approx({"0": 0.1, "1": 0.15, "2": 0.1})  # it forgets nothing that it resumed from
+    assert json.loads(path.read_text()) == pytest.approx({"0": 0.1, "1": 0.12, "2": 0.1})  # it forgets nothing that it resumed from
     assert still.of(2, 999) == 0.1  # resumed without a target, and it is this that the next round goes on from
-    assert Price(0.1, 50, path, writes=True).of(3, 75) == pytest.approx(0.15)
+    assert Price(0.1, 50, path, writes=True).of(3, 72) == pytest.approx(0.12)
 
 
 def test_a_run_that_has_lost_its_file_does_not_resume_at_another_price(tmp_path):
@@ -78,10 +84,22 @@ def test_a_run_is_brought_back_towards_its_target_and_resumes_bitwise_at_the_pri
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_price_that_answers_within_a_round_lets_it_leap_less_far(tmp_path):
+    late, at_once = (main(config(tmp_path / f"{power:g}", rounds=2, kl_power=power))["held_out_kl"] for power in (0.0, 1.0))
+    assert 0.5 < at_once < 0.8 * late
+    rows = [json.loads(line) for line in (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "dpo/kl_price" in row]
+    assert len(steps) > 2
+    for row in steps:
+        assert row["dpo/kl_price"] == pytest.approx(0.01 * min(max(row["dpo/kl_of_pairs"] / 0.5, 1), MOST_ANSWER), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"target_kl": -1.0}, "--target-kl -1"),
+        ({"kl_power": -1.0}, "--kl-power -1"),
+        ({"kl_power": 1.0, "target_kl": None}, "--kl-power 1 with --target-kl None"),
         ({"average": 1.0}, "--average 1"),
         ({"average": 0.5, "toy": False, "toy_reward": False, "target_kl": None}, "--average 0.5 without --reward"),
         ({"kl_budget": 0.5}, "a target below the budget"),

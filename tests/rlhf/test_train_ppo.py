@@ -17,8 +17,10 @@ from torch import Tensor
 from adapters.library import load_adapter, read_adapter
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
+from base_models.sampling import generate
 from rlhf.ppo_run import Run
-from rlhf.ppo_task import share_of_code_3, toy_task
+from rlhf.ppo_task import movement, share_of_code_3, toy_task
+from rlhf.rewards import spread_within
 from rlhf.train_ppo import TOY, Config, check, check_task, main
 from tests.rlhf.ppo_toys import config, judged_by, largest_difference, metrics, weights
 
@@ -55,6 +57,7 @@ def test_several_rewards_are_learnt_by_their_weights(tmp_path: Path) -> None:
     [
         ({}, True, None),
         ({"heldout_clips": 1}, True, "--heldout-clips 2"),
+        ({"heldout_clips": 1, "base_looks": 2}, True, None),
         ({"heldout_clips": 1, "samples_per_prompt": 2}, True, "--heldout-clips 2"),
         ({"heldout_clips": 1, "weights": "human=1"}, True, None),
         ({}, False, None),  # 64 clips a round of 8 prompts
@@ -70,6 +73,25 @@ def test_spreads_that_no_prompt_can_measure_are_told(
     told = capsys.readouterr().out
     assert ("no prompt has two clips" in told) == bool(said)
     assert said is None or said in told
+
+
+def test_levels_and_spreads_go_by_looks_of_the_base_with_other_seeds_too(tmp_path: Path) -> None:
+    """Of many looks the level is the base's own, and not that of the clips which looks happen to play."""
+    levels, spreads = [], []
+    for looks in (1, 2, 64):
+        main(config(tmp_path / str(looks), steps=1, weights="human=1,movement=0.5", base_looks=looks))
+        objective = read_adapter(tmp_path / str(looks) / "adapter").manifest.objective
+        assert objective is not None
+        levels.append(objective["scales"]["movement"][0])
+        spreads.append(objective["scales"]["movement"][1])
+    task = toy_task(0)
+    assert task.heldout is not None
+    rows = list(range(4)) * 256
+    made = generate(task.lm, task.heldout.table.index(rows), 12, seeds=range(len(rows)))
+    marks = movement(made.codes, [])
+    assert levels[2] == pytest.approx(marks.mean().item(), abs=3 * marks.std().item() / 16)
+    assert spreads[2] == pytest.approx(spread_within(marks, rows), rel=0.1)
+    assert len(set(levels)) == len(set(spreads)) == 3
 
 
 def test_a_part_of_weight_zero_is_plotted_and_changes_no_weight(tmp_path: Path) -> None:
