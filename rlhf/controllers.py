@@ -12,8 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base_models.errors import UserError
+
 MOST_ANSWER = 4.0
 """A KL of so many times its target is answered like one beyond; the budget ends such a run."""
+
+
+def check_power(power: float, target_kl: float | None) -> None:
+    """Refuse a --kl-power that answers nothing."""
+    if power < 0 or (power and target_kl is None):
+        raise UserError(
+            f"--kl-power {power:g} with --target-kl {target_kl}", "0 or more, and a target", "give --target-kl and take 1, or leave it out"
+        )
 
 
 class AdaptiveKLController:

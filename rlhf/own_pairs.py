@@ -34,7 +34,7 @@ from rlhf.flat_policy import FlatCausalLM
 from rlhf.journal import timed
 from rlhf.judges import Score
 from rlhf.played import kl_by_book, kl_figures
-from rlhf.rewards import Mixed
+from rlhf.rewards import Mixed, Reward
 from rlhf.rollout import look_seed, prompt_of, sample_seed
 from rlhf.round_plan import Plan
 from rlhf.round_rows import Judged, Made, edited_codes, label, pair_up, play_and_judge
@@ -218,11 +218,11 @@ class OwnPairs:
             rows, seeds = self._looked_at()
             return self._kl(self._play(rows, seeds, {}, judged=False))
 
-    def _looked_at(self) -> tuple[list[int], list[int]]:
-        """Row of the table and seed of every clip of a look; a prompt's clips in a row."""
+    def _looked_at(self, number: int = 0) -> tuple[list[int], list[int]]:
+        """Row of the table and seed of every clip of a look; a prompt's clips in a row. number: as of `look_seed`."""
         plan = self.plan
         rows = [self.held_out[(i // plan.n_clips) % len(self.held_out)] for i in range(plan.held_out_clips)]
-        return rows, [sample_seed(look_seed(plan.seed, LOOK), i) for i in range(len(rows))]
+        return rows, [sample_seed(look_seed(plan.seed, LOOK, number), i) for i in range(len(rows))]
 
     def _kl(self, played: Judged) -> dict[str, float]:
         """KL(policy || base) of what the policy as it is has played, in nats a clip."""
@@ -259,18 +259,20 @@ class OwnPairs:
     def _scales(self, whole: Mixed, base: Judged) -> Tensor:
         """Let the base's clips set the scale of the reward's parts: those of the look, and --base-looks less one with other seeds, since
         what a policy that has moved on plays shares with them the prompts alone. Returns the scores [B] of the first."""
-        words = [self.prompts[row] for row in base.rows]
-        looks = [whole.reward.marks(base.codes.to(self.args.device), words, everything=True)]
-        for number in range(1, 1 if whole.reward.measured else self.plan.base_looks):
-            seeds = [sample_seed(look_seed(self.plan.seed, LOOK, number), i) for i in range(len(words))]
+        reward, words = whole.reward, [self.prompts[row] for row in base.rows]
+        looks = [self._marks(reward, base)]
+        for number in range(1, 1 if reward.measured else self.plan.base_looks):
             with adapter_disabled(self.lm):
-                more = self._play(base.rows, seeds, {}, judged=False)
-            looks.append(whole.reward.marks(more.codes.to(self.args.device), words, everything=True))
-        whole.reward.measure(torch.cat(looks), words * len(looks), [*base.rows] * len(looks))
-        idle = [name for name in self.plan.held if name not in whole.reward.scales]
+                looks.append(self._marks(reward, self._play(*self._looked_at(number), {}, judged=False)))
+        reward.measure(torch.cat(looks), words * len(looks), [*base.rows] * len(looks))
+        idle = [name for name in self.plan.held if name not in reward.scales]
         if idle and self.args.should_save:
             print(f"not held: {', '.join(idle)}, of which no clip of the held-out prompts tells anything", flush=True)
-        return whole.reward.judge(looks[0], words, stated=True).total.float().cpu()
+        return reward.judge(looks[0], words, stated=True).total.float().cpu()
+
+    def _marks(self, reward: Reward, played: Judged) -> Tensor:
+        """What every part says of what was played [B, P]."""
+        return reward.marks(played.codes.to(self.args.device), [self.prompts[row] for row in played.rows], everything=True)
 
     def _told_apart(self, whole: Mixed, number: int, played: Judged) -> tuple[Judged, dict[str, float]]:
         """What was played, judged by the weights of the start. Held weights move by it. With it what each part says of it, those
@@ -278,7 +280,7 @@ class OwnPairs:
         reward, held = whole.reward, self.plan.held
         reward.begin(held, self.held.before(number) if number and held else None)
         words = [self.prompts[row] for row in played.rows]
-        marks = reward.marks(played.codes.to(self.args.device), words, everything=True)
+        marks = self._marks(reward, played)
         if held:
             reward.hold(held, marks, words)
             self.held.put(number, reward.held(held))

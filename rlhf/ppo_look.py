@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapters.lora import adapter_disabled, adapter_tensors, set_adapter_tensors
+from base_models.conditions import Conditions
 from base_models.sampling import generate
 from base_models.sharding import gathered
 from rlhf.brake import Look
@@ -33,16 +35,12 @@ def look(run: Run) -> dict[str, float]:
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     share = -(-len(rows) // world)  # every process plays as many: the last ones begin anew, and what is double is cut off
     mine = [index % len(rows) for index in range(rank * share, (rank + 1) * share)]
-    table, chunk = heldout.table.to(run.accelerator.device), max(cfg.batch_size // world, 1)
     seen: dict[str, list[Tensor]] = {"kl": [], "marks": [], "spread": [], "points": []}
     examples: list[tuple[str, Tensor]] = []
     spread = {} if run.task.spread is None else {"": run.task.spread}
-    for start in range(0, share, chunk):
-        part = mine[start : start + chunk]
-        cond, seeds = table.index([rows[index] for index in part]), [sample_seed(look_seed(cfg.seed, LOOK), index) for index in part]
+    for part, cond, prompts, seeds in _parts(run, rows, mine):
         how: dict[str, Any] = {"temperature": cfg.temperature, "cfg_coef": cfg.cfg_coef, "bf16": run.bf16}
         clips = play(run.lm, run.critic, cond, [rows[index] for index in part], seeds, cfg.n_frames, **how)
-        prompts = [heldout.texts[rows[index]] for index in part]
         seen["kl"].append((clips.logps - clips.ref_logps).sum(1))
         known = scores({name: part.score for name, part in run.reward.parts.items()} | spread, clips.codes, prompts)
         nothing = clips.logps.new_full((len(part),), float("nan"))
@@ -73,26 +71,30 @@ def look(run: Run) -> dict[str, float]:
     return run.brake.figures(now) | {f"heldout_{name}": value for name, value in run.reward.figures(marks).items()}
 
 
-def _marks_of_base(run: Run, rows: list[int], mine: list[int], number: int) -> Tensor:
-    """All parts' marks [B, P] of the clips of a look, over all processes, as the base plays them with seeds of this look's own. What a
-    policy that has moved on plays shares with the base's clips the prompts alone, and not what their seeds happened to bring."""
+def _parts(run: Run, rows: list[int], mine: list[int], number: int = 0) -> Iterator[tuple[list[int], Conditions, list[str], list[int]]]:
+    """This process's clips of a look, a batch at a time: their indices, conditions, prompts and seeds. number: as of `look_seed`."""
     cfg, heldout = run.cfg, run.task.heldout
     assert heldout is not None
     table, chunk = heldout.table.to(run.accelerator.device), max(cfg.batch_size // run.accelerator.num_processes, 1)
-    marks = []
     for start in range(0, len(mine), chunk):
         part = mine[start : start + chunk]
-        seeds = [sample_seed(look_seed(cfg.seed, LOOK, number), index) for index in part]
+        asked = [rows[index] for index in part]
+        yield (
+            part,
+            table.index(asked),
+            [heldout.texts[row] for row in asked],
+            [sample_seed(look_seed(cfg.seed, LOOK, number), index) for index in part],
+        )
+
+
+def _marks_of_base(run: Run, rows: list[int], mine: list[int], number: int) -> Tensor:
+    """All parts' marks [B, P] of the clips of a look, over all processes, as the base plays them with seeds of this look's own. What a
+    policy that has moved on plays shares with the base's clips the prompts alone, and not what their seeds happened to bring."""
+    marks = []
+    for _, cond, prompts, seeds in _parts(run, rows, mine, number):
         with gathered(run.lm), adapter_disabled(run.lm):
-            made = generate(
-                run.lm,
-                table.index([rows[index] for index in part]),
-                cfg.n_frames,
-                seeds=seeds,
-                temperature=cfg.temperature,
-                cfg_coef=cfg.cfg_coef,
-            )
-        marks.append(run.reward.marks(made.codes, [heldout.texts[rows[index]] for index in part], everything=True))
+            made = generate(run.lm, cond, run.cfg.n_frames, seeds=seeds, temperature=run.cfg.temperature, cfg_coef=run.cfg.cfg_coef)
+        marks.append(run.reward.marks(made.codes, prompts, everything=True))
     everyone: Tensor = run.accelerator.gather(torch.cat(marks))
     return everyone[: len(rows)]
 

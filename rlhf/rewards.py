@@ -39,8 +39,6 @@ KINDS: Mapping[str, Callable[[str], str | None]] = {"genre": asked_genre}
 """Parts that ask for different things by prompt, and what. (Leads are too many for the prompts of a look, and moods are seldom held.)"""
 HUMAN = "human"
 """The part that listeners' votes taught (a reward model)."""
-WITH_CHECKS = f"{HUMAN}=1,similarity=0.4,tempo=0.06,genre=0.8,diversity=0.04"
-"""Weights of `train_ppo.py --preset votes`: the listeners' part beside what a prompt asks for (docs/ppo.md, "What a spread is")."""
 WATCHED = "watched"
 """The part that is only looked at: another judge's opinion of held-out clips, which nothing is trained on or braked by."""
 LEAST_LOGITS = 0.25

@@ -52,6 +52,7 @@ from base_models.launch import check_processes, check_sharding, end_in_good_orde
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.average import check_decay
+from rlhf.controllers import check_power
 from rlhf.dpo_arguments import training_arguments
 from rlhf.dpo_pairs import learnt_and_held_out, parents_of
 from rlhf.dpo_report import NothingLeftError, Recorder
@@ -344,9 +345,7 @@ def check(cfg: Config) -> None:
     if cfg.target_kl is not None and (cfg.target_kl <= 0 or not cfg.kl_weight or not (cfg.reward or cfg.toy_reward)):
         got = f"--target-kl {cfg.target_kl} with --kl-weight {cfg.kl_weight}, --reward {cfg.reward}"
         raise UserError(got, "nats above 0, a price above 0 and rounds of own clips", "give --reward and --kl-weight, or leave it out")
-    if cfg.kl_power < 0 or (cfg.kl_power and cfg.target_kl is None):
-        got = f"--kl-power {cfg.kl_power:g} with --target-kl {cfg.target_kl}"
-        raise UserError(got, "0 or more, and a target", "give --target-kl and take 1, or leave it out")
+    check_power(cfg.kl_power, cfg.target_kl)
     if not 0 <= cfg.lr_end <= 1:
         raise UserError(f"--lr-end {cfg.lr_end:g}", "0 to 1", "a share of --lr: 0 to end at none, 1 to keep it")
     check_decay(cfg.average)

@@ -42,6 +42,7 @@ from base_models.launch import check_processes, open_accelerator
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.average import check_decay
+from rlhf.controllers import check_power
 from rlhf.journal import timed
 from rlhf.ppo_checkpoint import restore, save
 from rlhf.ppo_look import look, look_is_due, rewind
@@ -49,7 +50,7 @@ from rlhf.ppo_run import Run, without_slope
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, WITH_CHECKS, held_parts, parse_weights
+from rlhf.rewards import HUMAN, held_parts, parse_weights
 from rlhf.tracking import Kind
 
 
@@ -218,7 +219,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "average": 0.9,
         "look_every": 5,
         "heldout_clips": 2,
-        "weights": WITH_CHECKS,
+        "weights": f"{HUMAN}=1,similarity=0.4,tempo=0.06,genre=0.8,diversity=0.04",
         "hold": "similarity,tempo,genre,diversity",
     },
     "smoke": {**TOY, "out": Path("runs/ppo-smoke")},
@@ -337,9 +338,7 @@ def check(cfg: Config, world: int) -> None:
     if not 0 <= cfg.kl_coef_least <= cfg.kl_coef:
         raise UserError(f"--kl-coef-least {cfg.kl_coef_least:g}", f"0 to --kl-coef, {cfg.kl_coef:g}", "lower it, or raise the first price")
     check_decay(cfg.average)
-    if cfg.kl_power < 0 or (cfg.kl_power and cfg.target_kl is None):
-        got = f"--kl-power {cfg.kl_power:g} with --target-kl {cfg.target_kl}"
-        raise UserError(got, "0 or more, and a target", "give --target-kl and take 1, or leave it out")
+    check_power(cfg.kl_power, cfg.target_kl)
     if cfg.credit == "codes" and cfg.ent_coef:
         raise UserError("--ent-coef with --credit codes", "0", "the KL price keeps its entropy; or use --credit score")
     if cfg.baseline == "loo" and (cfg.samples_per_prompt < 2 or cfg.batch_size % cfg.samples_per_prompt):
