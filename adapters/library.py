@@ -72,7 +72,7 @@ class Manifest:
     """What was measured."""
     objective: dict[str, Any] = field(default_factory=dict)
     """What it was trained for: the reward's parts with their weights, as told and as the run ended, and their scales (rlhf.objective asks
-    it again); empty where no reward was trained on, for a mix, and from trainers that know no scale (GRPO, RLOO)."""
+    it again); empty where no reward was trained on, and for a mix."""
     adapter_sha256: str = ""
     """Over tensors, rank and alpha; filled in by save_adapter and checked by load_adapter."""
 

@@ -129,7 +129,9 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 def set_rng_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     torch.set_rng_state(tensors["torch"].cpu())
     if torch.cuda.is_available() and "cuda0" in tensors:
-        torch.cuda.set_rng_state_all([tensors[f"cuda{i}"].cpu() for i in range(torch.cuda.device_count())])
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in tensors:  # more may be visible now than were when it was saved
+                torch.cuda.set_rng_state(tensors[f"cuda{i}"].cpu(), i)
     kind, keys, position, has_gauss, gauss = plain["numpy"]
     np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = plain["python"]

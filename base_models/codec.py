@@ -180,16 +180,16 @@ class MagnitudeCodec(nn.Module):
         """codes [B, K, T] -> wav [B, 1, T * hop_length], each row alone; the same codes always give the same samples."""
         check_codes(codes, self.n_q, self.card)
         rows = []
-        for row in codes.split(1):
+        for row in codes.to(self.mean.device).split(1):
             magnitude = self.expand(self.from_latents(self.latents(row).transpose(1, 2)))[0]
             wav = griffin_lim(magnitude, self.window, self.config.stft_hop, self.config.griffin_lim_iterations)
             rows.append(wav[: codes.shape[2] * self.hop_length].clamp(-1, 1))
         return torch.stack(rows)[:, None]
 
     def latents(self, codes: Tensor) -> Tensor:
-        """codes [B, K, T] -> the sum of their codebook vectors [B, D, T]."""
+        """codes [B, K, T], from any device -> the sum of their codebook vectors [B, D, T], where the codec lies."""
         check_codes(codes, self.n_q, self.card)
-        books = self.codebooks
+        books, codes = self.codebooks, codes.to(self.mean.device)
         return torch.stack([books[k][codes[:, k]] for k in range(self.n_q)]).sum(0).transpose(1, 2)
 
     @property
@@ -353,7 +353,7 @@ class TransformersCodec(nn.Module):
         """codes [B, K, T] -> wav [B, C, T * hop_length]."""
         check_codes(codes, self.n_q, self.card)
         length = codes.shape[2] * self.hop_length
-        return torch.cat([self._decode_row(row, length) for row in codes.split(1)])
+        return torch.cat([self._decode_row(row, length) for row in codes.to(self.model.device).split(1)])
 
     def _decode_row(self, codes: Tensor, length: int) -> Tensor:
         if self.kind == "encodec":
@@ -369,6 +369,7 @@ class TransformersCodec(nn.Module):
     def latents(self, codes: Tensor) -> Tensor:
         """codes [B, K, T] -> what the model's own quantizer makes of them [B, D, T]."""
         check_codes(codes, self.n_q, self.card)
+        codes = codes.to(self.model.device)
         if self.kind == "encodec":
             return self.model.quantizer.decode(codes.transpose(0, 1))
         if self.kind == "dac":
@@ -381,8 +382,8 @@ class TransformersCodec(nn.Module):
         rest = self.latents(torch.zeros(1, self.n_q, 1, dtype=torch.long))[..., 0]
         books = []
         for k in range(self.n_q):
-            codes = torch.zeros(self.card, self.n_q, 1, dtype=torch.long)
-            codes[:, k, 0] = torch.arange(self.card)
+            codes = torch.zeros(self.card, self.n_q, 1, dtype=torch.long, device=rest.device)
+            codes[:, k, 0] = torch.arange(self.card, device=rest.device)
             # latents(codes) = sum over k of f_k(code), and all but one code here are 0.
             books.append(self.latents(codes)[..., 0] - rest * (self.n_q - 1) / self.n_q)
         return torch.stack(books)

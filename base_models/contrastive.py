@@ -84,6 +84,7 @@ class AudioTextModel(nn.Module):
     def features(self, codes: Tensor) -> Tensor:
         """codes [B, K, T >= 4] -> mean and standard deviation over time of the audio tower's states [B, F]."""
         check_codes(codes, self.config.n_q, self.config.card)
+        codes = codes.to(self.codebooks.device)
         latents = torch.stack([F.embedding(codes[:, k], self.codebooks[k]) for k in range(self.config.n_q)]).sum(0)
         return self.features_of_latents(latents.transpose(1, 2))
 

@@ -243,6 +243,12 @@ def sum_by_step(per_code: Tensor) -> Tensor:
     return total
 
 
+def codes_of_steps(per_step: Tensor, K: int) -> Tensor:
+    """Values of pattern steps [B, S] -> those of the step at which each code stands [B, K, T] under the delay pattern."""
+    T = per_step.shape[1] - K + 1
+    return torch.stack([per_step[:, k : k + T] for k in range(K)], dim=1)
+
+
 def disable_functional_dropout(model: nn.Module) -> None:
     """Set every dropout to 0, also those that MusicGen keeps as plain numbers and `nn.Dropout`-only helpers miss."""
     for module in model.modules():

@@ -11,6 +11,7 @@ An adapted policy goes through the same door: `adapters.library.load_adapter(pol
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def check_request(prompt: str, duration_s: float, seed: int) -> str:
     return text
 
 
+def check_sampling(temperature: float, top_k: int, cfg_coef: float, card: int) -> None:
+    """UserError for settings that no codebook of `card` codes can be sampled with."""
+    if not 0 < temperature < math.inf:
+        raise UserError(f"a temperature of {temperature}", "a number above 0", "ask for 1")
+    if not 0 <= top_k <= card:
+        raise UserError(f"a top-k of {top_k}", f"0 (all) to {card}, the size of a codebook", "ask for 0")
+    if not math.isfinite(cfg_coef):
+        raise UserError(f"guidance of {cfg_coef}", "a finite number", "ask for 1, which is none")
+
+
 class MusicPipeline:
     """A policy with mastering behind it."""
 
@@ -99,11 +110,8 @@ class MusicPipeline:
         text = check_request(prompt, duration_s, seed)
         if tempo_bpm is not None and not TEMPO_RANGE_BPM[0] <= tempo_bpm <= TEMPO_RANGE_BPM[1]:
             raise UserError(f"a tempo of {tempo_bpm} BPM", "{} to {} BPM".format(*TEMPO_RANGE_BPM), "ask for 120")
-        if not temperature > 0:
-            raise UserError(f"a temperature of {temperature}", "a number above 0", "ask for 1")
-        if not 0 <= top_k <= self.policy.lm.card:
-            raise UserError(f"a top-k of {top_k}", f"0 (all) to {self.policy.lm.card}, the size of a codebook", "ask for 0")
         policy = self.policy
+        check_sampling(temperature, top_k, cfg_coef, policy.lm.card)
         sampled = generate(
             policy.lm,
             policy.conditions([text], [tempo_bpm]),

@@ -57,7 +57,7 @@ def generate(
     B, K, S = len(cond), lm.n_q, n_steps(lm.n_q, n_frames)
     stepper = Stepper(lm, Conditions.cat([cond, cond.null()]) if guided else cond, S)
     device = stepper.device
-    uniform = _uniforms(seeds, K, S).to(device)
+    uniform = _uniforms(seeds, K, S).to(device, wide(device))
     valid = delay_mask(K, n_frames, device)
     tokens = torch.full((B, K), lm.special, device=device)
     steps = torch.full((B, K, S), 0, dtype=torch.long, device=device)
@@ -87,6 +87,11 @@ def filtered_log_probs(logits: Tensor, temperature: float, top_k: int) -> Tensor
     return logits.log_softmax(-1)
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The widest floating point that a device has: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _uniforms(seeds: Sequence[int], K: int, S: int) -> Tensor:
     """[B, K, S] numbers in [0, 1), row b from seed b alone and, step by step, independent of the length S."""
     rows = []
@@ -98,7 +103,7 @@ def _uniforms(seeds: Sequence[int], K: int, S: int) -> Tensor:
 
 def _draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     """Invert the distribution function: log_probs [B, K, V], uniform [B, K] -> ids [B, K], never one of probability 0."""
-    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    cumulative = log_probs.exp().cumsum(-1, dtype=wide(log_probs.device))
     return torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0].clamp(max=log_probs.shape[-1] - 1)
 
 

@@ -3,23 +3,28 @@
     cfg = parse(Config, presets={"smoke": {"steps": 4}})
 
 `--preset smoke` starts from a named set of values, `--config run.toml` (or .json) overrides it, and any flag overrides both.
-The attribute docstrings of the dataclass are the `--help` (tyro reads them), so nothing is written twice.
+The attribute docstrings of the dataclass are the `--help`, so nothing is written twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import copy
 import dataclasses
+import functools
 import gc
+import inspect
 import json
 import os
 import sys
+import textwrap
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 from tqdm import tqdm
@@ -34,10 +39,15 @@ def parse(
     config_class: type[Config],
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     argv: Sequence[str] | None = None,
+    *,
+    say: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> Config:
     """Fill `config_class` from `argv` (default: the command line).
 
-    Args: config_class: a frozen dataclass whose fields have defaults. presets: name -> field values.
+    Args: config_class: a frozen dataclass whose fields have defaults. presets: name -> field values. say: name of a preset -> what it is
+    for, told instead of what it sets. groups: title -> names of the fields that `--help` shows under it, as "lr epochs"; the other fields
+    stand under "run".
     Returns: an instance. Raises UserError for an unknown preset, file or field; exits 2 on an unknown flag (as tyro does).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -54,9 +64,65 @@ def parse(
     if known.config is not None:
         values.update(_read(known.config))
     default = from_mapping(config_class, values)
-    note = f"Presets: {', '.join(sorted(presets))} (--preset NAME).  " if presets else ""
-    description = f"{note}--config FILE.toml|FILE.json gives any of the values below; flags win."
-    return tyro.cli(config_class, args=rest, default=default, description=description)
+    sources = [("config", "FILE", "A .toml or .json file of any of the values below; it overrides --preset, and flags override it.")]
+    if presets:
+        sources.insert(0, ("preset", "NAME", _about(presets, say or {})))
+    form, filled = _form(default, sources, groups or {})
+    about = config_class.__doc__ or ""
+    description = (
+        "" if about.startswith(f"{config_class.__name__}(") else about.partition("\n\n")[0]
+    )  # a dataclass without one lists its fields
+    found = tyro.cli(form, args=rest, default=filled, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    parts = [getattr(found, field.name) for field in dataclasses.fields(form)[len(sources) :]]
+    return config_class(**{field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)})
+
+
+def _about(presets: Mapping[str, Mapping[str, Any]], say: Mapping[str, str]) -> str:
+    """What --help tells of `--preset`: a line for each."""
+    lines = [f"  {name}: {say[name] if name in say else 'sets ' + ', '.join(presets[name])}" for name in presets]
+    return "\n".join(["A named set of values to start from; `--preset X --help` shows its values.", *lines])
+
+
+def _form(default: Any, sources: Sequence[tuple[str, str, str]], groups: Mapping[str, str]) -> tuple[type, Any]:
+    """What tyro shows and fills, and with which defaults: the options of `sources` (name, metavar, help), which were read already, then
+    for each group a dataclass of its fields. tyro makes a group of options of each inner dataclass, and the settings stay a flat one."""
+    names = [field.name for field in dataclasses.fields(default)]
+    grouped = [name for group in groups.values() for name in group.split()]
+    assert len(set(grouped)) == len(grouped), f"a field in two groups: {grouped}"
+    assert set(grouped) <= set(names), f"groups of {set(grouped) - set(names)}, which are no fields"
+    kinds, told = get_type_hints(type(default), include_extras=True), attribute_docstrings(type(default))
+    form: list[Any] = []
+    for name, metavar, text in sources:
+        how = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")
+        form.append((name, Annotated[str | None, how], None))
+    for title, group in {"run" if groups else "": " ".join(name for name in names if name not in grouped), **groups}.items():
+        rows = [(name, Annotated[kinds[name], tyro.conf.arg(help=told.get(name))], getattr(default, name)) for name in group.split()]
+        part = _dataclass("Part", rows)
+        form.append((f"part_{len(form)}", Annotated[part, tyro.conf.arg(name=title, help="")], part()))
+    made = _dataclass("Form", form)
+    return made, made()
+
+
+def _dataclass(name: str, rows: Sequence[tuple[str, Any, Any]]) -> type:
+    """A frozen dataclass of fields (name, type, default)."""
+    fields = [(field, kind, dataclasses.field(default_factory=functools.partial(copy.copy, value))) for field, kind, value in rows]
+    return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
+def attribute_docstrings(config_class: type) -> dict[str, str]:
+    """Field -> the string that stands below it in the source, on one line; fields of parent classes too. Nothing without a source."""
+    told: dict[str, str] = {}
+    for kind in reversed(config_class.__mro__):
+        try:
+            (made,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        except (OSError, TypeError):
+            continue
+        assert isinstance(made, ast.ClassDef)
+        for field, below in zip(made.body, made.body[1:]):
+            said = below.value if isinstance(below, ast.Expr) else None
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(said, ast.Constant):
+                told[field.target.id] = " ".join(str(said.value).split())
+    return told
 
 
 def run(
@@ -64,14 +130,17 @@ def run(
     config_class: type[Config],
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     show: Callable[[Result], str] | None = None,
+    *,
+    say: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> NoReturn:
-    """A script's last line: parse, run, print what `show` says of the result (on the first process alone).
+    """A script's last line: parse, run, print what `show` says of the result (on the first process alone). say, groups: as of `parse`.
 
     Bad input and a disk in trouble end it with exit code 2 and one line on stderr.
     """
     threading.excepthook = _quiet_on_disk_trouble
     with _running:
-        exit_code = _run(main, config_class, presets, show)
+        exit_code = _run(main, lambda: parse(config_class, presets, say=say, groups=groups), show)
     if _kept:
         for _ in range(25):  # whatever waits for Python's lock gets it
             time.sleep(0.02)
@@ -94,19 +163,14 @@ def keep_until_the_end(thing: object) -> None:
         _kept.append(thing)
 
 
-def _run(
-    main: Callable[[Config], Result],
-    config_class: type[Config],
-    presets: Mapping[str, Mapping[str, Any]] | None,
-    show: Callable[[Result], str] | None,
-) -> int:
+def _run(main: Callable[[Config], Result], parsed: Callable[[], Config], show: Callable[[Result], str] | None) -> int:
     """The exit code. A function of its own, so that neither a result nor an error, whose traceback holds the frames of `main`, outlives it.
 
     A process group that an error left open stays open: closing it waits for what other processes may never answer.
     """
     try:
         try:
-            result = main(parse(config_class, presets))
+            result = main(parsed())
         except OSError as error:
             if (trouble := disk_trouble(error)) is None:
                 raise

@@ -347,7 +347,7 @@ def _samples(cfg: Config, lm: MusicLM, encoder: TextEncoder, step: int) -> None:
     if cfg.codec is None:
         raise UserError("--sample-every without --codec", "the codec that decodes the samples", "add --codec DIR")
     codec = load_codec(cfg.codec)
-    cond = encode_prompts(SAMPLE_PROMPTS, encoder)
+    cond = encode_prompts(SAMPLE_PROMPTS, encoder).to(next(lm.parameters()).device)
     codes = generate(lm, cond, 150, seeds=range(len(SAMPLE_PROMPTS)), cfg_coef=2.5, temperature=0.9, top_k=60).codes
     for i, wav in enumerate(codec.decode(codes)):
         write_audio(cfg.out / "samples" / f"{step:08d}_{i}.wav", wav.numpy(), codec.sample_rate)

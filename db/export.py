@@ -2,7 +2,7 @@
 
     export_snapshot       snapshot.json   name, sha256, campaign, rules, counts, excluded votes by reason
                           votes.jsonl     one vote a line, sides turned back to x and y, raters under pseudonyms
-                          clips.jsonl     the clips those votes speak of, with their provenance
+                          clips.jsonl     the clips those votes speak of, with their provenance and the hash of their codes
     export_preferences    snapshot.json and one <split>.jsonl of (prompt, chosen, rejected, chosen_probability, margin) for TRL
 
 `sha256` is over the bytes of the files' lines, in the order above, one canonical JSON object a line. Votes stream from the
@@ -26,15 +26,15 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
-from db import quality
+from db import quality, storage
 from db.errors import ConflictError, NoVotesError, StoreError
 from db.quality import Rules, clip_x, clip_y
 from db.schema import Assignment, Campaign, Clip, Pair, Prompt, Rater, Snapshot, SnapshotRater, SpanMark, Vote, VoteAspect, utc_now
 from db.store import Store
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """1 had no aspects, marks, coverage, kind, propensity, policy, side shown first, comment, source and page version; 2 no events, rep
-and time of issue. Readers take all. The client's clock, idempotency keys and ends of leases stay in the database."""
+and time of issue; 3 no hashes of codes. Readers take all. The client's clock, idempotency keys and ends of leases stay in the database."""
 CHUNK = 2000
 """Votes held in memory at a time."""
 
@@ -273,6 +273,7 @@ def _clips(session: Session, clip_ids: set[int]) -> Iterator[dict[str, Any]]:
             "sha256": clip.sha256,
             "uri": clip.uri,
             "codes_uri": clip.codes_uri,
+            "codes_sha256": _codes_sha256(clip.codes_uri),
             "prompt_id": prompt.key,
             "prompt": prompt.text,
             "tempo_bpm": clip.tempo_bpm,
@@ -290,6 +291,16 @@ def _clips(session: Session, clip_ids: set[int]) -> Iterator[dict[str, Any]]:
             "licence": clip.licence,
             "consent": clip.consent,
         }
+
+
+def _codes_sha256(uri: str | None) -> str | None:
+    """The hash of a clip's codes as they lie there now; None where there are none, or none that this machine can read."""
+    if uri is None or not ("://" in uri or Path(uri).is_absolute()):
+        return None
+    try:
+        return storage.sha256(uri)
+    except StoreError:
+        return None
 
 
 def _preferences(session: Session, campaign: Campaign, split: str, ordered: Mapping[int, Sequence[int]]) -> Iterator[dict[str, Any]]:

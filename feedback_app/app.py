@@ -117,32 +117,34 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     _Server(config, f"Encore rating app ready at http://{host}:{port}").run(sockets=[listener])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m feedback_app.app", description=__doc__.split(":")[0])
-    parser.add_argument("--db", default="sqlite:///runs/demo/encore.db", help="database URL (SQLite or PostgreSQL)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--secret-file", type=Path, help="signing secret; default: beside the SQLite file")
-    parser.add_argument("--rater", metavar="NAME", help="make sure this rater exists and print a fresh access code")
+    kinds = "database URL, SQLite or PostgreSQL; default %(default)s"
+    parser.add_argument("--db", default="sqlite:///runs/demo/encore.db", metavar="URL", help=kinds)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default %(default)s")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one; default %(default)s")
+    secret = "file of the secret that signs sessions and audio addresses, made if need be; default: beside the SQLite file"
+    parser.add_argument("--secret-file", type=Path, metavar="FILE", help=secret)
+    fresh = "make sure this rater exists and print a fresh access code, which ends an old one; repeatable"
+    parser.add_argument("--rater", metavar="NAME", action="append", default=[], help=fresh)
     parser.add_argument("--owner", metavar="NAME", help="make sure this owner exists and print a fresh access code; sign in at /owner")
-    parser.add_argument(
-        "--data-root",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="where owners may find clips, a folder or any fsspec address; repeatable",
-    )
-    parser.add_argument("--state-dir", type=Path, help="where snapshots and gold clips go; default: beside the SQLite file")
+    roots = "where owners may find clips, a folder or any fsspec address; repeatable; default: nowhere"
+    parser.add_argument("--data-root", metavar="DIR", action="append", default=[], help=roots)
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where snapshots and gold clips go; default: beside the SQLite file")
     parser.add_argument(
         "--consent-of-everyone", action="store_true", help="ask raters added by hand for consent too, not only those who came by invitation"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
     try:
         with listen(args.host, args.port) as listener:
             secret = load_or_make_secret(args.secret_file or secret_path(args.db))
             store = open_store(args.db)
-            if args.rater:
-                print(f"Sign in as {args.rater} with access code {access_code(store, args.rater, 'rater')}", flush=True)
+            for name in dict.fromkeys(args.rater):  # a second code of one name would end the first
+                print(f"Sign in as {name} with access code {access_code(store, name, 'rater')}", flush=True)
             if args.owner:
                 print(f"Sign in at /owner as {args.owner} with access code {access_code(store, args.owner, 'owner')}", flush=True)
             premises = Premises(tuple(args.data_root), args.state_dir or state_dir(args.db))

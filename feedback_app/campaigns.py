@@ -27,6 +27,7 @@ from db.campaigns import MAX_CLIP_S, SPOILED, CampaignSummary, ClipKey, PairOf, 
 from db.errors import StoreError
 from db.schema import ASPECTS, CHOOSERS
 from db.store import Store, open_store
+from feedback_app.owners import CHOOSES
 from feedback_app.tags import check_untagged
 
 Progress = Callable[[str, int, int], None]
@@ -321,32 +322,39 @@ def _as_stated(row: Row) -> None:
         raise UserError(got, f"{stated[0]:.2f} s at {stated[1]} Hz, as its row says", "correct the row, or sample again")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m feedback_app.campaigns", description=__doc__.splitlines()[0])
-    parser.add_argument("--db", default="sqlite:///runs/demo/encore.db", help="database URL")
-    parser.add_argument("--name", required=True, help="the campaign's name")
+    parser.add_argument("--db", default="sqlite:///runs/demo/encore.db", metavar="URL", help="database URL; default %(default)s")
+    parser.add_argument("--name", required=True, help="the campaign's name; made if need be, else it is filled further")
+    sources = "a manifest.jsonl, or a folder of audio with a metadata.jsonl; given twice, two systems that meet prompt by prompt"
+    parser.add_argument("--source", "--manifest", action="append", required=True, help=sources)
     parser.add_argument(
-        "--source",
-        "--manifest",
-        action="append",
-        required=True,
-        help="manifest.jsonl, or a folder with metadata.jsonl; two make two systems",
+        "--system", action="append", metavar="NAME", help="name of each source's system, in order; default: what the rows say"
     )
-    parser.add_argument("--system", action="append", help="the name of each source's system, in order")
-    parser.add_argument("--target-votes", type=int, default=3, help="votes wanted for each pair")
-    parser.add_argument("--min-listen-ms", type=int, default=3000, help="listening asked for on each side")
-    parser.add_argument("--all-pairs", action="store_true", help="compare every two clips of a prompt, not each clip once")
-    parser.add_argument("--pairs", type=Path, metavar="FILE", help='JSON lines {"a", "b", "gold"}: which clips meet, and known answers')
-    parser.add_argument("--gold", type=int, default=0, metavar="N", help="make N gold pairs by spoiling clips")
-    parser.add_argument("--gold-dir", type=Path, help="where their clips go")
-    parser.add_argument("--gold-rate", type=float, default=0.0, help="share of assignments with a known answer")
-    parser.add_argument("--repeat-rate", type=float, default=0.0, help="share of assignments heard before, sides turned")
-    parser.add_argument("--chooser", choices=CHOOSERS, default="least_voted", help="how the next pair is chosen")
+    votes = "votes wanted for each pair, each by another person; default %(default)s"
+    parser.add_argument("--target-votes", type=int, default=3, metavar="N", help=votes)
+    listening = "listening asked for on each side, milliseconds; default %(default)s"
+    parser.add_argument("--min-listen-ms", type=int, default=3000, metavar="MS", help=listening)
+    meet = "all n(n-1)/2 pairs of a prompt's clips; default: floor(n/2) disjoint pairs, or clip k of one system with clip k of the other"
+    parser.add_argument("--all-pairs", action="store_true", help=meet)
+    named = 'JSON lines {"a", "b", "gold"}: which clips meet, by file or SHA-256; "gold", a or b, is the better one of a known answer'
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help=named)
+    gold = "make N pairs with a known answer by spoiling clips, at most one a prompt; default %(default)s"
+    parser.add_argument("--gold", type=int, default=0, metavar="N", help=gold)
+    parser.add_argument("--gold-dir", type=Path, metavar="DIR", help="where the spoiled clips go; needed with --gold")
+    shares = "share of assignments, 0 to .5 together with {}, {}; default %(default)s"
+    parser.add_argument("--gold-rate", type=float, default=0.0, help=shares.format("--repeat-rate", "that have a known answer"))
+    parser.add_argument("--repeat-rate", type=float, default=0.0, help=shares.format("--gold-rate", "that were heard before, sides turned"))
+    parser.add_argument("--chooser", choices=CHOOSERS, default="least_voted", help=f"{CHOOSES}; default %(default)s")
     parser.add_argument("--aspect", action="append", choices=ASPECTS, default=[], help="ask for this beside the vote; repeatable")
     parser.add_argument("--invited-only", action="store_true", help="only for raters who were invited to it")
     parser.add_argument("--practice", action="store_true", help="new raters rehearse first")
     parser.add_argument("--require-screen", action="store_true", help="only for raters who passed the headphone check")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
     try:
         if args.system and len(args.system) != len(args.source):
             raise UserError(f"{len(args.system)} systems for {len(args.source)} sources", "one each", "name each or none")

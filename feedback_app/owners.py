@@ -28,12 +28,13 @@ from db.store import Store, open_store
 
 STATUS_OF = {"open": "open", "pause": "paused", "close": "closed"}
 RULES = {
-    "target_votes": (int, "votes wanted for each pair"),
-    "min_listen_ms": (int, "listening asked for on each side"),
-    "random_floor": (float, "share of informative choices that are drawn uniformly"),
-    "gold_rate": (float, "share of assignments with a known answer"),
-    "repeat_rate": (float, "share of assignments heard before, sides turned"),
+    "target_votes": (int, "votes wanted for each pair, each by another person"),
+    "min_listen_ms": (int, "listening asked for on each side, milliseconds"),
+    "random_floor": (float, "share of informative choices that are drawn uniformly, above 0 to 1"),
+    "gold_rate": (float, "share of assignments with a known answer, 0 to .5 together with --repeat-rate"),
+    "repeat_rate": (float, "share of assignments heard before, sides turned, 0 to .5 together with --gold-rate"),
 }
+CHOOSES = "how the next pair is chosen: the least voted first, any that waits, or (informative) where a vote tells most"
 SWITCHES = {
     "invited_only": "only for raters who were invited to it",
     "practice": "new raters rehearse first",
@@ -243,20 +244,21 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[Store, argparse.Namespace], str], text: str, shows: bool = False) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
         made.set_defaults(run=run)
-        made.add_argument("--db", default="sqlite:///runs/demo/encore.db", help="database URL")
+        made.add_argument("--db", default="sqlite:///runs/demo/encore.db", metavar="URL", help="database URL; default %(default)s")
         if shows:
-            made.add_argument("--json", action="store_true", help="as JSON, for programs")
+            made.add_argument("--json", action="store_true", help="print JSON, for programs; default: a table")
         return made
 
+    campaign, person = "the campaign's name", "the person's name, as raters sign in with it"
     command("campaigns", list_campaigns, "every campaign and how far it is", shows=True)
     for name, text in (("open", "hand out its pairs again"), ("pause", "hand out no more for now"), ("close", "hand out no more")):
-        command(name, set_status, f"{name} a campaign: {text}").add_argument("campaign")
+        command(name, set_status, f"{name} a campaign: {text}").add_argument("campaign", help=campaign)
 
     p = command("rules", rules, "show a campaign's rules, or change those that are named", shows=True)
-    p.add_argument("campaign")
+    p.add_argument("campaign", help=campaign)
     for rule, (kind, text) in RULES.items():
-        p.add_argument(f"--{rule.replace('_', '-')}", type=kind, help=text)
-    p.add_argument("--chooser", choices=CHOOSERS, help="how the next pair is chosen")
+        p.add_argument(f"--{rule.replace('_', '-')}", type=kind, help=f"{text}; default: as it is")
+    p.add_argument("--chooser", choices=CHOOSERS, help=f"{CHOOSES}; default: as it is")
     p.add_argument("--aspect", action="append", choices=ASPECTS, default=[], help="ask for these alone beside the vote; repeatable")
     p.add_argument("--no-aspects", action="store_true", help="ask for the vote alone")
     for rule, text in SWITCHES.items():
@@ -264,34 +266,39 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("invite", invite, "print a link that lets people in; it is shown this once")
     p.add_argument("--campaign", help="the campaign they are invited to; default: all that are open to everybody")
-    p.add_argument("--people", type=int, default=1, help="how many may use the link")
-    p.add_argument("--days", type=float, default=14.0, help="how long it lasts")
-    p.add_argument("--note", help="for owners")
-    p.add_argument("--url", default="http://127.0.0.1:7860", help="the rating page's address, as the invited reach it")
+    p.add_argument("--people", type=int, default=1, metavar="N", help="how many may use the link; default %(default)s")
+    p.add_argument("--days", type=float, default=14.0, help="how long it lasts, days; default %(default)s")
+    p.add_argument("--note", metavar="TEXT", help="whom it is for, told to owners alone")
+    p.add_argument("--url", default="http://127.0.0.1:7860", help="the rating page's address, as the invited reach it; default %(default)s")
     command("invitations", list_invitations, "every invitation, newest first", shows=True)
-    command("end-invitation", end_invitation, "let nobody else in by a link").add_argument("id", type=int)
+    command("end-invitation", end_invitation, "let nobody else in by a link").add_argument(
+        "id", type=int, help="the invitation's number, as `invitations` lists it"
+    )
 
     command("raters", list_raters, "everybody, with how many votes are stored of each", shows=True)
     p = command("code", code, "print a fresh access code for a person, who is made if need be; an old one ends")
-    p.add_argument("name")
-    p.add_argument("--role", choices=["rater", "owner"], default="rater")
-    command("block", block, "end a person's access; the votes stay and are not counted").add_argument("name")
-    command("unblock", block, "give access back").add_argument("name")
+    p.add_argument("name", help=person)
+    p.add_argument("--role", choices=["rater", "owner"], default="rater", help="what a person who is new may do; default %(default)s")
+    command("block", block, "end a person's access; the votes stay and are not counted").add_argument("name", help=person)
+    command("unblock", block, "give access back").add_argument("name", help=person)
     p = command("copy", copy, "everything held about a person, as JSON")
-    p.add_argument("name")
+    p.add_argument("name", help=person)
     p.add_argument("--out", type=Path, metavar="FILE", help="a new file; default: stdout")
     p = command("erase", erase, "forget a person, for good")
-    p.add_argument("name")
-    p.add_argument("--votes", choices=["anonymise", "remove"], default="anonymise", help="keep the votes without a name, or remove them")
+    p.add_argument("name", help=person)
+    kept = "keep the votes without a name, or remove them; default %(default)s"
+    p.add_argument("--votes", choices=["anonymise", "remove"], default="anonymise", help=kept)
     p.add_argument("--yes", action="store_true", help="needed: it cannot be undone")
 
     p = command("leaderboard", show_leaderboard, "the campaign's board, by Davidson's model", shows=True)
-    p.add_argument("campaign")
+    p.add_argument("campaign", help=campaign)
     p.add_argument("--aspect", choices=ASPECTS, help="rank by this aspect instead of the vote")
     p.add_argument("--tag", help="only pairs of this tag: genre:NAME or split:NAME")
-    command("quality", show_quality, "how far each rater of a campaign can be relied on", shows=True).add_argument("campaign")
+    command("quality", show_quality, "how far each rater of a campaign can be relied on", shows=True).add_argument(
+        "campaign", help=campaign
+    )
     p = command("audit", show_audit, "what owners did, newest first", shows=True)
-    p.add_argument("-n", type=int, default=50, help="how many entries")
+    p.add_argument("-n", type=int, default=50, metavar="N", help="how many entries, 1 to 100,000; default %(default)s")
     return parser
 
 

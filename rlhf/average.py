@@ -2,8 +2,9 @@
 
     mean <- d * mean + (1 - d) * adapter, d = min(decay, (n - 1) / n) after n rounds: the plain mean at first
 
-What rounds have in common stays, what each was pushed by its own clips goes: as much reward for less drift (measured: docs/ppo.md). Polyak
-and Juditsky 1992, SIAM J. Control Optim. 30(4); of policies trained on a reward: Rame et al. 2024, "WARP", arXiv:2406.16768, section 3.1.
+What rounds have in common stays, what each was pushed by its own clips goes: as much reward for less drift (measured:
+docs/experiments.md). Polyak and Juditsky 1992, SIAM J. Control Optim. 30(4); of policies trained on a reward: Rame et al. 2024, "WARP",
+arXiv:2406.16768, section 3.1.
 Both factors of a LoRA are averaged by themselves, as they stay close to each other from round to round; their product's mean would have a
 rank of its own for every round.
 """

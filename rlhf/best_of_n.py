@@ -1,9 +1,9 @@
 """Best of n: play n clips for each prompt and keep the one that is liked best: by a reward model, or by all that an adapter was trained
 for. The rival that any training must beat.
 
-    encore sample --best-of 8 --reward runs/reward --prompts prompts.jsonl --out runs/best-of-8
+    encore sample --best-of 8 --reward runs/reward --prompts examples/heldout.txt --out runs/best-of-8
     encore evaluate --best-of 8 --reward runs/reward --prompts heldout.jsonl --out runs/compared
-    encore sample --best-of 8 --score-command "python my_judge.py" --prompts prompts.jsonl --out runs/best-of-8
+    encore sample --best-of 8 --score-command "python my_judge.py" --prompts examples/heldout.txt --out runs/best-of-8
     encore generate "sad piano" --adapter runs/ppo/adapter --best-of 4 --reward runs/reward --out track.wav
 
     prompts -> n candidates each, codes [B, K, T] -> score [B] -> the best one -> the manifest that any sampling writes
@@ -33,7 +33,7 @@ from adapters.library import Manifest
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.lm import MusicLM
-from base_models.pipeline import MusicPipeline, Track, check_request
+from base_models.pipeline import MusicPipeline, Track, check_request, check_sampling
 from base_models.policy import Policy
 from base_models.sampling import generate
 from rlhf.judges import Score
@@ -125,11 +125,24 @@ def play_best(lm: MusicLM, cond: Conditions, n_frames: int, seeds: Sequence[int]
     return Best(codes, top, candidate, kept)
 
 
-def best_track(pipeline: MusicPipeline, prompt: str, duration_s: float, seed: int, best: BestOf, **how: Any) -> tuple[Track, float]:
+def best_track(
+    pipeline: MusicPipeline,
+    prompt: str,
+    duration_s: float,
+    seed: int,
+    best: BestOf,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    cfg_coef: float = 1.0,
+    **how: Any,
+) -> tuple[Track, float]:
     """The best of n tracks, and its score. Its seed is the candidate's own, by which `pipeline.generate` plays it again without a reward
     model; the candidates' seeds follow from `seed`. how: sample_rate, stereo. Raises UserError for what the pipeline would refuse."""
     text, policy = check_request(prompt, duration_s, seed), pipeline.policy
-    won = play_best(policy.lm, policy.conditions([text], [None]), policy.n_frames(duration_s), [seed], [text], best)
+    check_sampling(temperature, top_k, cfg_coef, policy.lm.card)
+    drawn = {"temperature": temperature, "top_k": top_k, "cfg_coef": cfg_coef}
+    won = play_best(policy.lm, policy.conditions([text], [None]), policy.n_frames(duration_s), [seed], [text], best, **drawn)
     return pipeline.finish(won.codes, text, won.seeds[0], **how), float(won.score[0])
 
 

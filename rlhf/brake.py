@@ -82,6 +82,14 @@ class Brake:
         self.bad = 0
         """Looks in a row with a sign."""
 
+    @property
+    def unseen(self) -> list[str]:
+        """The signs that cannot show: all of them before the first look, then those that it could not tell."""
+        nothing = Look(torch.empty(0), [])
+        base = self.base or nothing
+        known = {"the held-out score": base.mean, "diversity": base.diversity, "disagreement": base.spread}
+        return [name for name, value in known.items() if math.isnan(value)]
+
     def signs(self, look: Look) -> list[str]:
         """What speaks against going on; nothing does in the first look, the base's."""
         if self.base is None or self.best is None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from base_models.errors import UserError
 
@@ -15,6 +16,15 @@ def _policy_dir(args: argparse.Namespace) -> Path:
     from base_models.policy import PRETRAINED
 
     return args.policy or PRETRAINED
+
+
+def _weights(args: argparse.Namespace) -> list[float] | None:
+    """Strengths of the adapters; None where none is given. UserError unless there is one for each."""
+    if args.weight is None or len(args.weight) == len(args.adapter):
+        return args.weight
+    told = " ".join(f"--weight {weight:g}" for weight in args.weight)
+    got = f"{told} without --adapter" if not args.adapter else f"{told} for {len(args.adapter)} adapters"
+    raise UserError(got, "one --weight for each --adapter, in the same order", "name the adapters' folders, or leave --weight out")
 
 
 def corpus_import(args: argparse.Namespace) -> None:
@@ -35,14 +45,17 @@ def sample(args: argparse.Namespace) -> int:
     from rlhf.apart import write_furthest
     from rlhf.sample_pairs import Settings, sample_folder
 
-    if args.pairs_per_prompt is not None and not args.campaign:
-        raise UserError("--pairs-per-prompt without --campaign", "a campaign that asks about these pairs", "name one, or leave it out")
+    weights = _weights(args)
+    if (args.pairs_per_prompt is not None or args.all_pairs) and not args.campaign:
+        got = "--all-pairs without --campaign" if args.all_pairs else "--pairs-per-prompt without --campaign"
+        raise UserError(got, "a campaign that asks about these pairs", "name one, or leave it out")
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
     best = {"n_best": args.best_of, "reward_dir": args.reward, "command": args.score_command, "choose_by": args.choose_by}
-    manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, args.weight, **best)
+    manifest = sample_folder(_policy_dir(args), args.adapter, args.prompts, args.out, settings, args.system, weights, **best)
     print(manifest)
     if args.campaign:
         wanted = ["--db", args.db, "--name", args.campaign, "--manifest", str(manifest), "--target-votes", str(args.target_votes)]
+        wanted += ["--all-pairs"] if args.all_pairs else []
         if args.pairs_per_prompt is not None:
             pairs = args.out / "pairs.jsonl"
             write_furthest(load_policy(_policy_dir(args)), manifest, pairs, args.pairs_per_prompt)
@@ -53,8 +66,9 @@ def sample(args: argparse.Namespace) -> int:
 
 def app(args: argparse.Namespace) -> int:
     wanted = ["--db", args.db, "--host", args.host, "--port", str(args.port)]
-    for option, value in (("--rater", args.rater), ("--owner", args.owner), ("--state-dir", args.state_dir)):
+    for option, value in (("--owner", args.owner), ("--state-dir", args.state_dir)):
         wanted += [f"{option}={value}"] if value is not None else []
+    wanted += [f"--rater={name}" for name in args.rater]
     wanted += [f"--data-root={root}" for root in args.data_root]
     wanted += ["--consent-of-everyone"] if args.consent_of_everyone else []
     return _app_module("app", *wanted)
@@ -104,18 +118,38 @@ def generate(args: argparse.Namespace) -> None:
     from base_models.policy import load_policy
     from rlhf.best_of_n import asked, best_track
 
-    check_request(args.prompt, args.duration, args.seed)
-    policy = load_policy(_policy_dir(args))
-    manifests = load_adapter(policy, args.adapter, args.weight) if args.adapter else []
-    pipeline, told = MusicPipeline(policy), ""
-    how = {"sample_rate": args.sample_rate, "stereo": not args.mono}
-    if best := asked(args.best_of, args.reward, policy, args.score_command, manifests, args.choose_by):
-        track, score = best_track(pipeline, args.prompt, args.duration, args.seed, best, **how)
-        told = f", the best of {best.n} with a score of {score:.2f} by {best.by}"
-    else:
-        track = pipeline.generate(args.prompt, duration_s=args.duration, seed=args.seed, **how)
-    track.save(args.out)
-    print(f"{args.out}: {track.lufs:.1f} LUFS, true peak {track.true_peak_dbfs:.1f} dBFS, seed {track.seed}{told}")
+    if args.n < 1:
+        raise UserError(f"-n {args.n}", "1 track or more", "raise it, or leave it out")
+    for seed in (args.seed, args.seed + args.n - 1):
+        check_request(args.prompt, args.duration, seed)
+    weights = _weights(args)
+    policy = load_policy(_policy_dir(args), _device(args.device))
+    manifests = load_adapter(policy, args.adapter, weights) if args.adapter else []
+    pipeline, best = MusicPipeline(policy), asked(args.best_of, args.reward, policy, args.score_command, manifests, args.choose_by)
+    how: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k, "cfg_coef": args.cfg_coef}
+    how |= {"sample_rate": args.sample_rate, "stereo": not args.mono}
+    for number in range(args.n):
+        out, told = args.out, ""
+        if args.n > 1:
+            out = out.with_name(f"{out.stem}-{number}{out.suffix}")
+        if best:
+            track, score = best_track(pipeline, args.prompt, args.duration, args.seed + number, best, **how)
+            told = f", the best of {best.n} with a score of {score:.2f} by {best.by}"
+        else:
+            track = pipeline.generate(args.prompt, duration_s=args.duration, seed=args.seed + number, **how)
+        replaced = " (replaces the file of that name)" if out.exists() else ""
+        track.save(out)
+        print(f"{out}{replaced}: {track.lufs:.1f} LUFS, true peak {track.true_peak_dbfs:.1f} dBFS, seed {track.seed}{told}")
+
+
+def _device(asked: str | None) -> str:
+    """Where to compute: as asked, else on a GPU where there is one. UserError for one that is not there."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise UserError("--device cuda without a CUDA device", "cpu", "leave --device out")
+    return asked or ("cuda" if there else "cpu")
 
 
 def adapters_list(args: argparse.Namespace) -> None:
@@ -150,14 +184,16 @@ def evaluate(args: argparse.Namespace) -> None:
     from rlhf.evaluate_models import evaluate as run
     from rlhf.sample_pairs import Settings, read_prompts
 
+    weights = _weights(args)
     policy = load_policy(_policy_dir(args))
     systems: dict[str, Path | BestOf] = {read_adapter(folder).manifest.name: folder for folder in args.adapter}
     if len(systems) < len(args.adapter):
         raise UserError("two adapters of one name", "different names", "rename one of the folders' manifests")
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
+    strengths = dict(zip(systems, weights or []))
     if best := asked(args.best_of, args.reward, policy, args.score_command):
         systems[f"best-of-{args.best_of}"] = best
-    figures = run(policy, systems, read_prompts(args.prompts), args.out, settings)
+    figures = run(policy, systems, read_prompts(args.prompts), args.out, settings, strengths)
     print(json.dumps(figures, indent=2))
 
 

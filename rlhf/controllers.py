@@ -14,6 +14,8 @@ from torch import Tensor
 
 from base_models.errors import UserError
 
+MOST_STEP = 0.2
+"""An error beyond this share of the target counts as no more (the clip of Ziegler et al.)."""
 MOST_ANSWER = 4.0
 """A KL of so many times its target is answered like one beyond; the budget ends such a run."""
 
@@ -35,7 +37,7 @@ class AdaptiveKLController:
     Args: kl_coef: the first price. target_kl: nats per sequence; None keeps the price fixed. horizon: sequences.
     least: what the price never falls below; without it a reward that says little is followed as far as any.
     power: how the price of a round answers its own KL, beside beta, which answers all KL so far: beta * (kl / target) ** power. Beta alone
-        (0) comes late and goes on rising until the policy is back, and so swings about the target (docs/ppo.md).
+        (0) comes late and goes on rising until the policy is back, and so swings about the target (docs/experiments.md).
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class AdaptiveKLController:
     def update(self, kl: float, n: int) -> float:
         """Takes the mean KL (nats per sequence) of n sequences, returns the new price. A non-finite KL: no change."""
         if self.target_kl is not None and math.isfinite(kl):
-            error = min(max(kl / self.target_kl - 1.0, -0.2), 0.2)
+            error = min(max(kl / self.target_kl - 1.0, -MOST_STEP), MOST_STEP)
             self.kl_coef = max(self.least, self.kl_coef * (1.0 + error * n / self.horizon))
         return self.kl_coef
 

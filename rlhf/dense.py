@@ -41,12 +41,19 @@ class Sloped(Protocol):
 def limited(slope: Tensor, times: float = 2.0, typical: float | None = None) -> Tensor:
     """slope [B, D, T], none longer than `times` the typical one: one clip at a cliff of the score must not lead a round.
 
-    Slopes that are not finite become 0: such a clip teaches nothing. typical: by default the batch's median length.
+    Slopes that are not finite become 0: such a clip teaches nothing. typical: by default `typical_length` of the batch.
     """
     slope = torch.where(torch.isfinite(slope).flatten(1).all(1)[:, None, None], slope, torch.zeros_like(slope))
     length = slope.flatten(1).norm(dim=1)
-    bound = times * (length.median() if typical is None else typical)
+    bound = times * (typical_length(length) if typical is None else typical)
     return slope * (bound / length.clamp_min(1e-12)).clamp(max=1.0)[:, None, None]
+
+
+def typical_length(length: Tensor) -> float:
+    """The median of the lengths [B] that are finite and above 0; 0 where none is. A clip whose prompt asks nothing has no slope, and were
+    it counted, half a batch of such clips would take all others' away."""
+    there = length[torch.isfinite(length) & (length > 0)]
+    return float(there.median()) if len(there) else 0.0
 
 
 def gains(slope: Tensor, codebooks: Tensor) -> Tensor:

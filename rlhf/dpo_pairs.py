@@ -7,7 +7,10 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from rlhf.dpo_task import Task
+from rlhf.ppo_task import tempi_sha256
 from rlhf.preferences import Preference, decided, demand_decided, shuffled, split_by_prompt
 
 if TYPE_CHECKING:
@@ -28,18 +31,28 @@ def learnt_and_held_out(cfg: Config, task: Task) -> tuple[list[Preference], list
 
 
 def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str, Any]:
-    """What a resumed run has to find again: the base, the votes and their pairs in order, the reward, the prompts to play, loss, seed, and
-    what a mean of rounds keeps."""
+    """What a resumed run has to find again: the base, the votes and their pairs in order, their codes, the reward, the prompts to play,
+    all tempi, loss, seed, and what a mean of rounds keeps."""
     pairs = [(p.chosen_sha256, p.rejected_sha256, p.prompt_id, p.p, p.weight) for p in train]
     own = task.own
     return {
         "base_sha256": task.base_sha256,
         "snapshot_sha256": task.snapshot_sha256,
         "ordered_pairs_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+        "codes_sha256": _codes_sha256([codes for p in train for codes in (p.chosen_codes, p.rejected_codes)] + [c.codes for c in task.bad]),
         "reward_sha256": own and own.reward_sha256,
         "ears_sha256": own and own.ears_sha256,
         "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
+        "tempi_sha256": tempi_sha256(task.table),
         "loss": cfg.loss,
         "seed": cfg.seed,
         "average": cfg.average,
     }
+
+
+def _codes_sha256(clips: Sequence[NDArray[Any]]) -> str | None:
+    """What the codes of rated clips [K, T], in order, are known by; None without any."""
+    digest = hashlib.sha256()
+    for codes in clips:
+        digest.update(f"{codes.shape}|".encode() + codes.tobytes())
+    return digest.hexdigest() if clips else None

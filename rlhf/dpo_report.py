@@ -10,8 +10,10 @@ from transformers import TrainerCallback
 
 from rlhf.journal import Examples, Journal, Settings, Sound, speeds
 
-FIRST_LOSS = {"dpo/loss_hard_labels": 0.6931471805599453, "kto/loss_unweighted": 0.5}
-"""What these are as long as policy and reference are one: log 2, 1/2."""
+FIRST_LOSS = ("dpo/loss_hard_labels", "kto/loss_unweighted")
+"""log 2 and 1/2 as long as policy and reference are one."""
+FIRST = {"dpo/kl_reference_to_policy": (0.0, 0.5), "kto/loss_unweighted": (0.5, 0.01)}
+"""What these are then, and how far rounding may take them: bfloat16 moves a clip's log-prob by up to a twentieth of a nat."""
 SHOWN = {
     "loss": "loss",
     "dpo/accuracy_decided": "accuracy",
@@ -72,9 +74,9 @@ class Recorder(TrainerCallback):
         row = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
         if "train_runtime" in row:  # TRL's last word, of this process alone; the manifest has ours
             return
-        for name, at_first in FIRST_LOSS.items():
-            if name in row and state.global_step == 1 and abs(row[name] - at_first) > 1e-3:
-                raise RuntimeError(f"the first {name} is {row[name]}, not {at_first:.4f}: policy and reference differ")
+        for name, (at_first, rounding) in FIRST.items():
+            if name in row and state.global_step == 1 and abs(row[name] - at_first) > rounding:
+                raise RuntimeError(f"the first {name} is {row[name]}, not {at_first:g}: policy and reference differ")
         tokens = row.pop("num_tokens", self.tokens)  # of this process, not of the run
         row.pop("eval_num_tokens", None)
         if self.by_step and "loss" in row:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from base_models.conditions import Conditions
+from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import load_policy
 from rlhf.consistency import asked_of_ears, checks, slopes
@@ -74,9 +75,9 @@ def load_task(cfg: Config) -> Task:
     bad: tuple[BadClip, ...] = ()
     if cfg.snapshot is not None:
         snapshot = load_snapshot(cfg.snapshot, policy.sha256)
-        voted = trusted(snapshot, cfg.weights_by, policy.lm.n_q, policy.lm.card)
+        voted = trusted(snapshot, cfg.weights_by, policy.lm.n_q, policy.lm.card, cfg.one_rater)
         pairs, snapshot_sha256 = voted.pairs, snapshot.sha256
-        bad = bad_clips(snapshot, voted.weights) if cfg.loss == "kto" else ()
+        bad = bad_clips(snapshot, voted.weights, policy.lm.n_q, policy.lm.card) if cfg.loss == "kto" else ()
     asked = {pair.prompt_id: (pair.prompt, pair.tempo_bpm) for pair in reversed(pairs)}
     asked = {clip.prompt_id: (clip.prompt, clip.tempo_bpm) for clip in bad} | asked
     rows = {prompt_id: row for row, prompt_id in enumerate(asked)}
@@ -100,7 +101,9 @@ def load_task(cfg: Config) -> Task:
 
 def held_out_prompts(ids: list[str], share: float, seed: int) -> list[int]:
     """Places of the prompts that own clips are measured on and never learnt from: about `share` of them, at least one."""
-    folds = prompt_folds(ids, max(2, round(1 / share)) if share else len(ids), seed)
+    if len(ids) < 2:
+        raise UserError(f"{len(ids)} prompt to play", "2 or more: some are kept for measuring", "add prompts to --prompts")
+    folds = prompt_folds(ids, min(max(2, round(1 / share)), len(ids)) if share else len(ids), seed)
     return [place for place, name in enumerate(ids) if folds[name] == 0]
 
 

@@ -8,7 +8,7 @@ melodies whose mood, lead and genre are drawn apart (base_models.corpus.known), 
 
 A head is a multinomial logistic regression, calibrated by a temperature that is fitted on melodies it did not learn from (Guo et al.
 2017, arXiv:1706.04599) and folded into its weights: an answer that is sure without reason is flat where it is right. A
-convolutional net on the latents told melodies apart less well, and heard less of a genre that a policy had lost (docs/ppo.md).
+convolutional net on the latents told melodies apart less well, and heard less of a genre that a policy had lost (docs/experiments.md).
 """
 
 from __future__ import annotations

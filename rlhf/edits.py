@@ -10,7 +10,7 @@ clip). The reward may be asked about both sides; a pair that it does not order a
 
 The log-ratios of a pair that was drawn are summed over the codes that differ (rlhf.round_rows.edited_codes): the rest is the same on
 both sides and only said in another context, which is noise. What the draw itself adds of noise, `expected_difference` is without: it is
-the mean of those log-ratios over all edits of the clip, which the policy's own distributions give in closed form. (docs/training.md has
+the mean of those log-ratios over all edits of the clip, which the policy's own distributions give in closed form. (docs/experiments.md has
 figures.)
 
 The idea of learning from a clip and its counterfactual: Kaushik et al. 2020, arXiv:1909.12434 (counterfactually augmented data);

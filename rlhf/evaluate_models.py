@@ -60,11 +60,17 @@ def clip_features(policy: Policy, codes: torch.Tensor) -> np.ndarray:
 
 
 def evaluate(
-    policy: Policy, systems: Mapping[str, Path | BestOf], prompts: Sequence[Prompt], out: Path, settings: Settings
+    policy: Policy,
+    systems: Mapping[str, Path | BestOf],
+    prompts: Sequence[Prompt],
+    out: Path,
+    settings: Settings,
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Sample base and systems and measure KL and diversity.
 
     Args: systems: name -> adapter folder, or the best of n of the base. settings.n >= 2, since diversity is measured within a prompt.
+    weights: strength of an adapter, by name; 1 where none is given.
     Returns: per system {manifest, kl, kl_ci, diversity, diversity_ratio, adapter_sha256}; written to out/evaluation.json. The KL of
         a best of n is its bound, and its interval is empty: a point.
     """
@@ -73,13 +79,14 @@ def evaluate(
     figures: dict[str, dict[str, Any]] = {}
     unload_adapters(policy.lm)
     for name in (BASE, *systems):
-        hashes, best, system = [], None, systems.get(name)
+        hashes, best, strength, system = [], None, None, systems.get(name)
         unload_adapters(policy.lm)
         if isinstance(system, BestOf):
             best = system
         elif system is not None:
-            hashes = [m.adapter_sha256 for m in load_adapter(policy, system)]
-        manifest = sample(policy, prompts, out / name, settings, name, hashes, best)
+            strength = [(weights or {}).get(name, 1.0)]
+            hashes = [m.adapter_sha256 for m in load_adapter(policy, system, strength)]
+        manifest = sample(policy, prompts, out / name, settings, name, hashes, best, strength)
         rows = read_jsonl(manifest)
         codes = read_codes(manifest, rows)
         ids = [row["prompt_id"] for row in rows]

@@ -171,13 +171,15 @@ class FlatCheckpoints:
     accelerator: Any
     parents: Mapping[str, Any] = MappingProxyType({})
     """What the run comes from; a checkpoint says it, and is not resumed with anything else."""
+    streams: Sequence[tuple[dict[str, Tensor], dict[str, Any]]] = ()
+    """The random streams of every process, for a trainer that draws from them."""
     average: Average | None = None
     """The mean of the rounds' adapters that goes with them, for a trainer in rounds."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """`output_dir/checkpoints/step_XXXXXXXX`, written by the first process; whole with the trainer's own state or not at all."""
         if self.args.should_save:
-            states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict(), "streams": self.streams}
             mean = self.average.tensors if self.average is not None else {}
             counted = {} if self.average is None else {"rounds_averaged": self.average.rounds}
             save_training_state(
@@ -296,6 +298,9 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         self._tell(weight * loss, dpo_loss(out.margin, nothing, nothing, nothing, self.beta)[0], better, worse, p_chosen)
         figures = self._figures()
         figures["rewards/margins"].append(self.accelerator.gather(self.beta * out.margin.detach()).mean().item())
+        figures["logps/chosen"].append(
+            self.accelerator.gather(out.log_probs.detach().sum(1)).mean().item()
+        )  # of both sides: it is one clip
         return (weight * loss).mean() + self._anchor(out.kl)
 
     def _anchor(self, kl: Tensor | None) -> Tensor | float:

@@ -1,11 +1,13 @@
 """TRL's GRPOTrainer and RLOOTrainer over the flat policy, played by our own sampler.
 
-    prompt words -> prompt ids -> codes [B, K, T] by base_models.sampling -> ids -> score [B] -> advantages within a prompt -> LoRA
+    prompt words -> prompt ids -> codes [B, K, T] by base_models.sampling -> ids -> marks [B, P] -> score [B] -> advantages within a prompt
+    -> LoRA
 
 What differs from the stock trainers:
   * the cached sampler with merged LoRA plays (`_generate_single_turn`), and a clip's seed follows from its place in the run. At the
     first round what it says of its clips is held against the trainer's own scorer: sampled one way and scored another is refused.
   * the judge gets the codes that were played. TRL would hand a reward model re-tokenised text, whose ids are not those.
+  * the parts of the reward are added in units of the base (`rlhf.rewards`). TRL's own weights would add them in whatever units they have.
   * K native heads at the wrapper's temperature; checkpoints without pickle that hold the random state (`FlatCheckpoints`).
   * KL(policy || reference) in nats a *clip* from the sampler's log-probs: TRL's own figure is nats a code.
 
@@ -15,25 +17,28 @@ Shao et al. 2024, arXiv:2402.03300 (GRPO). Ahmadian et al. 2024, arXiv:2402.1474
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
+from transformers import TrainerState
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 from adapters.lora import lora_config, lora_layers
-from base_models.checkpoint import load_training_state
+from base_models.checkpoint import load_training_state, rng_state, set_rng_state
+from base_models.errors import UserError
 from base_models.sampling import generate
 from rlhf.flat_dpo import FlatCheckpoints
 from rlhf.flat_policy import FlatCausalLM, flat_order, flatten_codes, make_tokenizer, prompt_id, unflatten_ids, use_native_heads
 from rlhf.journal import timed
-from rlhf.judges import Score
 from rlhf.played import kl_figures
+from rlhf.rewards import Reward
 from rlhf.rollout import sample_seed
 
 TOLERANCE = 1e-4
@@ -41,20 +46,48 @@ TOLERANCE = 1e-4
 
 
 class Judge:
-    """The reward function that TRL calls: completion ids -> codes -> score; None where the score is not finite."""
+    """The reward function that TRL calls: completion ids -> codes -> marks [B, P] of all parts -> score; None where it is not finite.
+
+    The clips of the first round give the parts their units: a fresh adapter is the identity, so they are the base's."""
 
     __name__ = "reward"
 
-    def __init__(self, score: Score, prompts: Sequence[str], n_q: int, card: int) -> None:
-        self.score, self.prompts, self.n_q, self.card = score, list(prompts), n_q, card
+    def __init__(self, reward: Reward, prompts: Sequence[str], n_q: int, card: int) -> None:
+        self.reward, self.prompts, self.n_q, self.card = reward, list(prompts), n_q, card
+        self.gather: Callable[[Tensor], Tensor] = lambda mine: mine
+        """What this process has [B, ...] -> what all have, in the order of the clips."""
+        self.figures: dict[str, float] = {}
+        """What each part says of the newest clips of all processes, trained on or not; no z of one that the first round asked nothing."""
         self.seconds: dict[str, float] = {}
         """By phase (play, judge), since somebody told them."""
 
-    def __call__(self, completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
+    def __call__(
+        self, completion_ids: list[list[int]], row: list[int], trainer_state: TrainerState | None = None, **_: Any
+    ) -> list[float | None]:
+        """row: the prompt of each clip. trainer_state: without one it is the first round. Raises UserError where nothing in the first
+        round tells what a part that is trained on should weigh."""
         codes = unflatten_ids(torch.tensor(completion_ids), self.n_q, self.card)
+        words = [self.prompts[i] for i in row]
         with timed(self.seconds, "judge"):
-            marks = self.score(codes, [self.prompts[i] for i in row]).tolist()
-        return [mark if math.isfinite(mark) else None for mark in marks]
+            mine = self.reward.marks(codes, words, everything=True)
+        marks = self.gather(mine)
+        if trainer_state is None or trainer_state.global_step == 0:
+            self.measure(marks, self.gather(torch.tensor(row)).tolist())
+        no_unit = {f"reward_{name}_z" for name in self.reward.names if name not in self.reward.scales}
+        self.figures = {name: value for name, value in self.reward.figures(marks).items() if name not in no_unit}
+        total = self.reward.judge(mine, words).total.tolist()
+        return [score if math.isfinite(score) else None for score in total]
+
+    def measure(self, marks: Tensor, rows: list[int]) -> None:
+        """Take the parts' units from clips of the base, of all processes: marks [B, P] and the prompt of each."""
+        self.reward.measure(marks, [self.prompts[i] for i in rows], rows)
+        if not self.reward.measured:
+            silent = ", ".join(name for name in self.reward.trained if name not in self.reward.scales)
+            raise UserError(
+                f"a weight of {silent}, of which no clip of the first round tells anything",
+                "a round with a prompt that asks for it, or its marks have no unit",
+                "raise --batch-size, or leave it out of --weights",
+            )
 
 
 class PlaysItself(FlatCheckpoints):
@@ -80,7 +113,7 @@ class PlaysItself(FlatCheckpoints):
         self.flat, self.lm = flat, flat.trunk.lm
         self.n_frames, self.seed, self.sample_batch = args.max_completion_length // flat.config.n_q, seed, sample_batch
         self.kl, self.played, self.checked = float("nan"), torch.zeros(0), False
-        self.seconds, self.prompts = judge.seconds, judge.prompts
+        self.judge, self.seconds, self.prompts = judge, judge.seconds, judge.prompts
         self.heard: list[tuple[str, Tensor]] = []
         """The newest clips, the first of each prompt: words, codes [K, T]."""
         trl: Any = super()
@@ -94,6 +127,11 @@ class PlaysItself(FlatCheckpoints):
             callbacks=callbacks,
         )
         use_native_heads(flat)
+        judge.gather = self._everywhere
+
+    def _everywhere(self, mine: Tensor) -> Tensor:
+        everyone: Tensor = self.accelerator.gather(mine.to(self.accelerator.device))
+        return everyone.to(mine.device)
 
     def play(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """One clip for each prompt id, by our own sampler, as completion ids."""
@@ -140,9 +178,11 @@ class PlaysItself(FlatCheckpoints):
         self.checked = True
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's scores of all processes' clips [B, 1]; those that are not finite move nothing (TRL leaves them out), but are counted."""
+        """TRL's scores of all processes' clips [B, 1]; those that are not finite move nothing (TRL leaves them out), but are counted.
+        With them, what each part of the reward says is told."""
         scores: Tensor = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
-        self._metrics["train"]["scores_not_finite"].append(float(torch.isnan(scores).all(1).sum()))
+        for name, value in {"scores_not_finite": float(torch.isnan(scores).all(1).sum()), **self.judge.figures}.items():
+            self._metrics["train"][name].append(value)
         return scores
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,18 +199,25 @@ class PlaysItself(FlatCheckpoints):
                 self._metrics["train"][name].append(value)
         return scored
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.streams = gather_object([rng_state()])
+        super()._save_checkpoint(model, trial)
+
     def _remembered(self) -> dict[str, Any]:
-        return {"kl": self.kl if math.isfinite(self.kl) else None}
+        return {"kl": self.kl if math.isfinite(self.kl) else None, "reward": self.judge.reward.state_dict()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        known = load_training_state(resume_from_checkpoint, restore_rng=False)[3].get("kl")
-        self.kl = float("nan") if known is None else known
+        extra = load_training_state(resume_from_checkpoint, restore_rng=False)[3]
+        self.kl = float("nan") if extra.get("kl") is None else extra["kl"]
+        self.judge.reward.load_state_dict(extra["reward"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """TRL shuffles a round's clips by torch's own generator."""
+        """TRL shuffles a round's clips by torch's own generator, which it seeds differently in each process."""
         if checkpoint is not None:
-            load_training_state(checkpoint)
+            streams = load_training_state(checkpoint)[2].get("streams", [])
+            if self.args.process_index < len(streams):  # else more of them than before, or an old checkpoint: as in the first process
+                set_rng_state(*streams[self.args.process_index])
 
 
 class FlatGRPOTrainer(PlaysItself, GRPOTrainer):

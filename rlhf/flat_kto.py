@@ -29,7 +29,7 @@ from adapters.lora import lora_config
 from rlhf.flat_dpo import FlatCheckpoints, autocast
 from rlhf.flat_policy import FlatCausalLM, make_tokenizer, use_native_heads
 from rlhf.losses import kto_loss
-from rlhf.preferences import Preference, Snapshot, both_bad, read_codes
+from rlhf.preferences import Preference, Snapshot, both_bad, checked_codes
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,20 @@ class BadClip:
     weight: float
 
 
-def bad_clips(snapshot: Snapshot, weights: Mapping[str, float] | None = None) -> tuple[BadClip, ...]:
-    """Both clips of every "both bad" answer, each once, with the weight of the raters who said so; one of weight 0 or less says nothing."""
+def bad_clips(
+    snapshot: Snapshot, weights: Mapping[str, float] | None = None, n_q: int | None = None, card: int | None = None
+) -> tuple[BadClip, ...]:
+    """Both clips of every "both bad" answer, each once, with the weight of the raters who said so; one of weight 0 or less says nothing.
+
+    Raises: UserError when codes are not of n_q books of `card` entries: many of these clips are in no pair that would tell.
+    """
     votes: dict[str, float] = defaultdict(float)
     for vote in both_bad(snapshot):
         weight = 1.0 if weights is None else max(0.0, weights.get(vote.rater, 0.0))
         for clip in (vote.clip_x, vote.clip_y) if weight else ():
             votes[clip] += weight
     found = [(snapshot.clips[clip], n) for clip, n in sorted(votes.items())]
-    return tuple(BadClip(c.prompt_id, c.prompt, c.tempo_bpm, read_codes(snapshot, c.sha256), n) for c, n in found)
+    return tuple(BadClip(c.prompt_id, c.prompt, c.tempo_bpm, checked_codes(snapshot, c.sha256, n_q, card), n) for c, n in found)
 
 
 Judgement = tuple[int, NDArray[Any], bool, float]

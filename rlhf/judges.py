@@ -4,7 +4,8 @@
     sum over judges of worth * score -> one backward pass -> slope [B, D, T]
 
 The derivative of a sum is the sum of the derivatives, so a reward of many parts needs one pass back and not one a part. Nothing is
-remembered from one call to the next: what was heard lives as long as the clips it was heard of are being judged.
+remembered from one call to the next: what was heard lives as long as the clips it was heard of are being judged. Clips may lie on any
+device: they are heard where the codec lies, and what is said of them goes back to where they are.
 """
 
 from __future__ import annotations
@@ -88,25 +89,30 @@ def weighted_slope(
             judges[name], told[name] = part.judge, _silence(codes, prompts)
         else:
             slope, told[name] = part(codes, list(prompts))
-            found.append(torch.nan_to_num(slope, 0.0, 0.0, 0.0) * _by_clip(worth[name], slope)[:, None, None])
+            found.append(
+                torch.nan_to_num(slope.to(codes.device), 0.0, 0.0, 0.0) * _by_clip(worth[name], len(codes), codes.device)[:, None, None]
+            )
     if judges:
-        found.append(torch.zeros_like(next(iter(judges.values())).base.codec.latents(codes)))
+        found.append(torch.zeros_like(next(iter(judges.values())).base.codec.latents(codes), device=codes.device))
     for names, rows in _sittings(judges, prompts):
         base = judges[names[0]].base
         latents = base.codec.latents(codes[rows]).detach().requires_grad_(True)
         with torch.enable_grad():
             heard = Heard(base, [prompts[row] for row in rows], latents=latents)
             opinions = {name: judges[name].opinion(heard) for name in names}
-            sums = [_worth_of(score.to(latents), _by_clip(worth[name], codes)[rows].to(latents)) for name, score in opinions.items()]
-        found[-1][rows] += _slope_of_sum(sums, latents)
+            sums = [
+                _worth_of(score.to(latents), _by_clip(worth[name], len(codes), latents.device)[rows].to(latents))
+                for name, score in opinions.items()
+            ]
+        found[-1][rows] += _slope_of_sum(sums, latents).to(codes.device)
         for name, score in opinions.items():
             told[name][rows] = score.detach().to(told[name])
     return sum(found[1:], start=found[0]), told
 
 
-def _by_clip(worth: float | Tensor, clips: Tensor) -> Tensor:
-    """[B], on the device of `clips` [B, ...]."""
-    return torch.as_tensor(worth, dtype=torch.float32, device=clips.device).expand(len(clips))
+def _by_clip(worth: float | Tensor, n: int, device: torch.device) -> Tensor:
+    """[n]"""
+    return torch.as_tensor(worth, dtype=torch.float32, device=device).expand(n)
 
 
 def _worth_of(score: Tensor, worth: Tensor) -> Tensor:

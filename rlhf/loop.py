@@ -1,6 +1,6 @@
 """Online rounds: sample, collect votes, learn, and let listeners decide blindly whether what was learnt replaces what they had.
 
-    encore loop --prompts train.txt --heldout heldout.txt --out runs/loop --serve --rater ada   # people vote in the browser
+    encore loop --prompts examples/train.txt --heldout examples/heldout.txt --out runs/loop --serve --rater ada # people vote
     encore loop ... --raters "python my_rater.py --url {url} --campaign {campaign}"             # a program votes over HTTP
     encore loop status --out runs/loop
 
@@ -21,9 +21,10 @@ was, also while it waits for votes. It needs no server of its own: votes may com
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from rlhf.stages import ROOT, Stage, only_one, resume_flag, run_python, run_stag
 from rlhf.verdict import comparisons, decide, read_outcomes, rule
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+WATCHED, MOST_WATCHED = 6, 48
+"""PPO watches one prompt in so many of those that were rated, two at least and no more than so many, and learns from the others."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Method:
 
 
 METHODS = {
-    "ppo": Method("train_ppo", True),
+    "ppo": Method("train_ppo", True, ("--preset", "votes")),
     "grpo": Method("train_grpo", True),
     "dpo_own": Method("train_dpo", True, ("--preset", "rounds")),
     "dpo": Method("train_dpo", False),
@@ -126,6 +129,11 @@ def settings(given: dict[str, Any]) -> LoopConfig:
     return cfg
 
 
+def watches_own(cfg: LoopConfig) -> bool:
+    """Whether the challenger is trained by PPO, which watches prompts, and no others were given to it."""
+    return cfg.method == "ppo" and not any(part.split("=")[0] == "--heldout-prompts" for part in shlex.split(cfg.train))
+
+
 class Loop:
     """The loop's folder and its rounds."""
 
@@ -139,6 +147,8 @@ class Loop:
         if shared := {p.prompt for p in self.prompts} & {p.prompt for p in self.heldout}:
             got = f"{len(shared)} held-out prompts that are trained on, {sorted(shared)[0]!r}"
             raise UserError(got, "none", "take them out of one of the files")
+        if watches_own(cfg) and len(self.prompts) < 2:
+            raise UserError(f"1 prompt in {cfg.prompts}", "2 or more, better 50: PPO watches two or more", "add prompts")
         self._policy: Policy | None = None
 
     @property
@@ -252,13 +262,27 @@ class Round:
         common = ["--policy", self.cfg.policy, "--out", out, "--licence", self.cfg.licence, "--seed", self.cfg.seed + self.number]
         if self.method.by_reward:
             frames = self.loop.policy.n_frames(self.cfg.duration_s)
-            own = ["--reward", self.folder / "reward", "--prompts", self.cfg.prompts, "--n-frames", frames]
+            prompts, watching = self.prompts_to_learn_from()
+            own = ["--reward", self.folder / "reward", "--prompts", prompts, *watching, "--n-frames", frames]
         else:
             own = ["--snapshot", self.folder / "snapshot"]
         script = ROOT / "rlhf" / f"{self.method.script}.py"
         run_python([script, *self.method.options, *common, *own, *shlex.split(self.cfg.train), *resume_flag(out)])
         manifest = read_adapter(out / "adapter").manifest
         return {"adapter_sha256": manifest.adapter_sha256, "figures": manifest.figures}
+
+    def prompts_to_learn_from(self) -> tuple[Path | None, list[str | Path]]:
+        """The prompts that training plays, and PPO's flags for those that it only watches: what a part of the reward is held by, and
+        what the brake goes by. They are taken from the rated ones: those of the verdict are nobody's before it."""
+        known = self.loop.prompts
+        if not watches_own(self.cfg):
+            return self.cfg.prompts, []
+        by_chance = sorted(known, key=lambda prompt: hashlib.sha256(prompt.prompt_id.encode()).hexdigest())
+        n = min(max(2, len(known) // WATCHED), MOST_WATCHED)
+        watch, plays = self.folder / "watch.jsonl", self.folder / "play.jsonl"
+        write_prompts(watch, [asdict(prompt) for prompt in by_chance[:n]])
+        write_prompts(plays, [asdict(prompt) for prompt in by_chance[n:] or known])
+        return plays, ["--heldout-prompts", watch]
 
     @property
     def challenger(self) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from adapters.lora import adapter_disabled
 from rlhf.by_round import ByRound
-from rlhf.dense import limited
+from rlhf.dense import limited, typical_length
 from rlhf.edits import Edits, antithetic_edits
 from rlhf.flat_dpo import PreferenceCollator, reference_logps, smoothed
 from rlhf.flat_policy import FlatCausalLM
@@ -165,15 +165,15 @@ class OwnPairs:
         found = [self.score.slope(judged.codes[p].to(device), names[p]) for p in self._parts(len(names))]
         slope, score = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
         everywhere = slope.flatten(1).norm(dim=1).tolist()
-        typical = float(torch.tensor(gather_object(everywhere) if self.args.world_size > 1 else everywhere).nanmedian())
+        typical = typical_length(torch.tensor(gather_object(everywhere) if self.args.world_size > 1 else everywhere))
         return limited(slope, typical=typical), score.float().cpu()
 
     def _unit(self) -> float:
         """A standard deviation of the base's scores."""
         assert isinstance(self.score, Mixed)
         assert self.base_scores is not None
-        spread = float(self.base_scores[torch.isfinite(self.base_scores)].std())
-        return max(spread, self.score.reward.least, 1e-6)
+        finite = self.base_scores[torch.isfinite(self.base_scores)]
+        return max(float(finite.std()) if len(finite) > 1 else 0.0, self.score.reward.least, 1e-6)
 
     def _edits(self, judged: Judged, indices: Sequence[int], slope: Tensor) -> Edits:
         """Every clip edited both ways by the policy as it is."""

@@ -8,6 +8,14 @@ from typing import Any
 from adapters.lora import adapter_tensors, set_adapter_tensors
 from base_models.checkpoint import latest_training_state, load_training_state, save_training_state
 from rlhf.ppo_run import Run
+from rlhf.ppo_task import tempi_sha256
+
+SETTLED = (
+    *("weights", "hold", "base_looks", "frame_weight", "n_frames", "heldout_clips", "temperature", "cfg_coef", "r", "alpha", "average"),
+    *("batch_size", "samples_per_prompt", "baseline", "epochs", "minibatches", "lr", "critic_lr", "lr_end", "max_grad_norm", "ent_coef"),
+    *("cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "kl_coef", "target_kl", "kl_horizon", "kl_coef_least", "kl_power"),
+)
+"""Settings that a run keeps: with another value the rest of it would be another run, or the checkpoint's states would overrule it."""
 
 
 def save(run: Run) -> None:
@@ -28,7 +36,7 @@ def save(run: Run) -> None:
                 "reward": run.reward.state_dict(),
                 "brake": run.brake.state_dict(),
             },
-            {**parents_of(run), "clips": run.clips, "blind_rounds": run.blind_rounds, "braked": run.braked},
+            {**parents_of(run), "clips": run.clips, "blind_rounds": run.blind_rounds, "braked": run.braked, "over_budget": run.over_budget},
         )
     run.accelerator.wait_for_everyone()
 
@@ -42,7 +50,7 @@ def restore(run: Run) -> None:
     set_adapter_tensors(run.lm, tensors["adapter"])
     run.critic.load_state_dict(tensors["critic"])
     run.optimizer.load_state_dict(states["optimizer"])
-    run.scheduler.load_state_dict(states["scheduler"])
+    restore_scheduler(run, states["scheduler"], step)
     run.controller.load_state_dict(states["controller"])
     run.baseline.load_state_dict(states["baseline"])
     run.normalizer.load_state_dict(states["normalizer"])
@@ -50,12 +58,28 @@ def restore(run: Run) -> None:
     run.brake.load_state_dict(states["brake"])
     run.best = tensors.get("best", {})
     run.average.load(tensors.get("average", {}), step)
-    run.braked = extra["braked"] if run.cfg.brake != "off" else None
+    over = extra.get("over_budget")
+    run.over_budget = over if over is not None and over > run.cfg.kl_budget and run.cfg.brake != "off" else None
+    forgiven = over is not None and run.over_budget is None
+    run.braked = None if forgiven or run.cfg.brake == "off" else extra["braked"]
     run.step, run.clips, run.blind_rounds = step, extra["clips"], extra["blind_rounds"]
 
 
+def restore_scheduler(run: Run, state: dict[str, Any], step: int) -> None:
+    """The learning rate goes on where it was; with another number of --steps it falls to --lr-end by the end that is given now."""
+    total = run.scheduler.total_iters
+    run.scheduler.load_state_dict(state)
+    if run.scheduler.total_iters != total:
+        run.scheduler.total_iters = total
+        share = 1 + (run.cfg.lr_end - 1) * min(step, total) / total
+        for group, rate in zip(run.optimizer.param_groups, run.scheduler.base_lrs):
+            group["lr"] = rate * share
+        run.scheduler._last_lr = [group["lr"] for group in run.optimizer.param_groups]
+
+
 def parents_of(run: Run) -> dict[str, Any]:
-    """What a resumed run has to find again: the base, the reward, the ears of its checks, the prompts, the seed and how credit is given."""
+    """What a resumed run has to find again: the base, the reward, the ears of its checks, the prompts and their tempi, the seed, how credit
+    is given, and SETTLED."""
     heldout = run.task.heldout
     return {
         "base_sha256": run.task.base_sha256,
@@ -63,7 +87,8 @@ def parents_of(run: Run) -> dict[str, Any]:
         "ears_sha256": run.task.ears_sha256,
         "prompts_sha256": hashlib.sha256("\n".join(run.task.prompts).encode()).hexdigest(),
         "heldout_sha256": heldout and hashlib.sha256("\n".join(heldout.texts).encode()).hexdigest(),
+        "tempi_sha256": tempi_sha256(run.task.table, *([heldout.table] if heldout else [])),
         "seed": run.cfg.seed,
         "credit": run.credit,
-        "average": run.cfg.average,
+        **{name: getattr(run.cfg, name) for name in SETTLED},
     }

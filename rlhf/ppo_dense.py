@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters.lora import adapter_disabled
 from base_models.conditions import Conditions
-from base_models.lm import MusicLM, sum_by_step
+from base_models.lm import MusicLM, codes_of_steps, sum_by_step
 from rlhf.dense import dense_advantages, expected_ppo_loss, gains
 from rlhf.rollout import Rollout
 
@@ -59,27 +59,34 @@ def dense_table(
     unit: float,
     price: float,
     microbatch: int,
+    passes: int,
     reduce: Reduce,
 ) -> DenseTable:
     """Advantages of all choices at the rows that this process will learn from.
 
     Args: rollout: the whole round, with slopes. conditions: rows -> their conditions. rows: which are needed here. own: rows that
-        no other process counts in the scale. unit: the score's standard deviation. price: of a nat, in units. reduce: sums over ranks.
+        no other process counts in the scale. unit: the score's standard deviation. price: of a nat, in units. passes: through the model, on
+        every process alike, since where weights are sharded each is a collective; those that find no rows left repeat some. reduce: sums
+        over ranks.
     """
     needed = torch.unique(torch.cat([rows, own]))
     shape = (len(needed), *rollout.codes.shape[1:])
     old, made = (rollout.slope.new_empty((*shape, codebooks.shape[1])) for _ in range(2))
-    for start, part in zip(range(0, len(needed), microbatch), needed.split(microbatch)):
+    parts = needed.split(microbatch)
+    for number in range(max(passes, len(parts))):
+        start, part = number * microbatch, parts[number % len(parts)]
         codes, cond = rollout.codes[part], conditions(part)
         now = logits(codes, cond)
         with adapter_disabled(lm):
             reference = logits(codes, cond)
+        if number >= len(parts):
+            continue
         for i, row in enumerate(part.tolist()):  # clip by clip, so that what is needed in between stays in the cache
             gain = gains(rollout.slope[row : row + 1] / unit, codebooks)[0]
             old[start + i] = now[i].log_softmax(-1)
             made[start + i] = dense_advantages(gain, old[start + i], reference[i].log_softmax(-1), price)
     place = {row: index for index, row in enumerate(needed.tolist())}
-    mask = rollout.mask[needed].any(1)[:, None, None].expand(shape)
+    mask = codes_of_steps(rollout.mask[needed], shape[1])
     mine = torch.tensor([place[row] for row in own.tolist()], dtype=torch.long, device=needed.device)
     square = torch.cat([(old[row].exp() * made[row].square()).sum(-1)[None] for row in mine]).double()
     counted = mask[mine].double()

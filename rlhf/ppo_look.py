@@ -17,6 +17,7 @@ from rlhf.judges import scores
 from rlhf.metrics import diversity
 from rlhf.ppo_run import Run
 from rlhf.rollout import look_seed, play, sample_seed
+from rlhf.round_plan import whole_prompts
 
 LOOK = 0x10C4
 
@@ -33,7 +34,8 @@ def look(run: Run) -> dict[str, float]:
     assert heldout is not None
     rows = [row for row in range(len(heldout)) for _ in range(cfg.heldout_clips)]
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    share = -(-len(rows) // world)  # every process plays as many: the last ones begin anew, and what is double is cut off
+    # Every process plays as many: the last ones begin anew, and what is double is cut off. Clips of one prompt stay together (diversity).
+    share = -(-len(heldout) // world) * cfg.heldout_clips
     mine = [index % len(rows) for index in range(rank * share, (rank + 1) * share)]
     seen: dict[str, list[Tensor]] = {"kl": [], "marks": [], "spread": [], "points": []}
     examples: list[tuple[str, Tensor]] = []
@@ -75,7 +77,8 @@ def _parts(run: Run, rows: list[int], mine: list[int], number: int = 0) -> Itera
     """This process's clips of a look, a batch at a time: their indices, conditions, prompts and seeds. number: as of `look_seed`."""
     cfg, heldout = run.cfg, run.task.heldout
     assert heldout is not None
-    table, chunk = heldout.table.to(run.accelerator.device), max(cfg.batch_size // run.accelerator.num_processes, 1)
+    table = heldout.table.to(run.accelerator.device)
+    chunk = whole_prompts(cfg.batch_size // run.accelerator.num_processes, cfg.heldout_clips)
     for start in range(0, len(mine), chunk):
         part = mine[start : start + chunk]
         asked = [rows[index] for index in part]

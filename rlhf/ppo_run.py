@@ -20,7 +20,7 @@ from adapters.lora import attach_lora, trainable_parameters
 from base_models.conditions import Conditions
 from base_models.errors import UserError
 from base_models.launch import asked_sharding, bf16_is_faster
-from base_models.lm import disable_functional_dropout
+from base_models.lm import codes_of_steps, disable_functional_dropout
 from base_models.sharding import shard_frozen
 from rlhf.average import Average
 from rlhf.brake import Brake
@@ -78,6 +78,8 @@ class Run:
         """The adapter of the best look."""
         self.braked: str | None = None
         """Why the run should end, once it should."""
+        self.over_budget: float | None = None
+        """The KL, nats a clip, of the round that exceeded the budget."""
         self.examples: list[tuple[str, Tensor]] = []
         """Clips to listen to, with what they are: prompt, codes [K, T]."""
         self.price = cfg.kl_coef
@@ -169,7 +171,7 @@ class Run:
             **({"frames_worst": rollout.frames.min(1).values.mean().item()} if self.cfg.frame_weight else {}),
         }
         if self.cfg.brake != "off" and kl > self.cfg.kl_budget:
-            self.braked = f"kl {kl:.1f} nats a clip exceeds the budget of {self.cfg.kl_budget:g}"
+            self.braked, self.over_budget = f"kl {kl:.1f} nats a clip exceeds the budget of {self.cfg.kl_budget:g}", kl
         if self.task.heldout is None:
             self.examples = [(self.task.prompts[int(i)], codes) for i, codes in zip(rollout.prompt_ids[: self.cfg.listen], rollout.codes)]
         return judged, figures
@@ -266,15 +268,18 @@ class Run:
         """The same passes with credit for every choice of every code (rlhf.dense); the critic has nothing to add and rests."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         shares = [rows.to(rollout.codes.device)[rank::world] for rows in updates]
-        table = self.advantages_by_codes(rollout, torch.cat(shares))
+        n = len(rollout.codes)
+        met = [torch.unique(torch.cat([*(rows[r::world] for rows in updates), torch.arange(r, n, world)])) for r in range(world)]
+        passes = max(-(-len(rows) // self.cfg.microbatch) for rows in met)
+        table = self.advantages_by_codes(rollout, torch.cat(shares), passes)
         told = [self._update_by_codes(rollout, table, rows, mine) for rows, mine in zip(updates, shares)]
         sums = {name: sum(stats[name] for stats in told) / len(told) for name in told[0]}
         sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": told[0]["ratio"], "advantage_spread": table.scale}
         self.scheduler.step()
         return sums
 
-    def advantages_by_codes(self, rollout: Rollout, rows: Tensor) -> DenseTable:
-        """What each choice at these rows of a judged, global rollout is worth, on one scale for all processes."""
+    def advantages_by_codes(self, rollout: Rollout, rows: Tensor, passes: int = 0) -> DenseTable:
+        """What each choice at these rows of a judged, global rollout is worth, on one scale for all processes. passes: of `dense_table`."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         assert self.task.codebooks is not None
         return dense_table(
@@ -288,6 +293,7 @@ class Run:
             self.normalizer.std,
             self.price,
             self.cfg.microbatch,
+            passes,
             lambda x: self.accelerator.reduce(x, "sum"),
         )
 
@@ -295,7 +301,7 @@ class Run:
         """One optimiser step on global rows, of which this process takes `mine`."""
         device = rollout.codes.device
         mask = rollout.mask[rows.to(device)]
-        n_steps, n_codes = mask.sum().clamp(min=1), mask.any(1).sum().clamp(min=1) * rollout.codes[0].numel()
+        n_steps, n_codes = mask.sum().clamp(min=1), codes_of_steps(mask, rollout.codes.shape[1]).sum().clamp(min=1)
         self.optimizer.zero_grad(set_to_none=False)
         totals: dict[str, Tensor] = {}
         for part in mine.split(self.cfg.microbatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +145,14 @@ def load_task(
     )
 
 
+def tempi_sha256(*tables: Conditions) -> str | None:
+    """What the tempi of prompts are known by, beside the prompts' words; None where none has any."""
+    tempi = [table.tempo_bpm.tolist() for table in tables]
+    if all(math.isnan(tempo) for rows in tempi for tempo in rows):
+        return None
+    return hashlib.sha256(repr(tempi).encode()).hexdigest()
+
+
 def load_prompts(policy: Policy, path: Path) -> Prompts:
     """Prompts of a file with the policy's conditions."""
     texts, tempi = read_prompts(path)
@@ -155,8 +165,8 @@ def embedding(policy: Policy, reward: RewardModel | None) -> Embed | None:
     if contrastive is None:
         if reward is None:
             return None
-        return lambda codes, prompts: features(reward.base, codes, prompts, [LATENTS])[LATENTS]
-    return lambda codes, prompts: contrastive.embed_codes(codes)
+        return lambda codes, prompts: features(reward.base, codes, prompts, [LATENTS])[LATENTS].to(codes.device)
+    return lambda codes, prompts: contrastive.embed_codes(codes).to(codes.device)
 
 
 def read_prompts(path: Path) -> tuple[list[str], list[float | None]]:

@@ -5,7 +5,7 @@
 What listeners like and what a prompt asks for are judged in different units; divided by how far the base's clips of one prompt differ, a
 weight says how much one spread of the one is worth in spreads of the other. What prompts differ by whatever is played is left out of it:
 no policy can change it, and it is two thirds of some tastes' spread and nothing of a genre's, so that a taste would have a third of its say
-(measured: docs/ppo.md). Mean and sd are measured once, on clips of the base (at the first look at held-out prompts where there are
+(measured: docs/experiments.md). Mean and sd are measured once, on clips of the base (at the first look at held-out prompts where there are
 any, else on the first round: a fresh adapter is the identity), and then stand still: a running scale would move the goal under the policy.
 A part of weight 0 is judged and shown and never trained on.
 
@@ -13,7 +13,7 @@ What a prompt asks for is seldom to be won at the listeners' expense, and not to
 moves: it grows while the policy's clips are worse at it than the base's, and shrinks while they are better, as the Lagrange multiplier
 of the constraint "not worse than the base" (constrained RLHF: Moskovitz et al. 2023, arXiv:2310.04373). A part that asks for different
 things by prompt (a genre) has one such weight for each of them: what drives a taste away from ambient music is lost on ambient prompts
-alone, and folk that gains as much would pay for it in the mean (measured: docs/ppo.md).
+alone, and folk that gains as much would pay for it in the mean (measured: docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Reward:
         level: w - rate * mean z, within bounds; for each kind of prompt by its own clips, and for kinds that are not among these by all.
 
         None falls below what it began with: a part whose weight went to nothing was kept on the prompts of the looks, and lost by a tenth
-        of the clips on prompts of new combinations (measured: docs/ppo.md).
+        of the clips on prompts of new combinations (measured: docs/experiments.md).
 
         They must be of the prompts and seeds by which the scales were measured: prompts differ in how well they can be fitted, and a mean
         over others is off by a fifth of a spread (measured), more than there is to hold.

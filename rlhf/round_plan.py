@@ -66,11 +66,16 @@ def round_plan(cfg: Config, n_rated: int) -> Plan:
     """How a round is made. Raises UserError for sizes that make no pair."""
     least = 1 if cfg.pairing in BY_SLOPE else 2
     sizes = (cfg.rounds, cfg.round_prompts, cfg.round_epochs, cfg.n_frames, cfg.sample_batch, cfg.held_out_clips, cfg.base_looks)
+    if cfg.pairing in BY_SLOPE and cfg.held_out_clips < 2:
+        raise UserError(f"--held-out-clips {cfg.held_out_clips}", "2 or more, better 96: they give the score its unit", "raise it")
     if min(sizes) < 1 or cfg.round_clips < least:
         raise UserError("a size too small", f"1 or more everywhere, and {least} or more --round-clips", "correct the sizes of the rounds")
     if cfg.pairing == "expected" and (cfg.loss != "sigmoid" or (n_rated and cfg.rated_share) or cfg.labels != "hard"):
         got = f"--pairing expected with --loss {cfg.loss}, --labels {cfg.labels}, --rated-share {cfg.rated_share}"
         raise UserError(got, "sigmoid, hard and 0: there are no two clips to compare or to mix with", "take these, or --pairing edits")
+    if cfg.pairing == "expected" and (cfg.sft_weight or cfg.marks == "mask"):
+        got = f"--pairing expected with --sft-weight {cfg.sft_weight:g}, --marks {cfg.marks}"
+        raise UserError(got, "0 and ignore: both sides of a pair are one clip of the policy's own", "leave them out, or --pairing edits")
     if not 0 <= cfg.rated_share < 1:
         raise UserError(f"--rated-share {cfg.rated_share}", "0 to less than 1", "to learn from rated pairs alone leave --reward out")
     plan = Plan(

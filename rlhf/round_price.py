@@ -18,7 +18,7 @@ def next_price(price: float, kl: float, target_kl: float, least: float) -> float
     """price * sqrt(kl / target), at most doubled or halved, and never below `least`: what a run begins with is what drift costs at least.
 
     An adaptive price of KL (Ziegler et al. 2019, arXiv:1909.08593, section 2.2), in steps as large as rounds are; KL [nats a clip] is
-    measured over the whole vocabulary on many clips here, and needs no smoothing. The root, because a reward that grows with the step from
+    that of the codes that were played on many clips, and needs no smoothing. The root, because a reward that grows with the step from
     the base, against a KL that grows with its square, comes to rest where KL goes by the inverse square of the price: a price that moved
     by the ratio itself would answer each miss by as large a one to the other side.
     """

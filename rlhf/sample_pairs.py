@@ -1,6 +1,6 @@
 """Sample clips for a list of prompts: what listeners will compare, and what evaluation judges.
 
-    encore sample --policy DIR [--adapter DIR]... --prompts prompts.jsonl -n 4 --seed 0 --out DIR [--campaign NAME --db URL]
+    encore sample --policy DIR [--adapter DIR]... --prompts examples/train.txt -n 4 --seed 0 --out DIR [--campaign NAME --db URL]
 
     prompts -> Conditions -> codes [B, K, T] -> wav -> 000000_0.wav + 000000_0.npy, and a row in manifest.jsonl
 

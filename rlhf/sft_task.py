@@ -74,7 +74,7 @@ def voted(cfg: Config, folder: Path) -> Task:
     """The clips that listeners chose, each as often as it won."""
     policy = load_policy(cfg.policy)
     snapshot = load_snapshot(folder, policy.sha256)
-    told = trusted(snapshot, cfg.weights_by, policy.lm.n_q, policy.lm.card)
+    told = trusted(snapshot, cfg.weights_by, policy.lm.n_q, policy.lm.card, cfg.one_rater)
     pairs = decided(told.pairs)
     first = {pair.prompt_id: pair for pair in reversed(pairs)}
     table = policy.conditions([p.prompt for p in first.values()], [p.tempo_bpm for p in first.values()])

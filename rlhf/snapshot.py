@@ -1,6 +1,6 @@
 """A frozen snapshot of votes, as `encore ratings export` writes it: read, and verified.
 
-    snapshot.json + votes.jsonl + clips.jsonl -> hash checked -> votes, clips; the codes [K, T] of a clip
+    snapshot.json + votes.jsonl + clips.jsonl -> hash checked -> votes, clips; the codes [K, T] of a clip, hash checked
 
 Beside the order a vote may judge aspects apart and mark stretches of a clip as bad; both are kept. Excluded votes are counted,
 not used.
@@ -28,6 +28,8 @@ Codes = NDArray[np.int64]
 
 X, Y, TIE, BOTH_BAD = "x", "y", "tie", "both_bad"
 CHOICES = (X, Y, TIE, BOTH_BAD)
+TRAIN = "train"
+"""The split whose votes may be learnt from."""
 FILES = ("votes.jsonl", "clips.jsonl")
 DEMAND = {
     "votes.jsonl": ("vote_id", "pair_id", "prompt_id", "prompt", "rater", "choice", "clip_x", "clip_y"),
@@ -88,6 +90,8 @@ class Clip:
     seed: int | None = None
     artist: str = ""
     """Whose clip it is, where its metadata tells."""
+    codes_sha256: str | None = None
+    """The hash of its codes' file as votes were exported; None in old snapshots, or where the exporter could not read the file."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ def content_sha256(folder: str | Path) -> str:
 def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snapshot:
     """Read and verify a snapshot that `encore ratings export` wrote.
 
+    Votes on prompts of another split than "train" are left out, and counted as `split_<name>`: what is held out is never learnt from.
     Args: policy_sha256: the base that is to be trained; its codes are the only ones that mean anything to it.
     Raises: UserError when files are missing, cut or changed after the export, when no usable vote is left, when votes
         name unknown clips, or when clips come from another base."""
@@ -146,8 +151,9 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
         )
     vote_rows, clip_rows = (_rows(folder / name) for name in FILES)
     clips = {row["sha256"]: _clip(row) for row in clip_rows}
-    excluded: Counter[str] = Counter(row["excluded_reason"] for row in vote_rows if row.get("excluded_reason"))
-    votes = tuple(_vote(row) for row in vote_rows if not row.get("excluded_reason"))
+    why = [row.get("excluded_reason") or _of_other_split(row) for row in vote_rows]
+    excluded: Counter[str] = Counter(reason for reason in why if reason)
+    votes = tuple(_vote(row) for row, reason in zip(vote_rows, why) if not reason)
     if not votes:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(excluded.items())) or "none was given"
         raise UserError(
@@ -186,13 +192,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _of_other_split(row: Mapping[str, Any]) -> str | None:
+    """Why a vote on a held-out prompt is left out of training; None for one on a prompt that is trained on."""
+    split = row.get("split") or TRAIN
+    return None if split == TRAIN else f"split_{split}"
+
+
 def _vote(row: dict[str, Any]) -> Vote:
     return Vote(
         vote_id=str(row["vote_id"]),
         pair_id=str(row["pair_id"]),
         prompt_id=str(row["prompt_id"]),
         prompt=row["prompt"],
-        split=row.get("split") or "train",
+        split=row.get("split") or TRAIN,
         rater=str(row["rater"]),
         choice=row["choice"],
         clip_x=row["clip_x"],
@@ -241,17 +253,26 @@ def _clip(row: dict[str, Any]) -> Clip:
         adapters=tuple(row.get("adapters") or ()),
         seed=row.get("seed"),
         artist=str(row.get("artist") or made.get("artist") or ""),
+        codes_sha256=row.get("codes_sha256"),
     )
 
 
 def read_codes(snapshot: Snapshot, clip_sha256: str) -> Codes:
     """The codes [K, T] of a clip, from a local path, one relative to the snapshot, or any fsspec URI. Never a
-    pickle."""
-    uri = snapshot.clips[clip_sha256].codes_uri
-    place = uri if "://" in uri else str(snapshot.folder / uri)
+    pickle, and never others than were rated, where the snapshot knows their hash."""
+    clip = snapshot.clips[clip_sha256]
+    place = clip.codes_uri if "://" in clip.codes_uri else str(snapshot.folder / clip.codes_uri)
     try:
         with fsspec.open(place, "rb") as handle:
-            codes = np.load(handle, allow_pickle=False)
+            content: bytes = handle.read()
+        found = hashlib.sha256(content).hexdigest()
+        if clip.codes_sha256 not in (None, found):
+            raise UserError(
+                f"{place} of sha256 {found[:12]}",
+                f"{str(clip.codes_sha256)[:12]}, as of clip {clip_sha256[:12]} when its votes were exported",
+                "restore the codes that were rated, or sample and rate again",
+            )
+        codes = np.load(io.BytesIO(content), allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(
             f"no codes at {place}",

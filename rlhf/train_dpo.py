@@ -1,7 +1,7 @@
 """Direct preference optimisation: votes straight into a LoRA adapter; with a reward model, the policy's own clips too.
 
     accelerate launch rlhf/train_dpo.py --snapshot runs/votes --policy base_models/pretrained --out runs/dpo
-    accelerate launch rlhf/train_dpo.py --preset rounds --reward runs/reward --prompts prompts.jsonl --out runs/dpo
+    accelerate launch rlhf/train_dpo.py --preset rounds --reward runs/reward --prompts examples/train.txt --out runs/dpo
     python rlhf/train_dpo.py --preset smoke                       # a toy policy and toy votes, under a minute on a CPU
     python rlhf/train_dpo.py --preset smoke_reward                # the same with a toy reward and rounds of own clips
     torchrun --nproc-per-node 2 rlhf/train_dpo.py ...             # or any accelerate configuration
@@ -92,10 +92,13 @@ class Config:
     weights_by: WeightsBy = "agreement"
     """What raters weigh by: how often they agree with others on common pairs (careless ones weigh little, adversaries nothing; alike
     where nobody shares a pair), or nothing, and then all votes count alike."""
+    one_rater: bool = False
+    """Allow the votes of a single rater: what is learnt is one person's taste, and nobody can tell how right it can be."""
     weight_pairs: bool = True
     """Weigh a pair by the votes behind it (mean 1)."""
     held_out: float = 0.1
-    """Share of the prompts whose pairs are kept for measuring; 0 trains on all."""
+    """Share of the prompts kept for measuring, at most half of them: of the rated ones (0 trains on all), and, with --reward, of --prompts
+    (0 keeps one)."""
     loss: Literal["sigmoid", "ipo", "kto", "simpo"] = "sigmoid"
     """sigmoid is DPO; ipo asks for a fixed margin; simpo needs no reference; kto takes clips one by one, "both bad" too."""
     beta: float = 0.1
@@ -129,9 +132,9 @@ class Config:
     lr_end: float = 0.0
     """Share of the peak learning rate that is left at the end; 1 keeps it, as --average wants: a mean needs rounds that differ."""
     batch_size: int = 8
-    """Pairs a step and process."""
+    """Pairs (single clips with --loss kto) a microbatch and process; a step learns from batch-size x accumulation x processes."""
     accumulation: int = 1
-    """Microbatches a step."""
+    """Microbatches a step, whose gradients are averaged (gradient accumulation)."""
     epochs: float = 3.0
     """Passes over the pairs."""
     steps: int = 0
@@ -155,13 +158,14 @@ class Config:
     the same with the mean over all such edits for a draw of them (expected, with --loss sigmoid); the extremes of a prompt's clips; or
     every pair of them (which costs more time than it tells)."""
     edit_price: float = 0.04
-    """edits, expected: a nat of departure from the policy is worth so many standard deviations of the base's scores; the less it is, the
-    more codes change."""
+    """edits, expected: price of a nat of departure from the policy, in standard deviations of the base's scores; the lower it is, the more
+    codes of a clip are changed."""
     weights: str = f"{HUMAN}=1"
-    """What a spread of each part of the reward is worth, as in train_ppo.py: human=1,similarity=0.3 keeps the prompt in sight."""
+    """Weight of each part of the reward, in standard deviations of the base's clips of one prompt, as in train_ppo.py:
+    human=1,similarity=0.3 keeps the prompt in sight."""
     base_looks: int = 1
-    """How often the base plays the prompts of the looks, each time with other seeds: the level at which a part is held and the spread that
-    it is weighed in are taken from all of that. By one look a weight is off by a tenth or two, and a level by as much of a spread."""
+    """Number of validation passes of the base, with different seeds, from which each reward part's baseline level and within-prompt
+    standard deviation are estimated; one pass leaves 10 to 20 percent error in a weight."""
     hold: str = ""
     """Parts that are to stay at the base's level, as in train_ppo.py; their weights move between rounds."""
     labels: Labels = "hard"
@@ -174,7 +178,7 @@ class Config:
     rated_weight: float = 1.0
     """Weight of a rated pair beside an own one in the loss."""
     n_frames: int = 100
-    """Codec frames T of an own clip."""
+    """Codec frames T of an own clip; 100 = 4 s with the shipped base. Use the length that was rated."""
     sample_batch: int = 64
     """Clips that are played at once."""
     held_out_clips: int = 32
@@ -204,6 +208,24 @@ class Config:
     """Seed of the adapter's start and the order of the pairs."""
 
 
+GROUPS = {
+    "votes": "snapshot shuffle_votes ties weights_by weight_pairs marks label_smoothing held_out",
+    "loss": "loss beta gamma sft_weight",
+    "reward and rounds of own clips": "reward prompts weights base_looks hold rounds round_prompts round_clips round_epochs pairing"
+    " edit_price labels rated_share rated_weight",
+    "sampling": "n_frames temperature sample_batch",
+    "optimisation": "lr lr_end warmup_steps batch_size accumulation epochs steps max_minutes average r alpha precision",
+    "KL": "kl_weight target_kl kl_power kl_budget",
+    "validation": "held_out_clips kl_clips listen",
+}
+"""What --help shows together; the rest is the run's."""
+PRESETS_SAY = {
+    "rounds": "with --reward: ten rounds of own clips, edited in expectation, held to prompt, tempo and diversity of the base",
+    "best_worst": "with --reward: ten rounds, the best against the worst of eight clips of a prompt",
+    "smoke": "a toy policy and toy votes; under a minute on a CPU, nothing to download",
+    "smoke_reward": "the same with a toy reward and rounds of own clips",
+}
+
 TOY: dict[str, Any] = {"toy": True, "r": 4, "alpha": 8.0, "lr": 5e-3, "kl_clips": 4}
 TOY_ROUNDS: dict[str, Any] = {
     "toy_reward": True,
@@ -218,9 +240,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rounds": {
         "lr": 1e-3,
         "beta": 0.03,
-        "kl_weight": 3.5e-4,
-        "target_kl": 65.0,
+        "kl_weight": 3e-4,
+        "target_kl": 80.0,
         "kl_power": 2.0,
+        "kl_budget": 180.0,
         "pairing": "expected",
         "edit_price": 0.2,
         "rated_share": 0.0,
@@ -230,7 +253,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 40,
         "held_out_clips": 96,
         "base_looks": 4,
-        "weights": f"{HUMAN}=1,similarity=0.3,tempo=0.06,genre=0.7,diversity=0.1",
+        "weights": f"{HUMAN}=1,similarity=0.3,tempo=0.06,genre=1,diversity=0.1",
         "hold": "similarity,tempo,diversity",
     },
     "best_worst": {"lr": 1e-3, "pairing": "best_worst", "rounds": 10, "round_prompts": 48, "round_clips": 8, "round_epochs": 2},
@@ -252,6 +275,9 @@ def main(cfg: Config) -> dict[str, Any]:
     args = training_arguments(cfg, plan.n_rows if task.own else len(train))
     end_in_good_order()
     check_processes(args.world_size, cfg.processes)
+    if task.own and cfg.round_prompts < args.world_size:
+        got = f"--round-prompts {cfg.round_prompts} for {args.world_size} processes"
+        raise UserError(got, "a prompt a process, or more", "raise it, or start fewer processes")
     parents = parents_of(cfg, task, train)
     newest = latest_training_state(cfg.out, parents) if cfg.resume else None
     first_step = 0 if newest is None else read_json(newest / "state.json")["step"]
@@ -337,6 +363,8 @@ def check(cfg: Config) -> None:
     check_sharding()
     if cfg.toy_reward and not cfg.toy:
         raise UserError("--toy-reward without --toy", "both: a toy reward judges a toy policy alone", "add --toy, or give --reward")
+    if not 0 <= cfg.held_out <= 0.5:
+        raise UserError(f"--held-out {cfg.held_out:g}", "0 to 0.5", "a share of the prompts is kept for measuring, the rest is learnt from")
     if cfg.kl_weight < 0:
         raise UserError(f"--kl-weight {cfg.kl_weight}", "0 or more", "a nat has a price, or none")
     if cfg.target_kl is not None and cfg.target_kl >= cfg.kl_budget:
@@ -375,4 +403,4 @@ def check(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS)
+    run(main, Config, PRESETS, say=PRESETS_SAY, groups=GROUPS)

@@ -1,14 +1,16 @@
 """GRPO and RLOO: the reward model's opinion into a LoRA adapter without a critic, by TRL's own trainers.
 
-    accelerate launch rlhf/train_grpo.py --policy base_models/pretrained --reward runs/reward --prompts prompts.jsonl --out runs/grpo
-    accelerate launch rlhf/train_grpo.py --method rloo --reward runs/reward --prompts prompts.jsonl --out runs/rloo
+    accelerate launch rlhf/train_grpo.py --policy base_models/pretrained --reward runs/reward --prompts examples/train.txt --out runs/grpo
+    accelerate launch rlhf/train_grpo.py --method rloo --reward runs/reward --prompts examples/train.txt --out runs/rloo
     python rlhf/train_grpo.py --preset smoke                      # a toy policy and a toy reward, under a minute on a CPU
 
-    prompts -> n clips each, codes [B, K, T] -> score [B] -> score against the prompt's other clips -> clipped updates -> LoRA -> adapter
+    prompts -> n clips each, codes [B, K, T] -> marks [B, P] -> score [B] -> score against the prompt's other clips -> clipped updates
+    -> LoRA -> adapter folder
 
 What a clip is worth is what it scores above the others of its prompt, the same for each of its codes: no critic has to learn it
 (see train_ppo.py for one that does). The trainer is TRL's over the flat view of the LM (`rlhf.flat_grpo`); the sampler is ours, and
 what it says is checked against the trainer's scorer. The reference is the policy without its adapter, and --kl-budget ends the run.
+With --weights a score adds what listeners like and what a prompt asks for, each in spreads of the base's clips of the first round.
 
 With --method rloo keep --epochs 1 and --minibatches 1: its ratio is that of a whole clip, of hundreds of codes, and almost all of
 them leave the clip range at the second update.
@@ -46,8 +48,9 @@ from rlhf.dpo_report import NothingLeftError, Recorder
 from rlhf.flat_grpo import FlatGRPOTrainer, FlatRLOOTrainer, Judge
 from rlhf.flat_policy import FlatCausalLM
 from rlhf.journal import speeds
-from rlhf.ppo_task import Task, load_task
+from rlhf.ppo_task import Task, load_task, movement, share_of_code_5, tempi_sha256
 from rlhf.reward_gates import doubt
+from rlhf.rewards import HUMAN, parse_weights, weighted
 from rlhf.rollout import prompt_of
 from rlhf.tracking import Kind
 
@@ -63,13 +66,16 @@ class Config:
     policy: Path = PRETRAINED
     """The base to start from; it is also the reference."""
     reward: Path | None = None
-    """Folder of a trained reward model (train_reward.py)."""
+    """Folder of a trained reward model (train_reward.py). Not needed where --weights gives `human` none: then checks are all."""
     prompts: Path | None = None
     """Prompts to play: .jsonl with `prompt` and, where wanted, `tempo_bpm`, or text, one a line."""
+    weights: str = f"{HUMAN}=1"
+    """Weight of each part of the reward, which is measured in standard deviations of the base's clips of one prompt, those of the first
+    round: human=1,similarity=0.3. All parts are plotted every round; those without a weight are not trained on."""
     toy: bool = False
     """A tiny random policy and a toy reward instead of --policy, --reward and --prompts (what --preset smoke does)."""
     n_frames: int = 100
-    """Codec frames T of a clip that is played."""
+    """Codec frames T a clip; 100 = 4 s with the shipped base. Use the length that was rated."""
     steps: int = 60
     """Rounds of playing and learning."""
     max_minutes: float = 0.0
@@ -132,13 +138,15 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     # 1. Who plays, who judges.
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     if task is None:
-        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts)
+        listeners = bool(parse_weights(cfg.weights).get(HUMAN))
+        task = toy_task(cfg.seed) if cfg.toy else load_task(cfg.policy, cfg.reward, cfg.prompts, listeners=listeners)
+    reward = weighted(parse_weights(cfg.weights), task.score, task.checks, task.least, voted=task.voted)
     args = training_arguments(cfg, task.lm.n_q)
     end_in_good_order()
     doubted = doubt(cfg.reward)
     if doubted and args.should_save:
         print(f"{doubted}; scores are compared within a group, and any spread is a full one here", flush=True)
-    parents = parents_of(cfg, task)
+    parents = parents_of(cfg, task) | {"weights": reward.state_dict()["weights"]}
     newest = latest_training_state(cfg.out, parents) if cfg.resume else None
 
     # 2. The flat view, and the order in which the prompts are played.
@@ -146,8 +154,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     flat = FlatCausalLM(task.lm, task.table, cfg.temperature).eval()
     groups = cfg.steps * cfg.batch_size // cfg.samples_per_prompt
     rows = prompt_of(range(groups), len(task.prompts), 1, cfg.seed)
-    assert task.score is not None
-    judge = Judge(task.score, task.prompts, task.lm.n_q, task.lm.card)
+    judge = Judge(reward, task.prompts, task.lm.n_q, task.lm.card)
 
     # 3. Play, judge, learn.
     recorder = Reporter(cfg, task, 0 if newest is None else read_json(newest / "state.json")["step"], args.should_save)
@@ -171,7 +178,8 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
             reward_sha256=task.reward_sha256,
             licence=cfg.licence,
             config=to_mapping(cfg),
-            figures=figures,
+            figures=figures | ({"ears_sha256": task.ears_sha256} if task.ears_sha256 else {}),
+            objective=reward.state_dict(),
         )
         save_adapter(cfg.out / "adapter", task.lm, manifest)
         recorder.close()
@@ -188,8 +196,20 @@ def check(cfg: Config, world: int) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     check_sharding()
     check_processes(world, cfg.processes)
-    if not cfg.toy and (cfg.reward is None or cfg.prompts is None):
-        raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", "both", "train one with train_reward.py; or --preset smoke")
+    weights = parse_weights(cfg.weights)
+    if not cfg.toy and (cfg.prompts is None or (cfg.reward is None and weights.get(HUMAN))):
+        wanted = "both" if weights.get(HUMAN) else "prompts to play"
+        raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", wanted, "train one with train_reward.py; or --preset smoke")
+    if weights.get("diversity") and (cfg.batch_size // world) % max(cfg.samples_per_prompt, 1):
+        raise UserError(
+            f"a weight of diversity with {cfg.samples_per_prompt} clips a prompt, {cfg.batch_size // world} clips a process",
+            "whole groups on each process: clips of one prompt are compared where they are played",
+            "set --batch-size to a multiple of the processes times --samples-per-prompt",
+        )
+    if cfg.kl_coef <= 0:
+        raise UserError(
+            f"--kl-coef {cfg.kl_coef:g}", "above 0: TRL asks no reference without a price, and no KL would be known", "set 1e-6"
+        )
     refuse_another_run(cfg.out, cfg.resume)
 
 
@@ -198,7 +218,9 @@ def parents_of(cfg: Config, task: Task) -> dict[str, Any]:
     return {
         "base_sha256": task.base_sha256,
         "reward_sha256": task.reward_sha256,
+        "ears_sha256": task.ears_sha256,
         "prompts_sha256": hashlib.sha256("\n".join(task.prompts).encode()).hexdigest(),
+        "tempi_sha256": tempi_sha256(task.table),
         "method": cfg.method,
         "seed": cfg.seed,
     }
@@ -254,13 +276,15 @@ def training_arguments(cfg: Config, n_q: int) -> GRPOConfig | RLOOConfig:
 
 
 def toy_task(seed: int) -> Task:
-    """The toy of `rlhf.dpo_task`, judged by the share of its codes that lie in the lower half of the codebooks."""
+    """The toy of `rlhf.dpo_task`, judged by the share of its codes that lie in the lower half of the codebooks; its checks are those of
+    PPO's toy."""
     from rlhf import train_dpo
     from rlhf.dpo_task import toy_task as dpo_toy
 
     toy = dpo_toy(train_dpo.Config(toy=True, toy_reward=True, seed=seed), n_pairs=1)
     assert toy.own is not None
-    return Task(toy.lm, toy.own.prompts, toy.table, toy.own.score, toy.base_sha256, sound=toy.sound)
+    checks = {"code_5": share_of_code_5, "movement": movement}
+    return Task(toy.lm, toy.own.prompts, toy.table, toy.own.score, toy.base_sha256, checks=checks, sound=toy.sound)
 
 
 class Reporter(Recorder):

@@ -1,6 +1,6 @@
 """Proximal policy optimisation: the reward model's opinion into a LoRA adapter, by playing and being judged.
 
-    accelerate launch rlhf/train_ppo.py --preset votes --reward runs/reward --prompts prompts.txt --heldout-prompts heldout.txt
+    accelerate launch rlhf/train_ppo.py --preset votes --reward runs/reward --prompts train.txt --heldout-prompts watch.txt
     python rlhf/train_ppo.py --preset smoke                       # a toy policy that learns to play one code, under a minute
     torchrun --nproc-per-node 2 rlhf/train_ppo.py ...             # or any accelerate configuration
 
@@ -42,7 +42,7 @@ from base_models.launch import check_processes, open_accelerator
 from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.average import check_decay
-from rlhf.controllers import check_power
+from rlhf.controllers import MOST_STEP, check_power
 from rlhf.journal import timed
 from rlhf.ppo_checkpoint import restore, save
 from rlhf.ppo_look import look, look_is_due, rewind
@@ -72,22 +72,22 @@ class Config:
     prompts: Path | None = None
     """Prompts to play: a .jsonl file with `prompt` and, where wanted, `tempo_bpm`; or a text file, one prompt a line."""
     weights: str = f"{HUMAN}=1"
-    """What a spread of each part of the reward among clips of one prompt is worth: human=1,similarity=0.3,tempo=0. Parts of weight 0 are
-    judged and plotted, not trained on; parts that are not named are plotted at the looks at --heldout-prompts."""
+    """Weight of each part of the reward, which is measured in standard deviations of the base's clips of one prompt:
+    human=1,similarity=0.3,tempo=0. Parts of weight 0 are measured every round and plotted, not trained on; parts that are not named are
+    plotted at the looks at --heldout-prompts."""
     base_looks: int = 1
-    """How often the base plays the prompts of the looks, each time with other seeds: the level at which a part is held and the spread that
-    it is weighed in are taken from all of that. By one look a weight is off by a tenth or two, and a level by as much of a spread."""
+    """Number of validation passes of the base, with different seeds, from which each reward part's baseline level and within-prompt
+    standard deviation are estimated; one pass leaves 10 to 20 percent error in a weight."""
     hold: str = ""
-    """Parts that are to stay at the base's level and not to rise at the listeners' expense, such as similarity,tempo,genre: each one's
-    weight moves from what --weights gives, at each look at --heldout-prompts: up while the clips are worse at it than the base's, else
-    down."""
+    """Parts kept at the base's level, such as similarity,tempo,genre. The weight of each is a Lagrange multiplier that begins at what
+    --weights gives and moves at each look at --heldout-prompts: up while the clips score below the base's on it, else down."""
     frame_weight: float = 0.0
-    """What marked stretches weigh: a clip whose frames were all one nat better beside the rest than they are would be worth so many
-    standard deviations of the score; each frame's share goes to the steps that play it. Needs a reward model that learnt from marks."""
+    """Weight of the reward of single frames, which a reward model that learnt from marked stretches gives; 0 leaves it out. A frame that is
+    one nat better than the rest of its clip earns frame-weight / n-frames standard deviations of the score, for the steps that play it."""
     toy: bool = False
     """A tiny random policy rewarded for one code, instead of --policy, --reward and --prompts (what --preset smoke does)."""
     n_frames: int = 100
-    """Codec frames T of a clip that is played."""
+    """Codec frames T a clip; 100 = 4 s with the shipped base. Use the length that was rated."""
     steps: int = 60
     """Rounds of play and learning."""
     max_minutes: float = 0.0
@@ -95,10 +95,11 @@ class Config:
     batch_size: int = 32
     """Clips a round, over all processes."""
     samples_per_prompt: int = 1
-    """Clips of one prompt in a row."""
+    """Clips of one prompt in a round, played one after another."""
     baseline: Literal["prompt", "loo", "none"] = "prompt"
-    """What is taken from a clip's score first: what its prompt scores on the average of earlier rounds (prompt); what the round's other
-    clips of the prompt score (loo, needs --samples-per-prompt of 2 or more); nothing, and easy prompts drown what the clip itself did."""
+    """What is subtracted from a clip's score: the running mean of its prompt over earlier rounds (prompt); the mean of the round's other
+    clips of the prompt (loo, leave-one-out; needs --samples-per-prompt of 2 or more); nothing (none). With --credit codes it only enters
+    the spread that the reward is divided by."""
     credit: Literal["auto", "score", "codes"] = "auto"
     """score: one number a clip, GAE and a critic. codes: what every other choice of every code would have changed, to first order, by
     the slope of the reward (rlhf/dense.py); a tenth of the clips teach as much. auto: codes where every part of the reward that is
@@ -114,10 +115,9 @@ class Config:
     cfg_coef: float = 1.0
     """Guidance under which clips are played and scored; anything but 1 doubles the time."""
     lr: float = 1.5e-3
-    """Learning rate of the adapter (Adam). Healthy: 5 to 10 % of the ratios clipped, approx_kl about .005. A third of it learnt nothing
-    from 14 rounds in which this one raised the score of a 10M-parameter base by two standard deviations."""
+    """Learning rate of the adapter (Adam). Healthy: 5 to 10 % of the ratios clipped, approx_kl about .005."""
     critic_lr: float = 1e-3
-    """Learning rate of the critic's head."""
+    """Learning rate of the critic's head (Adam). Only --credit score uses it."""
     lr_end: float = 0.1
     """Share of both learning rates that is left at the last step (linear)."""
     max_grad_norm: float = 1.0
@@ -125,16 +125,17 @@ class Config:
     cliprange: float = 0.2
     """How far a step's probability ratio may leave 1 and still be paid for."""
     cliprange_value: float = 0.2
-    """The same for values, in units of the normalised score."""
+    """The same for values, in units of the normalised score. Only --credit score uses it."""
     vf_coef: float = 0.5
-    """Weight of the value loss. Critic and adapter share no parameters, so it only scales the critic's clipped gradient."""
+    """Weight of the value loss. Critic and adapter share no parameters, so it only scales the critic's clipped gradient. Only --credit
+    score uses it."""
     ent_coef: float = 0.0
-    """Bonus for entropy, nats a step."""
+    """Bonus for entropy, nats a step; --credit codes takes none."""
     gamma: float = 1.0
-    """Discount a step; a clip ends by itself, so 1."""
+    """Discount a step; a clip ends by itself, so 1. Only --credit score uses it."""
     lam: float = 1.0
-    """GAE's trade: 1 trusts the score alone, 0 the critic alone. The usual .95 leaves the first of 100 steps .6 % of a score that
-    comes with the last, until the critic knows better; in a run of a hundred rounds it never does. Long runs: .95 to .99."""
+    """GAE's lambda: 1 trusts the score alone, 0 the critic alone. At .95 the first of 100 steps gets .6 % of a score that comes with the
+    last, the rest is the critic's guess; use .95 to .99 where a run is long enough to train it. Only --credit score uses it."""
     kl_coef: float = 0.03
     """Price of a nat of KL, in standard deviations of the score."""
     target_kl: float | None = None
@@ -188,6 +189,21 @@ class Config:
     seed: int = 0
     """Seed of the adapter's start, the prompts' order, the clips and the minibatches."""
 
+
+GROUPS = {
+    "reward": "reward score_command weights base_looks hold frame_weight",
+    "sampling": "prompts n_frames batch_size samples_per_prompt temperature cfg_coef",
+    "credit": "credit baseline gamma lam critic_lr vf_coef cliprange_value",
+    "optimisation": "lr lr_end max_grad_norm cliprange ent_coef epochs minibatches microbatch average r alpha precision",
+    "KL": "kl_coef target_kl kl_horizon kl_coef_least kl_power",
+    "validation and early stopping": "heldout_prompts heldout_clips look_every watch_command brake kl_budget max_disagreement min_diversity"
+    " patience",
+}
+"""What --help shows together; the rest is the run's."""
+PRESETS_SAY = {
+    "votes": "a reward model of listeners' votes, held to prompt, tempo, genre and diversity of the base; 40 rounds",
+    "smoke": "a toy policy that learns to play one code; under a minute on a CPU, nothing to download",
+}
 
 TOY: dict[str, Any] = {
     "toy": True,
@@ -248,6 +264,8 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     if cfg.credit == "auto" and run.credit == "score":
         flat = ", ".join(without_slope(task, run.reward.trained, bool(cfg.frame_weight)))
         accelerator.print(f"credit by score, which needs ten times the clips of credit code by code: {flat} has no slope")
+    if idle := idle_settings(cfg, run.credit):
+        accelerator.print(f"credit code by code has no critic and no returns: {', '.join(idle)} change nothing; they are of --credit score")
     if cfg.resume:
         restore(run)
     if run.step == 0 and len(run.reward.trained) > 1 and (remedy := blind_to_spreads(cfg, task)):
@@ -255,10 +273,15 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
             "parts are weighed by how clips of all prompts differ, which gives a taste less say than its weight: no prompt has two clips to"
             f" measure by; give {remedy}"
         )
-    told = Teller(cfg, task, run.step, accelerator.is_main_process)
+    told = Teller(cfg, task, run.step + (run.over_budget is not None), accelerator.is_main_process)
     stopped, kl = "steps", float("nan")
     if run.step == 0 and look_is_due(run):
         told.first_look(look(run), run.examples)
+    unseen = [] if cfg.brake == "off" else run.brake.unseen
+    if unseen:
+        accelerator.print(
+            f"the brake does not watch {', '.join(unseen)}: {'nobody can tell' if task.heldout else 'give --heldout-prompts'}"
+        )
 
     while run.step < cfg.steps and run.braked is None:
         seconds: dict[str, float] = {}
@@ -269,7 +292,8 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         with timed(seconds, "judge"):
             rollout, figures = run.judge(mine)
         kl = figures["kl"]
-        if run.braked is not None:
+        if run.braked is not None:  # the round that went too far is told and not learnt from
+            told.step(run.step + 1, figures, {**seconds, "learn": 0.0}, rollout.codes.numel(), run.examples)
             break
         # 4. Learn.
         with timed(seconds, "learn"):
@@ -303,6 +327,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         kl = run.drift()  # no round has played it
     result |= {"kl": round(kl, 4)} if math.isfinite(kl) else {}
     result["reward_in_doubt"] = doubted is not None
+    result["brake_unseen"] = unseen
     result["seconds"] = round(time.monotonic() - began, 1)
     if accelerator.is_main_process:
         manifest = Manifest(
@@ -335,6 +360,13 @@ def check(cfg: Config, world: int) -> None:
     sizes = (cfg.batch_size, cfg.minibatches, cfg.epochs, cfg.microbatch, cfg.n_frames, cfg.samples_per_prompt, cfg.steps)
     if min(*sizes, cfg.look_every, cfg.heldout_clips, cfg.base_looks, cfg.patience) < 1:
         raise UserError("a size below 1", "1 or more everywhere", "correct batch_size, minibatches, epochs, steps, n_frames or look_every")
+    if min(cfg.save_every, cfg.temperature) <= 0 or not 0 < cfg.lr_end <= 1:
+        got = f"--save-every {cfg.save_every}, --temperature {cfg.temperature:g}, --lr-end {cfg.lr_end:g}"
+        raise UserError(got, "1 or more, above 0, and above 0 up to 1", "correct it")
+    if cfg.target_kl is not None and (cfg.target_kl <= 0 or cfg.kl_horizon <= MOST_STEP * cfg.batch_size):
+        got = f"--target-kl {cfg.target_kl:g} with --kl-horizon {cfg.kl_horizon} and --batch-size {cfg.batch_size}"
+        more = f"a target above 0, and a horizon of more than {MOST_STEP:g} batches: a round would take the whole price away for good"
+        raise UserError(got, more, "raise them")
     if not 0 <= cfg.kl_coef_least <= cfg.kl_coef:
         raise UserError(f"--kl-coef-least {cfg.kl_coef_least:g}", f"0 to --kl-coef, {cfg.kl_coef:g}", "lower it, or raise the first price")
     check_decay(cfg.average)
@@ -353,6 +385,12 @@ def check(cfg: Config, world: int) -> None:
             "two or more: a clip by itself differs from nothing",
             "set --samples-per-prompt 2 and --heldout-clips 2",
         )
+    if parse_weights(cfg.weights).get("diversity") and (cfg.batch_size // world) % cfg.samples_per_prompt:
+        raise UserError(
+            f"a weight of diversity with {cfg.samples_per_prompt} clips a prompt, {cfg.batch_size // world} clips a process",
+            "whole groups on each process: clips of one prompt are compared where they are played",
+            "set --batch-size to a multiple of the processes times --samples-per-prompt",
+        )
     if cfg.batch_size % (world * cfg.minibatches):
         raise UserError(
             f"batch_size {cfg.batch_size} for {world} process(es) x {cfg.minibatches} minibatches",
@@ -360,6 +398,16 @@ def check(cfg: Config, world: int) -> None:
             "change --batch-size or --minibatches",
         )
     refuse_another_run(cfg.out, cfg.resume)
+
+
+BY_SCORE_ALONE = ("ent_coef", "gamma", "lam", "critic_lr", "vf_coef", "cliprange_value")
+
+
+def idle_settings(cfg: Config, credit: str) -> list[str]:
+    """Flags that were given a value of their own and that this credit leaves unused."""
+    if credit != "codes":
+        return []
+    return [f"--{name.replace('_', '-')}" for name in BY_SCORE_ALONE if getattr(cfg, name) != getattr(Config, name)]
 
 
 def blind_to_spreads(cfg: Config, task: Task) -> str | None:
@@ -386,4 +434,4 @@ def check_task(cfg: Config, task: Task) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, show=lambda figures: json.dumps(figures, indent=2))
+    run(main, Config, PRESETS, show=lambda figures: json.dumps(figures, indent=2), say=PRESETS_SAY, groups=GROUPS)

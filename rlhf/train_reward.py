@@ -57,6 +57,7 @@ from rlhf.reward_toy import toy_base, write_toy_snapshot
 from rlhf.token_fit import Recipe
 from rlhf.token_reward import TrunkShape
 from rlhf.token_trial import Trial, verdict
+from rlhf.trusted import demand_raters
 
 
 @dataclass(frozen=True)
@@ -245,12 +246,7 @@ def check_votes(snapshot: Snapshot, cfg: Config) -> None:
     who = sorted({vote.rater for vote in ordered})
     if ordered and all(vote.choice == TIE for vote in ordered):
         raise UserError(f"{len(ordered)} votes that order, all of them ties", "votes for a side", "collect votes on pairs that differ more")
-    if len(who) == 1 and not cfg.one_rater:
-        raise UserError(
-            f"votes of one rater alone ({who[0]})",
-            "at least two raters, else nobody can tell how right a model can be",
-            "invite a second rater, or pass --one-rater for a reward of this one person's taste",
-        )
+    demand_raters(who, cfg.one_rater)
 
 
 def check_base(base: Base, cfg: Config) -> None:

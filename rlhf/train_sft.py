@@ -1,7 +1,7 @@
 """Supervised fine-tuning on winners: the simplest thing that votes can be used for, and so a rival that PPO and DPO must beat.
 
     accelerate launch rlhf/train_sft.py --snapshot runs/votes --out runs/sft                  # the clips that listeners chose
-    accelerate launch rlhf/train_sft.py --reward runs/reward --prompts prompts.txt --out runs/sft   # the best of n, by the reward
+    accelerate launch rlhf/train_sft.py --reward runs/reward --prompts examples/train.txt --out runs/sft   # the best of n, by the reward
     python rlhf/train_sft.py --preset smoke                      # a toy policy and toy votes, seconds on a CPU
 
     snapshot, or prompts -> best of n -> winners: codes [K, T], weight -> -log pi(codes) in nats a code -> LoRA -> adapter folder
@@ -60,6 +60,8 @@ class Config:
     weights_by: WeightsBy = "agreement"
     """What raters weigh by: how often they agree with others on common pairs (careless ones weigh little, adversaries nothing; alike
     where nobody shares a pair), or nothing, and then all votes count alike."""
+    one_rater: bool = False
+    """Allow the votes of a single rater: what is learnt is one person's taste, and nobody can tell how right it can be."""
     best_of: int = 8
     """Candidates for each winner that is sampled."""
     clips_per_prompt: int = 1

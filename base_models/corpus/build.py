@@ -74,6 +74,16 @@ def build_corpus(
 
     A corpus with other parameters in `out_dir` is replaced; any other non-empty folder is refused with a UserError. The corpus
     is built beside `out_dir` and renamed when whole, so an interrupted build leaves nothing there.
+
+    Args:
+        out_dir: The corpus's folder, new or empty, or an older demo corpus.
+        n_clips: Clips over all splits, 1 or more.
+        duration_s: Seconds a clip, 1 to 60.
+        sample_rate: Of the clips, 8000 to 48000 Hz.
+        seed: Decides, with a clip's number, all that is random in it.
+        workers: Processes that render; at any number the same clips.
+        stems: Write lead, backing, bass and drums of each clip too.
+
     Returns: out_dir, which holds metadata.jsonl, build.json and one FLAC a clip (with `stems`, four more a clip under stems/).
     """
     if n_clips < 1 or workers < 1:

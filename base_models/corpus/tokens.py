@@ -169,7 +169,14 @@ if __name__ == "__main__":
     from base_models.codec import load_codec
 
     def run(corpus: Path, codec: Path, out: Path, segment_s: float = 6.0) -> None:
-        """Tokenise a corpus and print the folder."""
+        """Tokenise a corpus and print the folder.
+
+        Args:
+            corpus: The corpus's folder, as built or imported.
+            codec: The codec's folder.
+            out: Folder of the tokens.
+            segment_s: Seconds of a segment; a longer clip is cut into several.
+        """
         print(tokenise(corpus, load_codec(codec), out, segment_s))
 
     tyro.cli(run)

@@ -1,6 +1,6 @@
 """Votes by the real road: a campaign in SQL, the app as a server, simulated raters as HTTP clients, a frozen snapshot.
 
-    python -m rlhf.proof.collect --manifest samples/manifest.jsonl --out DIR --raters 16 --target-votes 2 -- --taste drive --crew crowd
+    python -m rlhf.proof.collect --manifest samples/manifest.jsonl --pairs pairs.jsonl --out DIR --raters 16 -- --taste drive --crew crowd
 
 What stands behind `--` goes to rlhf.simulation.vote, which is a program of its own. DIR gets encore.db and snapshot/. Votes that an
 interrupted call has stored are kept; raters go on with the pairs that they have not heard."""
@@ -32,12 +32,15 @@ def access_code(store: Store, handle: str) -> str:
         return str(store.renew_token(handle))
 
 
-def collect(manifest: Path, out: Path, raters: int, target_votes: int, vote: list[str]) -> dict[str, object]:
-    """Set the campaign up, let the raters vote until no pair is left, freeze. Returns the snapshot's description."""
+def collect(manifest: Path, pairs: Path | None, out: Path, raters: int, target_votes: int, vote: list[str]) -> dict[str, object]:
+    """Set the campaign up, let the raters vote until no pair is left, freeze. Returns the snapshot's description.
+
+    pairs: which clips meet; None lets every two clips of a prompt meet."""
     out.mkdir(parents=True, exist_ok=True)
     database = f"sqlite:///{(out / 'encore.db').resolve()}"
     asked = [part for aspect in ASPECTS for part in ("--aspect", aspect)]
-    wanted = ["--target-votes", str(target_votes), "--min-listen-ms", "0", "--all-pairs", *asked]
+    meet = ["--all-pairs"] if pairs is None else ["--pairs", str(pairs)]
+    wanted = ["--target-votes", str(target_votes), "--min-listen-ms", "0", *meet, *asked]
     campaign = ["-m", "feedback_app.campaigns", "--db", database, "--name", CAMPAIGN, "--manifest", str(manifest), *wanted]
     subprocess.run([sys.executable, *campaign], cwd=TOP, check=True)
     accounts = out / "raters.json"
@@ -65,11 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, help="which clips meet (default: every two of a prompt)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--raters", type=int, default=16)
     parser.add_argument("--target-votes", type=int, default=2)
     args = parser.parse_args(argv[:cut])
-    print(json.dumps(collect(args.manifest, args.out, args.raters, args.target_votes, argv[cut + 1 :])))
+    print(json.dumps(collect(args.manifest, args.pairs, args.out, args.raters, args.target_votes, argv[cut + 1 :])))
     return 0
 
 

@@ -1,7 +1,7 @@
 """The proof as a graph of cells: what is trained on what, and who judges it.
 
-    prompts -> samples of the base -> votes through the app -> snapshot -> (first N, turned) -> reward -> PPO | DPO | best of n | SFT
-    -> held-out prompts -> the taste judges in a process of its own
+    prompts -> samples of the base -> pairs that sound least alike -> votes through the app -> snapshot -> (first N, turned)
+    -> reward -> PPO | DPO | best of n | SFT -> held-out prompts -> the taste judges in a process of its own
 
 A replication (seed) has prompts, clips, votes, reward, training and held-out prompts of its own. The tastes of one seed vote on the same
 clips. Prompts come from ranges that never meet: training 100 + seed, play 200 + seed, watch 300 + seed, held out 9000 + seed, familiar
@@ -38,11 +38,13 @@ class Sizes:
     """How much of everything."""
 
     train_prompts: int = 252
-    clips: int = 4
+    clips: int = 8
+    pairs: int = 8
+    """Of each prompt that listeners are asked about: those that sound least alike (rlhf.apart)."""
     raters: int = 16
     target_votes: int = 2
     votes: int = 2000
-    """Votes of the main table and of the controls; some 3,000 are collected (252 prompts of 6 pairs, 2 votes each)."""
+    """Votes of the main table and of the controls; some 4,000 are collected (252 prompts of 8 pairs, 2 votes each)."""
     play_prompts: int = 480
     watch_prompts: int = 48
     """By which PPO's brake watches the run; training prompts too, since nobody may look at held-out ones."""
@@ -66,8 +68,8 @@ class Sizes:
 
 
 SMALL = Sizes(
-    train_prompts=24, clips=3, raters=6, target_votes=1, votes=60, play_prompts=12, watch_prompts=6, heldout_prompts=12, trail_prompts=12,
-    duration_s=1.0, best_of=2, adapted_best_of=2, weak_votes=40, shuffles=2, known_clips=60,
+    train_prompts=24, clips=3, pairs=3, raters=6, target_votes=1, votes=60, play_prompts=12, watch_prompts=6, heldout_prompts=12,
+    trail_prompts=12, duration_s=1.0, best_of=2, adapted_best_of=2, weak_votes=40, shuffles=2, known_clips=60,
 )  # fmt: skip
 """The same graph in minutes, to see that it runs. Its figures mean nothing."""
 
@@ -197,14 +199,21 @@ class Builder:
         given = (*self.on_policy, "--prompts", place(prompts, "prompts.jsonl"), "-n", str(self.sizes.clips))
         to = ("--system", "base", "--out", f"{HERE}/samples")
         how = ("--seed", str(seed + 50 * self.tuning), "--duration", str(self.sizes.duration_s), *to)
-        return Cell(f"samples/s{seed}", (*program("rlhf.cli"), "sample", *given, *how), (prompts,), weight=120)
+        return Cell(f"samples/s{seed}", (*program("rlhf.cli"), "sample", *given, *how), (prompts,), weight=240)
+
+    def pairs(self, seed: int) -> Cell:
+        samples = self.samples(seed)
+        given = (*self.on_policy, "--manifest", place(samples, "samples", "manifest.jsonl"), "--out", f"{HERE}/pairs.jsonl")
+        argv = (*program("rlhf.proof.pairs"), *given, "--pairs-per-prompt", str(self.sizes.pairs))
+        return Cell(f"pairs/s{seed}", argv, (samples,), weight=40)
 
     def votes(self, taste: str, seed: int) -> Cell:
-        samples = self.samples(seed)
-        given = ("--manifest", place(samples, "samples", "manifest.jsonl"), "--out", HERE)
+        samples, pairs = self.samples(seed), self.pairs(seed)
+        shown = ("--manifest", place(samples, "samples", "manifest.jsonl"), "--pairs", place(pairs, "pairs.jsonl"))
+        given = (*shown, "--out", HERE)
         size = ("--raters", str(self.sizes.raters), "--target-votes", str(self.sizes.target_votes))
         vote = ("--", "--taste", taste, "--seed", str(seed), *self.arguments.crew)
-        return Cell(f"votes/{taste}/s{seed}", (*program("rlhf.proof.collect"), *given, *size, *vote), (samples,), weight=80)
+        return Cell(f"votes/{taste}/s{seed}", (*program("rlhf.proof.collect"), *given, *size, *vote), (samples, pairs), weight=110)
 
     def snapshot(self, taste: str, seed: int, votes: int, turn: str = "none", turn_seed: int = 0) -> Cell:
         parent = self.votes(taste, seed)

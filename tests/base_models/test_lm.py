@@ -8,7 +8,7 @@ from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderC
 
 from base_models.conditions import Conditions
 from base_models.errors import UserError
-from base_models.lm import MusicLM, MusicLMConfig, disable_functional_dropout, load_lm, sum_by_step
+from base_models.lm import MusicLM, MusicLMConfig, codes_of_steps, disable_functional_dropout, load_lm, sum_by_step
 from base_models.patterns import delay_mask
 from base_models.sampling import generate
 
@@ -183,3 +183,10 @@ def test_musicgen_without_text_is_unconditional(musicgen_folder):
 def test_unknown_pattern_is_refused():
     with pytest.raises(UserError, match="delay"):
         MusicLM(MusicLMConfig(pattern="flatten"))
+
+
+def test_each_code_has_the_value_of_the_step_at_which_it_stands():
+    """codes_of_steps is the adjoint of sum_by_step."""
+    codes, steps = torch.randn(2, 4, 5), torch.randn(2, 8)
+    torch.testing.assert_close((sum_by_step(codes) * steps).sum(), (codes * codes_of_steps(steps, 4)).sum())
+    assert codes_of_steps(torch.arange(8)[None], 4).tolist() == [[[0, 1, 2, 3, 4], [1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [3, 4, 5, 6, 7]]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from base_models.errors import UserError
-from base_models.settings import parse, to_mapping
+from base_models.settings import attribute_docstrings, parse, to_mapping
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,72 @@ def test_help_tells_each_attribute_docstring(capsys):
     with pytest.raises(SystemExit):
         parse(Config, PRESETS, ["--help"])
     assert "How many updates." in capsys.readouterr().out
+
+
+@pytest.fixture
+def shown(capsys, monkeypatch):
+    """shown(*argv, **how) -> --help as a terminal of 80 columns shows it, without its frames."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def show(*argv, **how) -> str:
+        with pytest.raises(SystemExit):
+            parse(Config, PRESETS, [*argv, "--help"], **how)
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    return show
+
+
+def test_help_lists_preset_and_config_as_options_with_a_line_for_each_preset(shown):
+    told = shown()
+    assert "--preset NAME A named set of values to start from; `--preset X --help` shows its values. smoke: sets steps, out" in told
+    assert "--config FILE A .toml or .json file" in told
+    assert "smoke: in a moment" in shown(say={"smoke": "in a moment"})
+    assert "How many updates. (default: 3)" in shown("--preset", "smoke")
+
+
+def test_help_shows_settings_in_groups_and_the_rest_as_the_runs(shown):
+    told = shown(groups={"where": "out sizes"})
+    of_run, where = told.partition(" run options ")[2].split(" where options ")
+    assert "--steps" in of_run
+    assert "--out" in where
+    assert "--sizes" in where
+    assert " run options " not in shown()
+
+
+@pytest.mark.parametrize("groups", [None, {"where": "out sizes"}, {"a": "sizes", "b": "steps out"}])
+def test_groups_change_nothing_of_what_is_read(groups, tmp_path):
+    (tmp_path / "c.toml").write_text("sizes = [5]\n")
+    argv = ["--preset", "smoke", "--config", str(tmp_path / "c.toml"), "--out", "y"]
+    assert parse(Config, PRESETS, argv, groups=groups) == Config(3, Path("y"), (5,))
+    with pytest.raises(SystemExit):
+        parse(Config, PRESETS, ["--stepz", "1"], groups=groups)
+
+
+@pytest.mark.parametrize("groups", [{"a": "stepz"}, {"a": "steps", "b": "steps"}])
+def test_a_group_of_no_field_or_of_anothers_is_our_own_bug(groups):
+    with pytest.raises(AssertionError, match="step"):
+        parse(Config, PRESETS, [], groups=groups)
+
+
+@dataclass(frozen=True)
+class Parent:
+    steps: int = 1
+    """Of the
+    parent."""
+
+
+@dataclass(frozen=True)
+class Child(Parent):
+    lr: float = 0.1
+    """Its
+    own; `words`
+    (and more)."""
+    silent: int = 0
+
+
+def test_a_docstring_of_several_lines_is_one_and_a_parents_counts():
+    assert attribute_docstrings(Child) == {"steps": "Of the parent.", "lr": "Its own; `words` (and more)."}
+    assert attribute_docstrings(int) == {}
 
 
 def test_a_writer_threads_disk_trouble_is_left_to_the_line_of_the_main_thread_and_nothing_else_is(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,11 +69,29 @@ def test_rows_carry_what_training_needs(store: Store, campaign: str, add_raters:
     }  # fmt: skip
     clip = read_lines(tmp_path / "out/one/clips.jsonl")[0]
     assert set(clip) == {
-        "sha256", "uri", "codes_uri", "prompt_id", "prompt", "tempo_bpm", "genre", "system", "policy_sha256",
+        "sha256", "uri", "codes_uri", "codes_sha256", "prompt_id", "prompt", "tempo_bpm", "genre", "system", "policy_sha256",
         "adapters", "seed", "duration_s", "sample_rate", "licence", "consent", "gen", "size_bytes", "lufs", "true_peak_dbfs",
     }  # fmt: skip
     assert clip["seed"] >= 2**40
     assert Path(clip["uri"]).is_file()
+
+
+def test_a_snapshot_knows_the_codes_of_its_clips_where_they_can_be_read(
+    store: Store, make_rows: Callable, add_raters: Callable, tmp_path: Path
+) -> None:
+    rows = make_rows(2)
+    for number, row in enumerate(rows[:3]):
+        row["codes_file"] = f"{number}.npy"
+        (tmp_path / "clips" / row["codes_file"]).write_bytes(b"codes %d" % number)
+    store.create_campaign("c", rows, tmp_path / "clips", target_votes=2, min_listen_ms=0)
+    vote_for_base(store, add_raters(1)[0])
+    (tmp_path / "clips" / "2.npy").unlink()
+    first = export_snapshot(store, "c", tmp_path / "out", "one")
+    clips = {clip["sha256"]: clip["codes_sha256"] for clip in read_lines(tmp_path / "out/one/clips.jsonl")}
+    known = [hashlib.sha256(b"codes %d" % number).hexdigest() for number in range(2)]
+    assert [clips[row["sha256"]] for row in rows] == [*known, None, None]
+    (tmp_path / "clips" / "0.npy").write_bytes(b"others")
+    assert export_snapshot(store, "c", tmp_path / "out", "two")["sha256"] != first["sha256"]
 
 
 def test_ties_and_both_bad_stay_apart(store: Store, campaign: str, add_raters: Callable, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -96,6 +97,24 @@ def test_a_restarted_server_knows_its_sessions_and_leases_and_asks_for_consent_i
     for path in ("upload", "file=/etc/passwd", "queue/join", "proxy=http://example.com", "info"):
         assert httpx.post(f"{second.url}/gradio_api/{path}", timeout=60).status_code == 404
         assert httpx.get(f"{second.url}/gradio_api/{path}", timeout=60).status_code == 404
+
+
+def test_each_rater_that_is_named_gets_a_code_once(demo: object) -> None:
+    names = [part for name in ("ada", "bo", "ada") for part in ("--rater", name)]
+    command = [sys.executable, "-m", "feedback_app.app", "--db", demo.url, "--port", "0", *names]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        said = ""
+        while "ready at" not in said and (line := process.stdout.readline()):
+            said += line
+        process.terminate()
+    codes = dict(re.findall(r"Sign in as (\w+) with access code (\S+)", said))
+    assert said.count("Sign in as") == 2
+    with open_store(demo.url) as store:
+        for name in ("ada", "bo"):
+            rater = store.sign_in(name, codes[name])
+            assert rater is not None
+            assert rater.handle == name
 
 
 def test_a_port_in_use_is_an_error_with_a_remedy(demo: object) -> None:

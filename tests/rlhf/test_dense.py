@@ -137,3 +137,14 @@ def test_clips_may_be_chosen_from_a_table_in_any_order():
     assert (loss, stats) == (again, more)
     assert torch.equal(found, wanted)
     assert torch.equal(normaliser, same)
+
+
+def test_clips_whose_prompt_asks_nothing_do_not_take_the_others_slope_away():
+    """Half a batch and more has no slope where parts are asked for by few prompts."""
+    slope = torch.zeros(5, 3, 4)
+    slope[1], slope[3] = 1.0, 100.0
+    made = limited(slope)
+    torch.testing.assert_close(made[1], slope[1])
+    assert made[3].norm() == pytest.approx(2 * float(slope[1].norm()), rel=1e-5)
+    assert made[[0, 2, 4]].abs().max() == 0
+    assert limited(torch.zeros(2, 3, 4)).abs().max() == 0

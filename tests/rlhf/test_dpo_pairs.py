@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from base_models.checkpoint import latest_training_state, save_training_state
+from base_models.errors import UserError
 from rlhf.dpo_pairs import learnt_and_held_out, parents_of
 from rlhf.dpo_task import Task, toy_task
+from rlhf.flat_kto import BadClip
 from rlhf.train_dpo import Config
 
 CFG = Config(toy=True, toy_reward=True, held_out=0.2)
@@ -45,11 +49,17 @@ def test_a_shuffle_turns_learnt_pairs_alone(task: Task) -> None:
     assert sorted(map(sorted, names(after[0]))) == sorted(map(sorted, names(before[0])))
 
 
-def test_a_resumed_run_is_bound_to_pairs_order_weights_prompts_and_loss_but_to_no_folder(task: Task) -> None:
+def test_a_resumed_run_is_bound_to_pairs_order_weights_codes_prompts_tempi_and_loss_but_to_no_folder(task: Task) -> None:
     bound = parents_of(CFG, task, task.pairs)
     assert parents_of(replace(CFG, out=Path("elsewhere")), task, task.pairs) == bound
     assert task.own is not None
+    other_codes = replace(task.pairs[0], rejected_codes=task.pairs[0].rejected_codes + 1)
+    bad = BadClip("0", "toy prompt 0", None, task.pairs[0].rejected_codes, 1.0)
+    slower = replace(task.table, tempo_bpm=torch.full((len(task.table),), 60.0))
     others = [
+        (CFG, task, [other_codes, *task.pairs[1:]]),
+        (CFG, replace(task, bad=(bad,)), task.pairs),
+        (CFG, replace(task, table=slower), task.pairs),
         (CFG, task, task.pairs[::-1]),
         (CFG, task, [replace(task.pairs[0], weight=2.0), *task.pairs[1:]]),
         (CFG, replace(task, own=replace(task.own, prompts=task.own.prompts[1:])), task.pairs),
@@ -57,3 +67,12 @@ def test_a_resumed_run_is_bound_to_pairs_order_weights_prompts_and_loss_but_to_n
         (replace(CFG, loss="ipo"), task, task.pairs),
     ]
     assert all(parents_of(*other) != bound for other in others)
+
+
+def test_a_run_without_rated_clips_and_tempi_goes_on_from_checkpoints_that_know_neither(task: Task, tmp_path: Path) -> None:
+    bound = parents_of(CFG, replace(task, pairs=[]), [])
+    before = {name: value for name, value in bound.items() if name not in ("codes_sha256", "tempi_sha256")}
+    save_training_state(tmp_path, 1, {}, {}, before)
+    assert latest_training_state(tmp_path, bound)
+    with pytest.raises(UserError, match="without codes_sha256: an earlier version began it"):
+        latest_training_state(tmp_path, parents_of(CFG, task, task.pairs) | {"ordered_pairs_sha256": bound["ordered_pairs_sha256"]})

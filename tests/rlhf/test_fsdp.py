@@ -29,10 +29,11 @@ from rlhf.ppo_task import toy_task
 from tests.rlhf.ppo_toys import config
 
 def rounds(sharding, credit):
-    """Two rounds and a look: the run, its clips and what it told."""
+    """Two rounds and a look: the run, its clips and what it told. By codes the processes meet 29 and 28 clips of the second round, in 8
+    and 7 passes of the base: a pass that only one of them made would wait for the other for ever."""
     os.environ["ACCELERATE_USE_FSDP"] = str(sharding).lower()
     accelerator = open_accelerator(2, ("fsdp",))
-    run = Run(config(Path("run"), credit=credit, batch_size=8, microbatch=3, heldout_clips=1, brake="off"), toy_task(0), accelerator)
+    run = Run(config(Path("run"), credit=credit, batch_size=32, microbatch=4, heldout_clips=1, brake="off"), toy_task(0), accelerator)
     told, codes = [], []
     for _ in range(2):
         rollout, figures = run.judge(run.play())
@@ -105,4 +106,4 @@ def test_ppo_with_its_frozen_base_in_shards_plays_and_learns_what_whole_processe
         assert told["same_clips"]
         assert told["moved"] > 1e-3
         for name in ("adapter", "base", "told"):
-            assert told[name] < 1e-5, (name, told[name])
+            assert told[name] < 1e-6, (name, told[name])

@@ -170,7 +170,10 @@ print(json.dumps({
 '''
 
 
-@pytest.mark.parametrize(("trainer", "kills"), [("ppo", 20), ("ppo held", 10), ("dpo", 10), ("rounds", 10), ("rounds held", 5), ("sft", 5)])
+@pytest.mark.parametrize(
+    ("trainer", "kills"),
+    [("ppo", 20), ("ppo held", 10), ("dpo", 10), ("rounds", 10), ("rounds held", 5), ("sft", 5), ("grpo", 3), ("kto", 3)],
+)
 def test_killed_again_and_again_a_run_ends_with_the_weights_and_the_words_of_the_undisturbed_one(
     trainer: str, kills: int, tmp_path: Path
 ) -> None:
@@ -182,7 +185,7 @@ def test_killed_again_and_again_a_run_ends_with_the_weights_and_the_words_of_the
     print(told)
     assert told["kills"] >= kills
     assert told["during_saves"] >= kills // 5
-    assert told["checkpoints"] >= 3  # the kills fell at several places of the run
+    assert told["checkpoints"] >= min(3, kills - 1)  # the kills fell at several places of the run
     assert told["same_weights"], told
     assert told["same_words"], told["odd"]
     assert told["same_held"]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from adapters.library import read_adapter
-from base_models.checkpoint import read_json, write_json
+from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.policy import load_policy
 from db.export import is_recorded
@@ -63,7 +63,7 @@ def files(tmp_path_factory) -> Path:
 
 def arguments(files: Path, policy: Path, out: Path, n_votes: int = 1000) -> list[str]:
     sizes = ["--duration", "0.6", "--target-votes", "1", "--ab-votes", "1", "--min-listen-ms", "0", "--min-decided", "2"]
-    learns = ["--method", "sft", "--train", "--steps 2 --kl-clips 0 --held-out 0 --lr 0.05 --r 4"]
+    learns = ["--method", "sft", "--train", "--steps 2 --kl-clips 0 --held-out 0 --lr 0.05 --r 4 --one-rater"]
     names = ["--prompts", files / "train.txt", "--heldout", files / "heldout.txt", "--policy", policy, "--out", out, "--rounds", "1"]
     rater = f"python {files / 'rater.py'} {{url}} {{campaign}} {{accounts}} {n_votes}"
     return [*map(str, ["loop", *names]), *sizes, *learns, "--raters", rater, "--accounts", "3"]
@@ -93,6 +93,37 @@ def test_a_round_goes_from_clips_to_a_verdict(played):
     assert told["why"] in lines
     assert "Champion: " in lines
     assert (played / "report.md").read_text() == lines + "\n"
+
+
+def test_a_round_of_ppo_learns_from_a_reward_and_is_watched_on_rated_prompts_that_it_does_not_play(files, policy_dir, tmp_path):
+    """The default method from votes to verdict, by the programs that it starts: the preset, which holds what prompts ask for."""
+    (tmp_path / "train.txt").write_text(
+        "".join(f"{mood} {genre}\n" for mood in ("sad", "calm", "dark") for genre in ("folk", "rock", "jazz"))
+    )
+    argv = arguments(files, policy_dir, tmp_path / "run")
+    argv[argv.index("--prompts") + 1] = str(tmp_path / "train.txt")
+    argv[argv.index("--method") + 1] = "ppo"
+    argv[argv.index("--train") + 1] = "--steps 1 --batch-size 4 --microbatch 4 --base-looks 1 --listen 0 --r 4"
+    assert cli.main([*argv, "--reward=--one-rater"]) == 0
+    folder = tmp_path / "run" / "rounds" / "01"
+    plays, watch = ({row["prompt"] for row in read_jsonl(folder / f"{name}.jsonl")} for name in ("play", "watch"))
+    assert len(watch) == 2
+    assert not plays & watch
+    assert plays | watch == set((tmp_path / "train.txt").read_text().splitlines())
+    told = read_json(folder / "train" / "config.json")
+    assert (told["hold"], told["heldout_prompts"]) == ("similarity,tempo,genre,diversity", str(folder / "watch.jsonl"))
+    manifest = read_adapter(folder / "train" / "adapter").manifest
+    assert manifest.reward_sha256
+    assert {"human", "similarity"} <= manifest.objective["weights"].keys()
+    assert read_json(folder / "stages" / "verdict.json")["why"]
+
+
+def test_ppo_needs_prompts_to_watch(files, policy_dir, tmp_path):
+    (tmp_path / "one.txt").write_text("sad piano\n")
+    given = {"prompts": tmp_path / "one.txt", "heldout": files / "heldout.txt", "policy": policy_dir, "out": tmp_path / "run"}
+    with pytest.raises(UserError, match="1 prompt in"):
+        Loop(settings(given), Collecting())
+    Loop(settings(given | {"train": "--heldout-prompts=watch.txt"}), Collecting())
 
 
 def test_held_out_votes_are_never_trained_on(played):
@@ -155,7 +186,7 @@ def test_a_round_plays_the_champion_and_trains_from_the_base(played, tmp_path):
     made = promoted_round(played, tmp_path, won=36, lost=4)
     made.verdict()
     champion = made.loop.champion()
-    loop = Loop(settings({"out": made.loop.out, "train": "--steps 1 --lr 0 --kl-clips 0 --held-out 0 --r 4"}), Collecting())
+    loop = Loop(settings({"out": made.loop.out, "train": "--one-rater --steps 1 --lr 0 --kl-clips 0 --held-out 0 --r 4"}), Collecting())
     second = loop.round(2)
     assert second.samples() == {"adapter_sha256": champion["adapter_sha256"]}
     clips = [json.loads(line) for line in (second.folder / "samples" / "manifest.jsonl").read_text().splitlines()]

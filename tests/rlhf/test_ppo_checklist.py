@@ -488,6 +488,14 @@ def test_13_padding_batch_order_and_microbatch_size_change_no_weight(
 
 
 @by_either_credit
+def test_13_what_counts_of_a_clip_is_what_is_learnt_from(how: dict[str, Any], tmp_path: Path) -> None:
+    """Or the test above could not fail."""
+    want = one_update(tmp_path, **how)
+    got = one_update(tmp_path, lambda run, rollout: dataclasses.replace(rollout, mask=torch.ones_like(rollout.mask)), **how)
+    assert max(float((a - b).abs().max()) for a, b in zip(want, got)) > 1e-5
+
+
+@by_either_credit
 def test_14_eight_microbatches_of_one_are_one_of_eight_on_ragged_lengths(how: dict[str, Any], tmp_path: Path) -> None:
     whole, split = one_update(tmp_path, **how, microbatch=8), one_update(tmp_path, **how, microbatch=1)
     assert max(float((a - b).abs().max()) for a, b in zip(whole, split)) < 1e-6

@@ -37,6 +37,19 @@ def test_chosen_codes_are_those_of_the_clip_that_was_voted_for(snapshot_of):
     assert by_pair["0"].tempo_bpm == 120.0
 
 
+def test_votes_on_held_out_prompts_are_counted_and_never_learnt_from(snapshot_of):
+    votes = [(0, "a", "x", {"split": "train"}), (0, "b", "y", {"split": "heldout"}), (1, "a", "x", {"split": "heldout"})]
+    snapshot = load_snapshot(snapshot_of(votes))
+    assert [pair.pair_id for pair in training_pairs(snapshot)] == ["0"]
+    assert training_pairs(snapshot)[0].rater == "a"
+    assert snapshot.n_excluded == {"split_heldout": 2}
+
+
+def test_a_snapshot_of_held_out_prompts_alone_teaches_nothing(snapshot_of):
+    with pytest.raises(UserError, match=r"without a usable vote \(excluded: 1 split_heldout\)"):
+        load_snapshot(snapshot_of([(0, "a", "x", {"split": "heldout"})]))
+
+
 def test_votes_of_one_pair_are_joined_into_a_soft_label(snapshot_of):
     votes = [(0, "a", "x", {}), (0, "b", "x", {}), (0, "c", "y", {}), (0, "d", "tie", {})]
     (pair,) = training_pairs(load_snapshot(snapshot_of(votes)))

@@ -1,4 +1,5 @@
 import hashlib
+import json
 from functools import partial
 
 import numpy as np
@@ -87,6 +88,30 @@ def test_missing_codes_name_the_clip(snapshot_of):
     (folder / "codes" / "1.npy").unlink()
     with pytest.raises(UserError, match="no codes at"):
         training_pairs(load_snapshot(folder))
+
+
+def with_hashes_of_codes(folder):
+    """The snapshot as it is exported now."""
+    rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["codes_sha256"] = hashlib.sha256((folder / row["codes_uri"]).read_bytes()).hexdigest()
+    (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "snapshot.json").write_text(json.dumps({"name": "test", "sha256": content_sha256(folder)}))
+    return folder
+
+
+def test_codes_that_were_changed_after_the_export_are_refused(snapshot_of):
+    folder = with_hashes_of_codes(snapshot_of([(0, "a", "x", {})]))
+    assert training_pairs(load_snapshot(folder))
+    np.save(folder / "codes" / "1.npy", np.zeros((2, 5), dtype=np.int16))
+    with pytest.raises(UserError, match=r"1\.npy of sha256 .* restore the codes that were rated"):
+        training_pairs(load_snapshot(folder))
+
+
+def test_snapshots_from_before_hashes_of_codes_still_load(snapshot_of):
+    snapshot = load_snapshot(snapshot_of([(0, "a", "x", {})]))
+    assert {clip.codes_sha256 for clip in snapshot.clips.values()} == {None}
+    assert training_pairs(snapshot)
 
 
 @pytest.mark.parametrize(

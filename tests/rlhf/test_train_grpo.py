@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 from adapters.library import read_adapter
 from base_models.errors import UserError
@@ -19,12 +21,24 @@ from base_models.sampling import generate
 from rlhf import flat_grpo
 from rlhf.flat_grpo import Judge
 from rlhf.flat_policy import flatten_codes
+from rlhf.ppo_task import Task
+from rlhf.rewards import Part, Reward, weighted
 from rlhf.train_grpo import PRESETS, Config, check, main, toy_task, training_arguments
 from tests.rlhf.two_processes import launch
 
 
 def config(out: Path, **changes: Any) -> Config:
     return dataclasses.replace(Config(**PRESETS["smoke"]), **{"out": out, "steps": 3, **changes})
+
+
+def even(codes: Tensor, prompts: list[str]) -> Tensor:
+    """Share of the codes that are even: nothing that the toy's own score asks for."""
+    return (codes % 2 == 0).float().mean((1, 2))
+
+
+def with_even() -> Task:
+    task = toy_task(0)
+    return dataclasses.replace(task, checks={**task.checks, "even": even})
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -89,7 +103,8 @@ def test_temperature_enters_sampler_and_scorer_alike(tmp_path):
 
 
 def test_unjudged_clips_move_nothing(tmp_path):
-    judge = Judge(lambda codes, prompts: torch.tensor([1.0, math.nan, math.inf]), ["a"], 4, 32)
+    reward = Reward({"human": Part(lambda codes, prompts: torch.tensor([1.0, math.nan, math.inf]))})
+    judge = Judge(reward, ["a"], 4, 32)
     ids = flatten_codes(torch.zeros(3, 4, 5, dtype=torch.long), 32).tolist()
     assert judge(ids, row=[0, 0, 0]) == [1.0, None, None]
     constant = dataclasses.replace(toy_task(0), score=lambda codes, prompts: torch.ones(len(codes)))
@@ -125,7 +140,15 @@ def test_the_run_ends_when_the_kl_budget_is_spent(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("changes", [{"method": "rloo"}, {"method": "grpo", "epochs": 2, "minibatches": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "rloo"},
+        {"method": "grpo", "epochs": 2, "minibatches": 2},
+        {"method": "rloo", "weights": "human=1,code_5=0.5"},
+        {"method": "grpo", "weights": "human=1,code_5=0.5", "epochs": 2, "minibatches": 2},
+    ],
+)
 def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(tmp_path, changes):
     settings: dict[str, Any] = {"steps": 4, "save_every": 2, **changes}
     main(config(tmp_path / "whole", **settings))
@@ -133,8 +156,124 @@ def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(tmp_path, change
     shutil.rmtree(tmp_path / "cut" / "adapter")
     shutil.rmtree(sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1])
     main(config(tmp_path / "cut", resume=True, **settings))
+    one, two = (read_adapter(tmp_path / name / "adapter") for name in ("whole", "cut"))
+    assert all(torch.equal(one.lora.tensors[name], two.lora.tensors[name]) for name in one.lora.tensors)
+    assert one.manifest.objective == two.manifest.objective
+    assert one.manifest.objective["scales"]
+    last, same = (metrics(tmp_path / name)[-1] for name in ("whole", "cut"))
+    assert all(last[name] == same[name] for name in last if name.startswith("reward"))
+    with pytest.raises(UserError, match="weights"):
+        main(config(tmp_path / "cut", resume=True, **{**settings, "steps": 6, "weights": "human=1,movement=0.5"}))
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_without_weights_the_listeners_score_is_taken_as_it_is_and_the_checks_change_nothing(tmp_path, method):
+    task = toy_task(0)
+    assert task.score is not None
+    codes = torch.randint(0, 32, (8, 4, 12), generator=torch.Generator().manual_seed(0))
+    words = [task.prompts[i // 4] for i in range(8)]
+    judge = Judge(weighted({"human": 1.0}, task.score, task.checks), task.prompts, 4, 32)
+    assert judge(flatten_codes(codes, 32).tolist(), row=[i // 4 for i in range(8)]) == task.score(codes, words).tolist()
+    main(config(tmp_path / "checks", method=method), task)
+    main(config(tmp_path / "none", method=method), dataclasses.replace(toy_task(0), checks={}))
+    one, two = (read_adapter(tmp_path / name / "adapter") for name in ("checks", "none"))
+    assert all(torch.equal(one.lora.tensors[name], two.lora.tensors[name]) for name in one.lora.tensors)
+    assert one.manifest.objective["weights"] == {"human": 1.0}
+    for row, alone in zip(metrics(tmp_path / "checks"), metrics(tmp_path / "none"), strict=True):
+        assert row["reward"] == row["reward_human"] == alone["reward"]
+        assert not {"reward_code_5", "reward_movement"} & set(alone)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_part_with_a_weight_rises_and_all_parts_are_told_in_units_of_the_base(tmp_path, method):
+    settings: dict[str, Any] = {"method": method, "steps": 24, "kl_budget": 1e3, "listen": 0}
+    main(config(tmp_path / "mixed", weights="human=0.5,even=1", **settings), with_even())
+    main(config(tmp_path / "human", **settings), with_even())
+    mixed, human = metrics(tmp_path / "mixed"), metrics(tmp_path / "human")
+    rise = [sum(row["reward_even_z"] for row in rows[-5:]) / 5 for rows in (mixed, human)]
+    assert rise[0] > 1.5
+    assert rise[0] > rise[1] + 1.0
+    for row in mixed + human:
+        assert all(
+            math.isfinite(row[f"reward_{name}{ending}"]) for name in ("human", "even", "code_5", "movement") for ending in ("", "_z")
+        )
+        assert 0 < row["reward_code_5_not_asked"] < 1
+    assert all(abs(mixed[0][f"reward_{name}_z"]) < 1e-5 for name in ("human", "even", "code_5", "movement"))
+    for row in mixed:  # `even` and `human` are asked of every prompt
+        assert row["reward"] == pytest.approx(0.5 * row["reward_human_z"] + row["reward_even_z"], abs=1e-4)
+    objective = read_adapter(tmp_path / "mixed" / "adapter").manifest.objective
+    assert objective["weights"] == objective["now"] == {"human": 0.5, "even": 1.0}
+    assert objective["scales"]["even"][0] == pytest.approx(mixed[0]["reward_even"], abs=1e-6)
+
+
+def test_units_are_spreads_within_a_prompt_and_stand_still_after_the_first_round():
+    marks, late = torch.tensor([1.0, 3.0, 11.0, 13.0]), torch.full((4,), math.nan)
+    parts = {"human": Part(lambda codes, prompts: marks), "late": Part(lambda codes, prompts: late, 0.0, asked=True)}
+    judge = Judge(Reward(parts), ["a", "b"], 4, 32)
+    ids = flatten_codes(torch.zeros(4, 4, 5, dtype=torch.long), 32).tolist()
+    judge(ids, row=[0, 0, 1, 1])
+    assert judge.reward.scales["human"] == pytest.approx((7.0, math.sqrt(2.0)))  # of all clips it would be 5
+    first = dict(judge.reward.scales)
+    later = TrainerState()
+    later.global_step = 1
+    marks *= 10
+    late.fill_(0.3)
+    judge(ids, row=[0, 0, 1, 1], trainer_state=later)
+    assert judge.reward.scales == first
+    assert judge.figures["reward_human"] == pytest.approx(70.0)
+    assert judge.figures["reward_late"] == pytest.approx(0.3)
+    assert "reward_human_z" in judge.figures
+    assert "reward_late_z" not in judge.figures  # it has no unit
+
+
+def test_a_weight_of_what_no_clip_of_the_first_round_tells_is_refused(tmp_path):
+    def silent() -> Task:
+        return dataclasses.replace(toy_task(0), checks={"silent": lambda codes, prompts: torch.full((len(codes),), math.nan)})
+
+    with pytest.raises(UserError, match="weight of silent"):
+        main(config(tmp_path / "run", weights="human=1,silent=0.5", listen=0), silent())
+    assert main(config(tmp_path / "plotted", steps=1, listen=0), silent())["steps"] == 1
+    with pytest.raises(UserError, match="tone"):
+        main(config(tmp_path / "unknown", weights="human=1,tone=0.5"), toy_task(0))
+
+
+def test_checks_alone_can_be_the_reward(tmp_path):
+    main(config(tmp_path / "run", weights="even=1", listen=0), dataclasses.replace(with_even(), score=None))
+    assert all(row["reward"] == row["reward_even"] for row in metrics(tmp_path / "run"))
+    check(config(tmp_path / "none", toy=False, prompts=tmp_path, weights="even=1"), world=1)
+    with pytest.raises(UserError, match="--reward None"):
+        check(config(tmp_path / "none", toy=False, prompts=tmp_path, weights="human=1,even=1"), world=1)
+
+
+def test_a_weight_of_diversity_is_refused_where_a_process_holds_part_of_a_group(tmp_path):
+    sizes: dict[str, Any] = {"batch_size": 24, "samples_per_prompt": 4}
+    for weights, world in (("human=1,diversity=0.1", 2), ("human=1,diversity=0.1", 4), ("human=1,diversity=0", 4), ("human=1", 4)):
+        cut = world == 4 and weights.endswith("0.1")
+        with pytest.raises(UserError, match="whole groups on each process") if cut else contextlib.nullcontext():
+            check(config(tmp_path, weights=weights, **sizes), world)
+
+
+def test_two_processes_that_are_resumed_end_bitwise_where_unbroken_ones_do(tmp_path):
+    """TRL seeds each process for itself, and each shuffles its own clips into minibatches."""
+    sizes = {"steps": 4, "save-every": 2, "batch-size": 16, "minibatches": 2, "microbatch": 2, "n-frames": 4, "listen": 0}
+    flags = ["--preset", "smoke", *(part for name, value in sizes.items() for part in (f"--{name}", str(value)))]
+    done = launch(tmp_path, "train_grpo.py", *flags, "--out", "whole")
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "adapter")
+    shutil.rmtree(sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1])
+    done = launch(tmp_path, "train_grpo.py", *flags, "--out", "cut", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_adapter(tmp_path / name / "adapter").lora.tensors for name in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_is_not_resumed_with_other_tempi(tmp_path):
+    task = toy_task(0)
+    slower = dataclasses.replace(task, table=dataclasses.replace(task.table, tempo_bpm=torch.full((len(task.prompts),), 60.0)))
+    main(config(tmp_path / "run", steps=1, save_every=1), task)
+    with pytest.raises(UserError, match="tempi_sha256"):
+        main(config(tmp_path / "run", steps=1, save_every=1, resume=True), slower)
 
 
 def test_two_processes_play_what_one_plays_when_launched_as_a_file_from_another_folder(tmp_path):
@@ -144,6 +283,22 @@ def test_two_processes_play_what_one_plays_when_launched_as_a_file_from_another_
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in ("reward", "kl_nats_per_clip"):
             assert two[name] == pytest.approx(one[name], abs=1e-3), name
+
+
+def test_two_processes_give_the_same_units_as_one(tmp_path):
+    """TRL adds up what the processes make of their clips: were their units not the same, the score would be another too."""
+    flags = ["--preset", "smoke", "--steps", "3", "--weights", "human=1,code_5=0.5", "--listen", "0"]
+    done = launch(tmp_path, "train_grpo.py", *flags, "--out", "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    main(config(tmp_path / "one", weights="human=1,code_5=0.5", listen=0))
+    one, two = (read_adapter(tmp_path / name / "adapter").manifest.objective for name in ("one", "two"))
+    assert one["weights"] == two["weights"]
+    assert set(one["scales"]) == {"human", "code_5", "movement"}
+    for name, scale in one["scales"].items():
+        assert two["scales"][name] == pytest.approx(scale, abs=1e-6), name
+    for row, shared in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in ("reward", "reward_human_z", "reward_code_5_z", "reward_movement", "reward_code_5_not_asked"):
+            assert shared[name] == pytest.approx(row[name], abs=1e-3), name
 
 
 def test_nothing_is_truncated_and_settings_that_cannot_work_are_refused(tmp_path):

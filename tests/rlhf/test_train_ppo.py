@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from base_models.sampling import generate
 from rlhf.ppo_run import Run
 from rlhf.ppo_task import movement, share_of_code_3, toy_task
 from rlhf.rewards import spread_within
-from rlhf.train_ppo import TOY, Config, check, check_task, main
+from rlhf.train_ppo import TOY, Config, check, check_task, idle_settings, main
 from tests.rlhf.ppo_toys import config, judged_by, largest_difference, metrics, weights
 
 STEPS = 30
@@ -145,6 +146,29 @@ def test_a_wrong_number_of_processes_is_refused(tmp_path: Path) -> None:
         check(config(tmp_path, batch_size=6), world=2)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"save_every": 0}, "--save-every 0"),
+        ({"temperature": 0.0}, "--temperature 0"),
+        ({"lr_end": 1.5}, "--lr-end 1.5"),
+        ({"target_kl": 0.0}, "--target-kl 0"),
+        ({"target_kl": 5.0, "kl_horizon": 6}, "--kl-horizon 6 and --batch-size 32"),
+        ({"weights": "human=1,diversity=1", "samples_per_prompt": 3}, "32 clips a process"),
+    ],
+)
+def test_a_number_that_would_end_the_run_later_is_refused_at_once(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        check(config(tmp_path, **changes), world=1)
+
+
+def test_groups_of_a_prompt_that_two_processes_would_cut_are_refused(tmp_path: Path) -> None:
+    cfg = config(tmp_path, weights="human=1,diversity=1", batch_size=12, minibatches=1, samples_per_prompt=4)
+    check(cfg, world=1)
+    with pytest.raises(UserError, match="6 clips a process"):
+        check(cfg, world=2)
+
+
 # -- what ends a run, or does not
 
 
@@ -154,6 +178,35 @@ def test_the_kl_budget_stops_the_run_with_its_reason_and_keeps_the_adapter(tmp_p
     assert figures["kl"] > 1.0
     assert figures["steps"] < STEPS
     assert read_adapter(tmp_path / "adapter").manifest.figures["stopped"] == figures["stopped"]
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, figures["steps"] + 2))  # the round that went too far is among them
+    assert [row["kl"] > 1.0 for row in rows] == [False] * figures["steps"] + [True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "unseen"),
+    [
+        ({"steps": 1}, []),
+        ({"steps": 1, "heldout_clips": 1}, ["diversity"]),
+        ({"steps": 1, "brake": "off"}, []),
+    ],
+)
+def test_a_run_says_which_signs_its_brake_cannot_see(tmp_path: Path, changes: dict[str, Any], unseen: list[str], capsys) -> None:
+    figures = main(config(tmp_path, **changes))
+    assert figures["brake_unseen"] == unseen == read_adapter(tmp_path / "adapter").manifest.figures["brake_unseen"]
+    assert ("the brake does not watch" in capsys.readouterr().out) == bool(unseen)
+
+
+def test_without_held_out_prompts_no_sign_but_kl_is_watched_and_the_run_says_so(tmp_path: Path, capsys) -> None:
+    figures = main(config(tmp_path, steps=1), dataclasses.replace(toy_task(0), heldout=None))
+    assert figures["brake_unseen"] == ["the held-out score", "diversity", "disagreement"]
+    assert "give --heldout-prompts" in capsys.readouterr().out
+
+
+def test_settings_of_the_critic_are_named_where_there_is_none(tmp_path: Path) -> None:
+    cfg = config(tmp_path, lam=0.5, critic_lr=Config.critic_lr)
+    assert idle_settings(cfg, "codes") == ["--lam"]
+    assert idle_settings(cfg, "score") == []
 
 
 def test_time_stops_the_run_after_a_whole_round(tmp_path: Path) -> None:

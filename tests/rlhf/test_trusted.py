@@ -150,10 +150,27 @@ def test_clips_of_another_codec_are_refused(script, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_clips_of_another_codec_are_refused_where_both_bad_is_all_that_was_said_of_them(tmp_path, monkeypatch):
+    folder = write_snapshot(tmp_path / "votes", [*crew(), (N_PAIRS, "ada", "both_bad", {})], N_PAIRS + 1)
+    for codes, said in (
+        (np.zeros((3, 5), np.int16), "with 3 codebooks, values 0 to 0"),
+        (np.full((2, 5), 32, np.int16), "values 32 to 32"),
+    ):
+        np.save(folder / "codes" / f"{2 * N_PAIRS}.npy", codes)
+        with pytest.raises(UserError, match=f"{said}; expected codes of this codec: 2 codebooks, 0 to 31"):
+            train("kto", folder, tmp_path / "run", monkeypatch)
+        assert not (tmp_path / "run").exists()
+    train("dpo", folder, tmp_path / "run", monkeypatch)  # it learns from pairs alone
+
+
 @ALL
-def test_one_rater_can_teach_and_is_told_of(script, tmp_path, monkeypatch, capsys):
-    folder = write_snapshot(tmp_path / "votes", [(pair, "me", "x", {}) for pair in range(N_PAIRS)], N_PAIRS)
-    figures = train(script, folder, tmp_path / "run", monkeypatch)
+def test_one_rater_alone_is_refused_unless_that_is_meant_and_then_told_of(script, tmp_path, monkeypatch, capsys):
+    votes = [*((pair, "me", "x", {}) for pair in range(N_PAIRS)), (0, "you", "both_bad", {}), (1, "you", "y", {"gold": "y"})]
+    folder = write_snapshot(tmp_path / "votes", votes, N_PAIRS)
+    with pytest.raises(UserError, match=r"one rater alone \(me\); expected at least two raters.*remedy: .*--one-rater"):
+        train(script, folder, tmp_path / "run", monkeypatch)
+    assert not (tmp_path / "run").exists()
+    figures = train(script, folder, tmp_path / "run", monkeypatch, one_rater=True)
     assert figures["raters"] == 1
     told = capsys.readouterr()
     assert "one rater alone (me)" in told.out + told.err

@@ -42,7 +42,7 @@ def test_the_main_table_has_a_row_for_each_taste_seed_and_method():
     ("script", "flags", "named"),
     [
         (train_ppo, rlhf_proof.PPO, ["--preset", "votes"]),
-        (train_dpo, rlhf_proof.DPO, ["--preset", "rounds", "--kl-budget", "150"]),
+        (train_dpo, rlhf_proof.DPO, ["--preset", "rounds"]),
     ],
     ids=["ppo", "dpo"],
 )
@@ -55,6 +55,20 @@ def test_tastes_share_the_clips_of_a_seed_and_seeds_share_nothing():
     assert sum(label.startswith("samples/") for label in named) == 3
     assert sum(label.startswith("votes/") for label in named) == 9
     assert sum(label.startswith("base/") for label in named) == 3
+
+
+def test_listeners_are_asked_about_the_pairs_of_a_seed_that_sound_least_alike():
+    cells = closure(main_plan().cells())
+    pairs = {cell.label: cell for cell in cells if cell.label.startswith("pairs/")}
+    assert pairs.keys() == {"pairs/s0", "pairs/s1", "pairs/s2"}
+    for seed in range(3):
+        chosen = pairs[f"pairs/s{seed}"]
+        assert chosen.argv[-2:] == ("--pairs-per-prompt", str(Sizes().pairs))
+        assert [need.label for need in chosen.needs] == [f"samples/s{seed}"]  # no vote is among what they are chosen by
+    for cell in cells:
+        if cell.label.startswith("votes/"):
+            assert cell.argv[cell.argv.index("--pairs") + 1] == place(pairs[f"pairs/{cell.label.split('/')[-1]}"], "pairs.jsonl")
+    assert Sizes().pairs < Sizes().clips * (Sizes().clips - 1) // 2
 
 
 def test_what_trains_never_hears_of_held_out_prompts_and_what_plays_them_does_not_train():

@@ -16,6 +16,7 @@ def write(folder, n_prompts=6, pairs=3, votes=2):
             {
                 "sha256": f"{prompt}-{k}",
                 "codes_uri": f"codes/{prompt}-{k}.npy",
+                "codes_sha256": "c" * 64,
                 "prompt_id": f"p{prompt}",
                 "prompt": "x",
                 "policy_sha256": "b",
@@ -46,6 +47,7 @@ def test_a_subset_is_a_snapshot_of_its_own_that_names_its_parent(whole, tmp_path
     few = load_snapshot(tmp_path / "few")
     assert len(few.votes) == told["n_votes"] == 10
     assert told["parent_sha256"] == load_snapshot(whole).sha256 != few.sha256
+    assert {clip.codes_sha256 for clip in few.clips.values()} == {"c" * 64}
     assert all(clip.codes_uri == str(whole / "codes" / f"{sha}.npy") for sha, clip in few.clips.items())
 
 
