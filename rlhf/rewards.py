@@ -312,6 +312,16 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def check_groups(weights: Mapping[str, float], clips: int, a_prompt: int) -> None:
+    """Refuse a weight of diversity where one process, which plays `clips` a round, would have a part of a prompt's `a_prompt` clips."""
+    if weights.get("diversity") and clips % max(a_prompt, 1):
+        raise UserError(
+            f"a weight of diversity with {a_prompt} clips a prompt, {clips} clips a process",
+            "whole groups on each process: clips of one prompt are compared where they are played",
+            "set --batch-size to a multiple of the processes times --samples-per-prompt",
+        )
+
+
 def held_parts(text: str, weights: Mapping[str, float]) -> tuple[str, ...]:
     """'similarity,tempo' -> ("similarity", "tempo"). UserError for one without a weight to begin with, or where nothing else is trained."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())

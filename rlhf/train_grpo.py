@@ -50,7 +50,7 @@ from rlhf.flat_policy import FlatCausalLM
 from rlhf.journal import speeds
 from rlhf.ppo_task import Task, load_task, movement, share_of_code_5, tempi_sha256
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, parse_weights, weighted
+from rlhf.rewards import HUMAN, check_groups, parse_weights, weighted
 from rlhf.rollout import prompt_of
 from rlhf.tracking import Kind
 
@@ -200,12 +200,7 @@ def check(cfg: Config, world: int) -> None:
     if not cfg.toy and (cfg.prompts is None or (cfg.reward is None and weights.get(HUMAN))):
         wanted = "both" if weights.get(HUMAN) else "prompts to play"
         raise UserError(f"--reward {cfg.reward}, --prompts {cfg.prompts}", wanted, "train one with train_reward.py; or --preset smoke")
-    if weights.get("diversity") and (cfg.batch_size // world) % max(cfg.samples_per_prompt, 1):
-        raise UserError(
-            f"a weight of diversity with {cfg.samples_per_prompt} clips a prompt, {cfg.batch_size // world} clips a process",
-            "whole groups on each process: clips of one prompt are compared where they are played",
-            "set --batch-size to a multiple of the processes times --samples-per-prompt",
-        )
+    check_groups(weights, cfg.batch_size // world, cfg.samples_per_prompt)
     if cfg.kl_coef <= 0:
         raise UserError(
             f"--kl-coef {cfg.kl_coef:g}", "above 0: TRL asks no reference without a price, and no KL would be known", "set 1e-6"

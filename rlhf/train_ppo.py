@@ -50,7 +50,7 @@ from rlhf.ppo_run import Run, without_slope
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, held_parts, parse_weights
+from rlhf.rewards import HUMAN, check_groups, held_parts, parse_weights
 from rlhf.tracking import Kind
 
 
@@ -385,12 +385,7 @@ def check(cfg: Config, world: int) -> None:
             "two or more: a clip by itself differs from nothing",
             "set --samples-per-prompt 2 and --heldout-clips 2",
         )
-    if parse_weights(cfg.weights).get("diversity") and (cfg.batch_size // world) % cfg.samples_per_prompt:
-        raise UserError(
-            f"a weight of diversity with {cfg.samples_per_prompt} clips a prompt, {cfg.batch_size // world} clips a process",
-            "whole groups on each process: clips of one prompt are compared where they are played",
-            "set --batch-size to a multiple of the processes times --samples-per-prompt",
-        )
+    check_groups(parse_weights(cfg.weights), cfg.batch_size // world, cfg.samples_per_prompt)
     if cfg.batch_size % (world * cfg.minibatches):
         raise UserError(
             f"batch_size {cfg.batch_size} for {world} process(es) x {cfg.minibatches} minibatches",
