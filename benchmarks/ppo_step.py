@@ -9,6 +9,9 @@
 TRL 1.12 (the last with PPO) is installed into a folder beside the caches, not into this environment. Every side is a process of
 its own (ppo_sides.py) and they take turns, step by step, so that a busy neighbour slows all of them; processor seconds are
 robust to neighbours. The first step of each warms it up and is not counted; figures are medians of the others.
+
+Peaks of memory are measured apart, each side alone for two steps, with an allocator that gives freed blocks back at once: otherwise what
+it keeps for later, which differs from run to run, is as much as a reference and a critic need.
 """
 
 from __future__ import annotations
@@ -25,10 +28,13 @@ import os
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 SIDES = Path(__file__).with_name("ppo_sides.py")
 TRL = "trl==1.12.0"
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""To glibc: blocks of 64 KiB and more are mapped one by one, and unmapped when they are freed. Slow."""
 Step = dict[str, float]
 
 
@@ -42,9 +48,9 @@ def install_trl(folder: Path) -> Path:
 class Process:
     """A side, alive: `step` lets it do one and returns its figures."""
 
-    def __init__(self, side: str, trl: Path | None, **settings: Any) -> None:
+    def __init__(self, side: str, trl: Path | None, more: Mapping[str, str] | None = None, **settings: Any) -> None:
         flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": str(settings["threads"])}
+        environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": str(settings["threads"])} | dict(more or {})
         if side.startswith("trl"):
             environment["PYTHONPATH"] = str(trl)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
@@ -92,6 +98,19 @@ def compare(sides: dict[str, int], trl: Path | None, **settings: Any) -> dict[st
     return {side: {name: round(statistics.median(row[name] for row in rows), 3) for name in rows[0]} for side, rows in steps.items()}
 
 
+def peaks(sides: Iterable[str], trl: Path | None, **settings: Any) -> dict[str, float]:
+    """Most megabytes that each side needs in two steps, its interpreter's among them; one side after the other."""
+    found = {}
+    for side in sides:
+        process = Process(side, trl, GIVES_BACK, **settings)
+        try:
+            process.step()
+            found[side] = process.step()["peak_mb"]
+        finally:
+            process.close()
+    return found
+
+
 def told(figures: dict[str, Step]) -> str:
     """A table with the ratio of each side to ours."""
     ours = figures["encore"]
@@ -137,6 +156,8 @@ def main() -> None:
             if args.no_trl:
                 sides = {side: rounds for side, rounds in sides.items() if not side.startswith("trl")}
             figures = compare(sides, trl, frames=frames, batch=batch, **settings)
+            for side, peak in peaks(sides, trl, frames=frames, batch=batch, **settings).items():
+                figures[side]["peak_mb"] = peak
             rows.append({"frames": frames, "batch": batch, **settings, "sides": figures})
             print(f"\n{batch} clips of {frames} frames, {args.precision}, {args.threads} thread(s)\n{told(figures)}", flush=True)
             for side in ("encore", "encore-codes"):

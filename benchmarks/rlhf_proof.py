@@ -66,10 +66,10 @@ PPO = (
     *flags(hold="similarity,tempo,genre,diversity"),
 )
 DPO = (
-    *flags(pairing="expected", edit_price=0.2, rated_share=0, beta=0.03, kl_weight=3e-4, target_kl=80, kl_power=2, lr=1e-3),
+    *flags(pairing="expected", edit_price=0.2, rated_share=0, beta=0.03, kl_weight=3e-4, target_kl=80, kl_ramp=6, kl_power=2, lr=1e-3),
     *flags(rounds=10, round_prompts=100, round_clips=2, round_epochs=2, batch_size=40, held_out_clips=96, base_looks=4),
-    *flags(kl_budget=180, weights="human=1,similarity=0.3,tempo=0.06,genre=1,diversity=0.1"),
-    *flags(hold="similarity,tempo,diversity"),  # genre is trained on and not held: docs/experiments.md
+    *flags(kl_budget=180, weights="human=1,similarity=0.3,tempo=0.06,genre=0.5,diversity=0.1"),
+    *flags(hold="similarity,tempo,genre,diversity", hold_rate=0.5, hold_slack=1),
 )
 SFT: tuple[str, ...] = ()
 TRAINED_ON = {"ppo": "reward", "dpo": "reward", "sft": "votes"}

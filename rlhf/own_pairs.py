@@ -282,7 +282,7 @@ class OwnPairs:
         words = [self.prompts[row] for row in played.rows]
         marks = self._marks(reward, played)
         if held:
-            reward.hold(held, marks, words)
+            reward.hold(held, marks, words, self.plan.hold_rate, self.plan.hold_slack)
             self.held.put(number, reward.held(held))
         figures = {name: value for name, value in reward.figures(marks).items() if not name.endswith("_weight")}
         figures |= {f"weight_{key.replace('/', '_')}": weight for key, weight in reward.held(held).items()}

@@ -31,9 +31,8 @@ from rlhf.asked import asked_genre
 from rlhf.judges import Score, Slope, scores, weighted_slope
 from rlhf.losses import from_group_means
 
-HOLD_RATE, HOLD_MOST = 1.0, 2.0
-"""A held weight moves by so much a look for each spread that is missing, and stays between what it began with and this (or what it
-began with, where that is more)."""
+HOLD_MOST = 2.0
+"""A held weight stays between what it began with and this (or what it began with, where that is more)."""
 
 KINDS: Mapping[str, Callable[[str], str | None]] = {"genre": asked_genre}
 """Parts that ask for different things by prompt, and what. (Leads are too many for the prompts of a look, and moods are seldom held.)"""
@@ -141,9 +140,13 @@ class Reward:
                 found.setdefault(key_of(name, asks), []).append(row)
         return found
 
-    def hold(self, names: Sequence[str], marks: Tensor, prompts: Sequence[str]) -> None:
+    def hold(self, names: Sequence[str], marks: Tensor, prompts: Sequence[str], rate: float = 1.0, slack: float = 0.0) -> None:
         """Move the weights of held parts (`now`, in place) by what clips of the policy, raw marks [B, P] and B prompts, miss of the base's
-        level: w - rate * mean z, within bounds; for each kind of prompt by its own clips, and for kinds that are not among these by all.
+        level: w - rate * (mean z + slack / sqrt(n)), within bounds, over the n clips that have a mark; for each kind of prompt by its own
+        clips, and for kinds that are not among these by all.
+
+        slack: standard errors of the mean z by which clips may fall short and nothing moves (n clips that differ as the base's clips of a
+        prompt do). Without it chance alone drives weights up: they fall no lower than they began, so ups and downs do not cancel.
 
         None falls below what it began with: a part whose weight went to nothing was kept on the prompts of the looks, and lost by a tenth
         of the clips on prompts of new combinations (measured: docs/experiments.md).
@@ -158,7 +161,7 @@ class Reward:
                 there = column[rows][torch.isfinite(column[rows])].double()
                 if len(there):
                     least = self.parts[name].weight
-                    missed = HOLD_RATE * (mean - float(there.mean())) / sd
+                    missed = rate * ((mean - float(there.mean())) / sd - slack / math.sqrt(len(there)))
                     self.now[key] = min(max(self.now.get(key, before) + missed, least), max(least, HOLD_MOST))
 
     def held(self, names: Sequence[str]) -> dict[str, float]:

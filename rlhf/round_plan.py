@@ -38,6 +38,8 @@ class Plan:
     seed: int
     held: tuple[str, ...] = ()
     """Parts of the reward that stay at the base's level (rlhf.rewards.Reward.hold)."""
+    hold_rate: float = 1.0
+    hold_slack: float = 0.0
     base_looks: int = 1
 
     @property
@@ -94,6 +96,8 @@ def round_plan(cfg: Config, n_rated: int) -> Plan:
         edit_price=cfg.edit_price,
         seed=cfg.seed,
         held=held_parts(cfg.hold, parse_weights(cfg.weights)),
+        hold_rate=cfg.hold_rate,
+        hold_slack=cfg.hold_slack,
         base_looks=cfg.base_looks,
     )
     share = cfg.rated_share / (1 - cfg.rated_share) if n_rated else 0.0

@@ -28,15 +28,20 @@ def next_price(price: float, kl: float, target_kl: float, least: float) -> float
 class Price:
     """The price of every round."""
 
-    def __init__(self, start: float, target_kl: float | None, path: Path, writes: bool) -> None:
-        """target_kl: nats a clip; None keeps the price as it is. path, writes: as of rlhf.by_round.ByRound."""
-        self.start, self.target_kl = start, target_kl
+    def __init__(self, start: float, target_kl: float | None, path: Path, writes: bool, ramp: int = 1) -> None:
+        """target_kl: nats a clip; None keeps the price as it is. ramp: the round that first has the whole target, counted from 1. path,
+        writes: as of rlhf.by_round.ByRound."""
+        self.start, self.target_kl, self.ramp = start, target_kl, ramp
         self.known = ByRound[float](path, writes)
+
+    def target(self, number: int) -> float | None:
+        """What round `number` is steered to, nats a clip: the first `ramp` rounds rise to the target in equal steps."""
+        return None if self.target_kl is None else self.target_kl * min(1.0, (number + 1) / self.ramp)
 
     def of(self, number: int, kl: float) -> float:
         """The price of round `number`, before which a KL of `kl` nats a clip was measured."""
-        price = self.start
-        if number and self.target_kl is not None:
-            price = next_price(self.known.before(number), kl, self.target_kl, self.start)
+        price, target = self.start, self.target(number)
+        if number and target is not None:
+            price = next_price(self.known.before(number), kl, target, self.start)
         self.known.put(number, price)
         return price

@@ -66,6 +66,7 @@ class Rounds(TrainerCallback):
             self.live.fill(rows)
             assert self.trainer is not None
             figures["kl_weight"] = self.trainer.kl_price.kl_coef = self.price.of(number, gone)
+            self.trainer.kl_price.target_kl = self.price.target(number)
             figures |= more
         self.last = figures
         self.number = number

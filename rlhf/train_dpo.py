@@ -112,6 +112,9 @@ class Config:
     target_kl: float | None = None
     """In rounds: KL to the base on held-out prompts, nats a clip, that --kl-weight is moved to keep to, by the root of KL / target, at most
     twice or half as much a round and never less than given. Not given: it stays."""
+    kl_ramp: int = 1
+    """In rounds: the first that has the whole --target-kl; those before it rise to it in equal steps. A first rounds' leap wins less of the
+    reward for its nats than the same way in steps, and loses what is held."""
     kl_power: float = 0.0
     """With --target-kl: the price of a step is also multiplied by (KL of its pairs' clips / target) to this power, and never less than
     given: it answers within a round what the round's own price is too late for; 0 leaves it to that."""
@@ -168,6 +171,12 @@ class Config:
     standard deviation are estimated; one pass leaves 10 to 20 percent error in a weight."""
     hold: str = ""
     """Parts that are to stay at the base's level, as in train_ppo.py; their weights move between rounds."""
+    hold_rate: float = 1.0
+    """How far the weight of a held part moves at a validation pass for each standard deviation that it is off the base's level. Where
+    weights and parts swing from pass to pass, lower it."""
+    hold_slack: float = 0.0
+    """Standard errors by which a held part may lie below the base's level before its weight rises. At 0 chance alone drives weights up,
+    since none falls below its start, and the listeners' part pays for it."""
     labels: Labels = "hard"
     """What is said of an own pair: that the better one wins, or how probably, by the reward model's calibration."""
     average: float = 0.0
@@ -211,11 +220,11 @@ class Config:
 GROUPS = {
     "votes": "snapshot shuffle_votes ties weights_by weight_pairs marks label_smoothing held_out",
     "loss": "loss beta gamma sft_weight",
-    "reward and rounds of own clips": "reward prompts weights base_looks hold rounds round_prompts round_clips round_epochs pairing"
-    " edit_price labels rated_share rated_weight",
+    "reward and rounds of own clips": "reward prompts weights base_looks hold hold_rate hold_slack rounds round_prompts"
+    " round_clips round_epochs pairing edit_price labels rated_share rated_weight",
     "sampling": "n_frames temperature sample_batch",
     "optimisation": "lr lr_end warmup_steps batch_size accumulation epochs steps max_minutes average r alpha precision",
-    "KL": "kl_weight target_kl kl_power kl_budget",
+    "KL": "kl_weight target_kl kl_ramp kl_power kl_budget",
     "validation": "held_out_clips kl_clips listen",
 }
 """What --help shows together; the rest is the run's."""
@@ -242,6 +251,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta": 0.03,
         "kl_weight": 3e-4,
         "target_kl": 80.0,
+        "kl_ramp": 6,
         "kl_power": 2.0,
         "kl_budget": 180.0,
         "pairing": "expected",
@@ -253,8 +263,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 40,
         "held_out_clips": 96,
         "base_looks": 4,
-        "weights": f"{HUMAN}=1,similarity=0.3,tempo=0.06,genre=1,diversity=0.1",
-        "hold": "similarity,tempo,diversity",
+        "weights": f"{HUMAN}=1,similarity=0.3,tempo=0.06,genre=0.5,diversity=0.1",
+        "hold": "similarity,tempo,genre,diversity",
+        "hold_rate": 0.5,
+        "hold_slack": 1.0,
     },
     "best_worst": {"lr": 1e-3, "pairing": "best_worst", "rounds": 10, "round_prompts": 48, "round_clips": 8, "round_epochs": 2},
     "smoke": {**TOY, "out": Path("runs/dpo-smoke"), "steps": 30},
@@ -374,6 +386,9 @@ def check(cfg: Config) -> None:
         got = f"--target-kl {cfg.target_kl} with --kl-weight {cfg.kl_weight}, --reward {cfg.reward}"
         raise UserError(got, "nats above 0, a price above 0 and rounds of own clips", "give --reward and --kl-weight, or leave it out")
     check_power(cfg.kl_power, cfg.target_kl)
+    if cfg.kl_ramp < 1 or (cfg.kl_ramp > 1 and cfg.target_kl is None):
+        got = f"--kl-ramp {cfg.kl_ramp} with --target-kl {cfg.target_kl}"
+        raise UserError(got, "1 or more, and a target to rise to", "give --target-kl, or leave it out")
     if not 0 <= cfg.lr_end <= 1:
         raise UserError(f"--lr-end {cfg.lr_end:g}", "0 to 1", "a share of --lr: 0 to end at none, 1 to keep it")
     check_decay(cfg.average)

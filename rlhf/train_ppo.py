@@ -81,6 +81,12 @@ class Config:
     hold: str = ""
     """Parts kept at the base's level, such as similarity,tempo,genre. The weight of each is a Lagrange multiplier that begins at what
     --weights gives and moves at each look at --heldout-prompts: up while the clips score below the base's on it, else down."""
+    hold_rate: float = 1.0
+    """How far the weight of a held part moves at a validation pass for each standard deviation that it is off the base's level. Where
+    weights and parts swing from pass to pass, lower it."""
+    hold_slack: float = 0.0
+    """Standard errors by which a held part may lie below the base's level before its weight rises. At 0 chance alone drives weights up,
+    since none falls below its start, and the listeners' part pays for it."""
     frame_weight: float = 0.0
     """Weight of the reward of single frames, which a reward model that learnt from marked stretches gives; 0 leaves it out. A frame that is
     one nat better than the rest of its clip earns frame-weight / n-frames standard deviations of the score, for the steps that play it."""
@@ -191,7 +197,7 @@ class Config:
 
 
 GROUPS = {
-    "reward": "reward score_command weights base_looks hold frame_weight",
+    "reward": "reward score_command weights base_looks hold hold_rate hold_slack frame_weight",
     "sampling": "prompts n_frames batch_size samples_per_prompt temperature cfg_coef",
     "credit": "credit baseline gamma lam critic_lr vf_coef cliprange_value",
     "optimisation": "lr lr_end max_grad_norm cliprange ent_coef epochs minibatches microbatch average r alpha precision",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from base_models.errors import UserError
 from rlhf.judges import Score
-from rlhf.rewards import HOLD_RATE, Part, Reward, held_parts, parse_weights, spread_within, weighted
+from rlhf.rewards import Part, Reward, held_parts, parse_weights, spread_within, weighted
 
 NAN = float("nan")
 CODES = torch.zeros(4, 1, 2, dtype=torch.int64)
@@ -182,15 +182,31 @@ def test_a_held_part_weighs_more_while_it_is_worse_than_the_bases_and_no_less_th
     assert reward.now["fit"] == pytest.approx(0.5)  # the base itself is at its own level
     spread = reward.scales["fit"][1]
     reward.hold(["fit"], marks - spread, PROMPTS)
-    assert reward.now == {"human": 1.0, "fit": pytest.approx(0.5 + HOLD_RATE)}
+    assert reward.now == {"human": 1.0, "fit": pytest.approx(1.5)}
     assert reward.figures(marks)["reward_fit_weight"] == reward.now["fit"]
-    assert reward.worth(PROMPTS)["fit"] == pytest.approx((0.5 + HOLD_RATE) / spread)
+    assert reward.worth(PROMPTS)["fit"] == pytest.approx(1.5 / spread)
     for _ in range(100):
         reward.hold(["fit"], marks + spread, PROMPTS)
     assert reward.now["fit"] == 0.5  # and never less than it began with
     for _ in range(100):
         reward.hold(["fit"], torch.where(torch.tensor([False, True]), NAN, marks), PROMPTS)
     assert reward.now["fit"] == 0.5  # prompts that ask nothing move nothing
+
+
+def test_with_slack_a_part_has_to_miss_its_level_by_so_many_standard_errors_before_its_weight_rises() -> None:
+    reward, marks = measured(Reward({"human": Part(says(0, 1, 2, 3)), "fit": Part(says(3, 1, 0, 1), 0.5, asked=True)}))
+    spread = reward.scales["fit"][1]
+    for missed, weight in ((0.4, 0.5), (0.6, 0.5 + 0.3 * 0.1), (1.5, 0.5 + 0.3 * 1.0)):  # four clips: a standard error is half a spread
+        reward.begin(["fit"])
+        reward.hold(["fit"], marks - missed * spread, PROMPTS, rate=0.3, slack=1.0)
+        assert reward.now["fit"] == pytest.approx(weight)
+    reward.hold(["fit"], marks, PROMPTS, rate=0.3, slack=1.0)
+    assert reward.now["fit"] == pytest.approx(0.5 + 0.3 * 0.5)  # at the base's level it falls again
+    without = torch.where(torch.tensor([False, True]), torch.tensor([NAN, NAN, 0.0, 1.0])[:, None], marks)
+    reward.begin(["fit"])
+    reward.hold(["fit"], without, PROMPTS, rate=0.3, slack=1.0)  # two clips tell less than four
+    missed = (float(marks[:, 1].mean()) - 0.5) / spread
+    assert reward.now["fit"] == pytest.approx(max(0.5 + 0.3 * (missed - 1 / 2**0.5), 0.5))
 
 
 def test_each_kind_of_prompt_is_held_by_its_own_clips_at_its_own_level() -> None:
@@ -208,7 +224,7 @@ def test_each_kind_of_prompt_is_held_by_its_own_clips_at_its_own_level() -> None
     moved = marks[:4].clone()
     moved[:, 1] += torch.tensor([-1.0, -1, 1, 1]) * spread / 2
     reward.hold(["genre"], moved, looked)
-    pooled = 0.5 + HOLD_RATE * (float(marks[:5, 1].mean()) - float(moved[:, 1].mean())) / spread  # of these prompts, against all
+    pooled = 0.5 + (float(marks[:5, 1].mean()) - float(moved[:, 1].mean())) / spread  # of these prompts, against all
     assert reward.held(["genre"]) == {"genre": pytest.approx(max(pooled, 0.5)), "genre/ambient": pytest.approx(1.0), "genre/folk": 0.5}
     told = reward.weight("genre", words)
     assert isinstance(told, Tensor)

@@ -45,6 +45,14 @@ def test_a_round_takes_up_the_price_of_the_round_before_whatever_was_done_since(
     assert json.loads((tmp_path / "price.json").read_text()) == {"0": 0.1}
 
 
+def test_the_first_rounds_rise_to_the_target_in_equal_steps_and_are_priced_by_their_own(tmp_path):
+    price = Price(0.1, 60, tmp_path / "price.json", writes=True, ramp=3)
+    assert [price.target(number) for number in range(5)] == [20, 40, 60, 60, 60]
+    told = [price.of(number, kl) for number, kl in enumerate((0, 57.6, 86.4, 60))]
+    assert told == pytest.approx([0.1, 0.12, 0.144, 0.144])
+    assert Price(0.1, None, tmp_path / "none.json", writes=False, ramp=3).target(0) is None
+
+
 def test_a_run_that_had_no_target_takes_one_up_at_the_price_that_it_paid(tmp_path):
     path = tmp_path / "price.json"
     moved, still = Price(0.1, 50, path, writes=True), Price(0.1, None, path, writes=True)
@@ -94,9 +102,19 @@ def test_a_price_that_answers_within_a_round_lets_it_leap_less_far(tmp_path):
         assert row["dpo/kl_price"] == pytest.approx(0.01 * min(max(row["dpo/kl_of_pairs"] / 0.5, 1), MOST_ANSWER), rel=1e-4)
 
 
+def test_with_a_ramp_the_first_rounds_answer_to_their_part_of_the_target(tmp_path):
+    leapt, walked = (main(config(tmp_path / f"{ramp}", rounds=2, kl_power=1.0, kl_ramp=ramp))["held_out_kl"] for ramp in (1, 8))
+    assert walked < 0.8 * leapt
+    rows = [json.loads(line) for line in (tmp_path / "8" / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if "dpo/kl_price" in row)
+    assert first["dpo/kl_price"] == pytest.approx(0.01 * min(max(first["dpo/kl_of_pairs"] / (0.5 / 8), 1), MOST_ANSWER), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"kl_ramp": 0}, "--kl-ramp 0"),
+        ({"kl_ramp": 4, "target_kl": None}, "--kl-ramp 4 with --target-kl None"),
         ({"target_kl": -1.0}, "--target-kl -1"),
         ({"kl_power": -1.0}, "--kl-power -1"),
         ({"kl_power": 1.0, "target_kl": None}, "--kl-power 1 with --target-kl None"),
