@@ -15,20 +15,34 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 
+from base_models.errors import UserError
 from base_models.policy import PRETRAINED
 from rlhf.proof.cells import HERE, PYTHON, Cell, Kept, place, portable
 
-METHODS = ("ppo", "ppo_strong", "ppo_best", "dpo", "dpo_strong", "dpo_best", "best_of_n", "sft")
+METHODS = ("ppo", "ppo_strong", "ppo_best", "ppo_score", "dpo", "dpo_strong", "dpo_best", "dpo_rated", "best_of_n", "sft")
+SCRIPTS = {"ppo": "ppo", "ppo_score": "ppo", "dpo": "dpo", "dpo_rated": "dpo", "sft": "sft"}
+"""Run -> which rlhf/train_*.py makes it. Two runs of one script differ by what it is told: ppo_score gets a number a clip and has a critic,
+dpo_rated learns from the rated pairs and from nothing else."""
 BEST = "_best"
 """Ending of a method that plays several clips of an adapter and keeps the best by what it was trained for (rlhf.objective)."""
 STRONG, STRENGTH = "_strong", 1.2
 """Ending of a method that plays an adapter at this weight instead of 1, as `encore generate --weight` does."""
-SECONDS = {"ppo": 390, "dpo": 500, "sft": 200}
+SECONDS = {"ppo": 390, "ppo_score": 1100, "dpo": 500, "dpo_rated": 800, "sft": 200}
 """What training takes of one core, roughly; finished cells tell better."""
 ALONE = ("--weights", "human=1", "--hold", "")
 """Nothing but the listeners' part is trained on."""
+CONTROLLED = {
+    "shuffled": ("ppo", "ppo_score", "dpo", "dpo_rated"),
+    "listeners": ("ppo", "ppo_score", "dpo"),
+    "reversed": ("ppo", "ppo_score", "dpo", "dpo_rated"),
+    "constant": ("ppo", "ppo_score"),
+    "gold": ("ppo", "ppo_score", "best_of_n"),
+}
+"""Control -> the methods that have it. DPO on rated pairs has no checks of the prompt that `listeners` could leave out. A program has no
+slope, and PPO alone can follow it."""
 TUNED_ON = (0, 1, *range(8000, 8006), 9003, 9004, *range(9006, 9009), 9010, 9012, 9013, 9015, 9016)
 """Seeds of held-out prompts on which settings have been compared, in the demo's time and by `tuning`."""
 
@@ -81,7 +95,9 @@ class Arguments:
     reward: tuple[str, ...] = ()
     weak_reward: tuple[str, ...] = ()
     ppo: tuple[str, ...] = ()
+    ppo_score: tuple[str, ...] = ()
     dpo: tuple[str, ...] = ()
+    dpo_rated: tuple[str, ...] = ()
     sft: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     """PPO with no price on KL and no brake."""
@@ -90,8 +106,10 @@ class Arguments:
     stopped: tuple[str, ...] = ()
     """The same with the brake alone, on the same reward."""
     crew: tuple[str, ...] = ()
-    trained_on: Mapping[str, str] = field(default_factory=lambda: {"ppo": "reward", "dpo": "both", "sft": "votes"})
-    """Method -> what it learns from: votes, reward (and prompts to play), or both."""
+    trained_on: Mapping[str, str] = field(
+        default_factory=lambda: {"ppo": "reward", "ppo_score": "reward", "dpo": "both", "dpo_rated": "votes", "sft": "votes"}
+    )
+    """Run -> what it learns from: votes, reward (and prompts to play), or both."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +251,7 @@ class Builder:
     def trained(self, method: str, snapshot: Cell, reward: Cell, seed: int, more: Sequence[str] | None = None, arm: str = "") -> Cell:
         """The run of a training script; its adapter is <cell>/run/adapter."""
         own = tuple(getattr(self.arguments, method) if more is None else more)
+        script = SCRIPTS[method]
         prompts = self.prompts("play", seed)
         given: tuple[str, ...] = (*self.on_policy, "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
         needs: tuple[Cell, ...] = ()
@@ -241,16 +260,16 @@ class Builder:
         if self.arguments.trained_on[method] in ("reward", "both"):
             judge = ("--reward", place(reward, "reward"), "--prompts", place(prompts, "prompts.jsonl"))
             given, needs = (*given, *judge), (*needs, reward, prompts)
-            if method != "sft":
+            if script != "sft":
                 given = (*given, "--n-frames", str(self.sizes.n_frames))
-        if method == "ppo":
+        if script == "ppo":
             watch = self.prompts("watch", seed)
             given, needs = (*given, "--heldout-prompts", place(watch, "prompts.jsonl")), (*needs, watch)
         label = snapshot.label.replace("snapshot/", f"{arm or method}/", 1)
-        script = (*program(f"rlhf/train_{method}.py"), *given, *own)
-        return Cell(label, script, needs, resume=("--resume",), weight=SECONDS[method])
+        argv = (*program(f"rlhf/train_{script}.py"), *given, *own)
+        return Cell(label, argv, needs, resume=("--resume",), weight=SECONDS[method])
 
-    def outside(self, judge: Sequence[str], label: str, seed: int, more: Sequence[str], watched: bool) -> Cell:
+    def outside(self, judge: Sequence[str], label: str, seed: int, more: Sequence[str], watched: bool, weight: float) -> Cell:
         """PPO whose reward is a program. watched: at held-out prompts too, without which nothing can be held."""
         prompts, watch = self.prompts("play", seed), self.prompts("watch", seed)
         given = (*self.on_policy, "--out", f"{HERE}/run", "--licence", "Apache-2.0", "--seed", str(seed))
@@ -258,7 +277,7 @@ class Builder:
         how = ("--n-frames", str(self.sizes.n_frames), *more, "--credit", "score")  # a program has no slope
         looks = ("--heldout-prompts", place(watch, "prompts.jsonl")) if watched else ()
         script = (*program("rlhf/train_ppo.py"), *given, *judged, *looks, *how)
-        return Cell(label, script, (prompts, watch) if watched else (prompts,), resume=("--resume",), weight=400)
+        return Cell(label, script, (prompts, watch) if watched else (prompts,), resume=("--resume",), weight=weight)
 
     def kept(self, arm: str, snapshot: Cell, reward: Cell, seed: int, more: Sequence[str]) -> Cell:
         """PPO of which every checkpoint's adapter is kept, in <cell>/kept."""
@@ -400,29 +419,35 @@ class Builder:
             plan.trails.append(Trail(arm, taste, seed, self.sizes.weak_votes, trail, settings))
 
     def controls(self, plan: Plan, which: Sequence[str], taste: str, seed: int, methods: Sequence[str]) -> None:
-        votes, trainers = self.sizes.votes, [method for method in methods if method in ("ppo", "dpo")]
+        """Each control by the methods that have it. Raises UserError where none of `methods` has one of them."""
+        if not any(method in CONTROLLED[name] for name in which for method in methods):
+            known = "; ".join(f"{name} by {', '.join(CONTROLLED[name])}" for name in which)
+            got = f"--controls {','.join(which)} with --methods {','.join(methods)}"
+            raise UserError(got, known, "name a method that has such a control, or leave the controls out")
+        votes, draws = self.sizes.votes, range(1, self.sizes.shuffles + 1)
         for name in which:
+            having = [method for method in methods if method in CONTROLLED[name]]
             if name == "reversed":
-                plan.outcomes += [self.outcome("reversed", method, taste, seed, votes, "all") for method in trainers]
+                plan.outcomes += [self.outcome("reversed", method, taste, seed, votes, "all") for method in having]
             elif name == "shuffled":
-                for draw in range(1, self.sizes.shuffles + 1):
-                    plan.outcomes += [self.outcome("shuffled", method, taste, seed, votes, "half", draw) for method in trainers]
+                plan.outcomes += [self.outcome("shuffled", method, taste, seed, votes, "half", n) for n, method in product(draws, having)]
             elif name == "listeners":
-                for draw in range(1, self.sizes.shuffles + 1):
-                    plan.outcomes += [self.outcome(name, method, taste, seed, votes, "half", draw, ALONE) for method in trainers]
-            elif name == "constant" and "ppo" in methods:
-                plan.outcomes.append(self.ppo_outside(name, ("--constant", "0"), taste, seed, (*self.arguments.ppo, *ALONE)))
+                plan.outcomes += [self.outcome(name, method, taste, seed, votes, "half", n, ALONE) for n, method in product(draws, having)]
+            elif name == "constant":
+                plan.outcomes += [self.ppo_outside(name, method, ("--constant", "0"), taste, seed, ALONE) for method in having]
             elif name == "gold":
-                if "ppo" in methods:
-                    plan.outcomes.append(self.ppo_outside(name, ("--taste", taste), taste, seed, self.arguments.ppo))
-                if "best_of_n" in methods:
+                by_ppo = [method for method in having if method != "best_of_n"]
+                plan.outcomes += [self.ppo_outside(name, method, ("--taste", taste), taste, seed) for method in by_ppo]
+                if "best_of_n" in having:
                     played, base = self.best_by_gold(taste, seed), self.base(seed)
                     plan.outcomes.append(
                         Outcome(name, "best_of_n", taste, seed, None, played, base, self.gold(played, base, taste), self.settings())
                     )
 
-    def ppo_outside(self, name: str, judge: Sequence[str], taste: str, seed: int, more: tuple[str, ...]) -> Outcome:
-        """PPO on what a program says, watched and held where the program is a taste."""
-        trained = self.outside(judge, f"outside-{name}/{taste}/s{seed}", seed, more, watched=name == "gold")
-        played, base = self.played(trained, "ppo", seed, None), self.base(seed)
-        return Outcome(name, "ppo", taste, seed, None, played, base, self.gold(played, base, taste), self.settings(more))
+    def ppo_outside(self, name: str, method: str, judge: Sequence[str], taste: str, seed: int, more: tuple[str, ...] = ()) -> Outcome:
+        """PPO, with the settings of `method` and more, on what a program says, watched and held where the program is a taste."""
+        own = (*getattr(self.arguments, method), *more)
+        arm = f"outside-{name}" if method == "ppo" else f"outside-{name}-{method}"
+        trained = self.outside(judge, f"{arm}/{taste}/s{seed}", seed, own, watched=name == "gold", weight=SECONDS[method])
+        played, base = self.played(trained, method, seed, None), self.base(seed)
+        return Outcome(name, method, taste, seed, None, played, base, self.gold(played, base, taste), self.settings(own))

@@ -5,25 +5,27 @@ import pytest
 
 from base_models.checkpoint import read_jsonl
 from base_models.corpus.captions import demo_prompts
+from base_models.errors import UserError
 from base_models.settings import parse
 from benchmarks import rlhf_proof
 from rlhf import train_dpo, train_ppo
 from rlhf.proof import prompts
 from rlhf.proof.cells import CODE, TOP, closure, place
-from rlhf.proof.plan import METHODS, SMALL, TUNED_ON, Arguments, Builder, Plan, Sizes
+from rlhf.proof.plan import BEST, CONTROLLED, METHODS, SCRIPTS, SECONDS, SMALL, STRONG, TUNED_ON, Arguments, Builder, Plan, Sizes
+from rlhf.proof.plots import COLOURS, NAMES
 from rlhf.sample_pairs import read_prompts
 
 
-def main_plan(**changes):
+def main_plan(methods=("ppo", "dpo"), **changes):
     plan, builder = Plan(), Builder(Sizes(), Arguments(), **changes)
-    builder.main_table(plan, ["warm", "drive", "space"], [0, 1, 2], ["ppo", "dpo"])
+    builder.main_table(plan, ["warm", "drive", "space"], [0, 1, 2], methods)
     return plan
 
 
-def warm_table(methods):
+def warm_table(methods, arguments=None):
     """The main table of one taste and seed, and its cells by their labels."""
     plan = Plan()
-    Builder(Sizes(), Arguments()).main_table(plan, ["warm"], [0], methods)
+    Builder(Sizes(), arguments or Arguments()).main_table(plan, ["warm"], [0], methods)
     return plan, {cell.label: cell for cell in closure(plan.cells())}
 
 
@@ -50,6 +52,67 @@ def test_what_the_main_table_is_trained_with_is_a_preset_that_anybody_can_name(s
     assert parse(script.Config, script.PRESETS, [*flags]) == parse(script.Config, script.PRESETS, named)
 
 
+def test_ppo_by_score_is_the_tables_ppo_but_for_its_credit_and_its_larger_rounds():
+    by_codes, by_score = (parse(train_ppo.Config, train_ppo.PRESETS, [*own]) for own in (rlhf_proof.PPO, rlhf_proof.PPO_SCORE))
+    other = {name: value for name, value in vars(by_score).items() if value != getattr(by_codes, name)}
+    rounds = {"batch_size": 128, "samples_per_prompt": 4, "baseline": "loo", "lr": 7e-4}
+    assert other == {"credit": "score", **rounds, "kl_horizon": 480}
+    assert by_score.batch_size / by_score.kl_horizon == by_codes.batch_size / by_codes.kl_horizon  # how far a round moves the price
+    train_ppo.check(by_score, 1)
+
+
+def test_dpo_on_rated_pairs_is_what_the_script_does_with_a_snapshot_alone():
+    assert parse(train_dpo.Config, train_dpo.PRESETS, [*rlhf_proof.DPO_RATED]) == train_dpo.Config()
+
+
+def test_every_method_has_a_row_to_stand_in():
+    assert set(METHODS) <= NAMES.keys() & COLOURS.keys()
+    assert len({NAMES[method] for method in METHODS}) == len({COLOURS[method] for method in METHODS}) == len(METHODS)
+
+
+@pytest.mark.parametrize("arguments", [Arguments(), rlhf_proof.FULL_ARGUMENTS, rlhf_proof.SMALL_ARGUMENTS], ids=["none", "full", "small"])
+def test_every_run_has_a_script_settings_a_time_and_something_to_learn_from(arguments):
+    runs = {method.removesuffix(BEST).removesuffix(STRONG) for method in METHODS} - {"best_of_n"}
+    assert runs == SCRIPTS.keys() == SECONDS.keys() == arguments.trained_on.keys()
+    assert all((TOP / "rlhf" / f"train_{script}.py").is_file() for script in SCRIPTS.values())
+    _, cells = warm_table(METHODS, arguments)
+    for run in runs:
+        argv, own = cells[f"{run}/warm/s0/n2000"].argv, getattr(arguments, run)
+        assert argv[1] == f"rlhf/train_{SCRIPTS[run]}.py"
+        assert argv[len(argv) - len(own) :] == own
+
+
+def test_a_method_more_is_a_run_more_and_leaves_the_others_alone():
+    others = [method for method in METHODS if method not in ("ppo_score", "dpo_rated")]
+    before, after = ({cell.name for cell in warm_table(methods)[1].values()} for methods in (others, METHODS))
+    assert before < after
+    more = {re.sub("-[0-9a-f]{8}$", "", name) for name in after - before}
+    assert more == {f"{step}{run}/warm/s0/n2000" for step in ("", "play/", "gold/") for run in ("ppo_score", "dpo_rated")}
+
+
+def test_dpo_on_rated_pairs_has_the_votes_and_no_reward_or_prompts_to_play():
+    plan, cells = warm_table(["dpo_rated"], rlhf_proof.FULL_ARGUMENTS)
+    run = cells["dpo_rated/warm/s0/n2000"]
+    assert [need.label for need in run.needs] == ["snapshot/warm/s0/n2000"]
+    assert run.argv[run.argv.index("--snapshot") + 1] == place(cells["snapshot/warm/s0/n2000"], "snapshot")
+    assert not {"--reward", "--prompts", "--n-frames", "--weights"} & set(run.argv)
+    assert run.resume == ("--resume",)
+    played = cells["play/dpo_rated/warm/s0/n2000"].argv
+    assert played[played.index("--adapter") + 1] == place(run, "run", "adapter")
+    assert played[played.index("--system") + 1] == "dpo_rated"
+    assert [(outcome.method, outcome.gold.label) for outcome in plan.outcomes] == [("dpo_rated", "gold/dpo_rated/warm/s0/n2000")]
+
+
+def test_ppo_by_score_has_what_ppo_has_and_is_told_to_go_by_score():
+    _, cells = warm_table(["ppo", "ppo_score"], rlhf_proof.FULL_ARGUMENTS)
+    by_codes, by_score = cells["ppo/warm/s0/n2000"], cells["ppo_score/warm/s0/n2000"]
+    assert by_score.needs == by_codes.needs
+    assert by_score.argv[: len(by_codes.argv)] == by_codes.argv
+    more = by_score.argv[len(by_codes.argv) :]
+    assert more[more.index("--credit") + 1] == "score"
+    assert "--credit" not in by_codes.argv
+
+
 def test_tastes_share_the_clips_of_a_seed_and_seeds_share_nothing():
     named = labels(main_plan())
     assert sum(label.startswith("samples/") for label in named) == 3
@@ -72,9 +135,9 @@ def test_listeners_are_asked_about_the_pairs_of_a_seed_that_sound_least_alike():
 
 
 def test_what_trains_never_hears_of_held_out_prompts_and_what_plays_them_does_not_train():
-    for cell in closure(main_plan().cells()):
+    for cell in closure(main_plan(["ppo", "ppo_score", "dpo", "dpo_rated", "sft"]).cells()):
         texts = " ".join(cell.argv)
-        if cell.label.split("/")[0] in ("ppo", "dpo", "sft", "reward"):
+        if cell.label.split("/")[0] in (*SCRIPTS, "reward"):
             needs = {need.label for need in closure([cell])}
             assert not any("heldout" in label for label in needs)
             assert "simulation" not in texts
@@ -88,7 +151,7 @@ def test_no_argument_hangs_on_where_the_code_or_the_interpreter_lies():
     builder.curve(plan, "warm", 0, METHODS, (20, 40))
     builder.familiar(plan, ("warm",), (0,), METHODS)
     builder.over_optimisation(plan, "warm", 0)
-    builder.controls(plan, ("shuffled", "listeners", "reversed", "constant", "gold"), "warm", 0, ("ppo", "dpo"))
+    builder.controls(plan, tuple(CONTROLLED), "warm", 0, METHODS)
     cells = closure(plan.cells())
     assert any(f"{CODE}/corpus/codes" in cell.argv for cell in cells)
     assert any("rlhf.simulation.serve" in argument for cell in cells for argument in cell.argv)
@@ -136,11 +199,11 @@ def test_familiar_prompts_ask_for_what_training_asked_for_in_other_words(tmp_pat
 
 
 def test_familiar_prompts_are_played_by_the_adapters_of_the_main_table():
-    main, plan, builder = main_plan(), Plan(), Builder(Sizes(), Arguments())
-    builder.familiar(plan, ["warm"], [0], ["ppo", "ppo_best", "dpo", "best_of_n"])
-    assert [o.method for o in plan.outcomes] == ["ppo", "ppo_best", "dpo"]
-    trained = {cell.name for cell in closure(main.cells()) if cell.label.startswith(("ppo/", "dpo/"))}
-    runs = [cell.name for cell in closure(plan.cells()) if cell.label.startswith(("ppo/", "dpo/"))]
+    main, plan, builder = warm_table(METHODS)[0], Plan(), Builder(Sizes(), Arguments())
+    builder.familiar(plan, ["warm"], [0], ["ppo", "ppo_best", "ppo_score", "dpo", "dpo_rated", "best_of_n"])
+    assert [o.method for o in plan.outcomes] == ["ppo", "ppo_best", "ppo_score", "dpo", "dpo_rated"]
+    trained = {cell.name for cell in closure(main.cells()) if cell.label.startswith(("ppo", "dpo"))}
+    runs = [cell.name for cell in closure(plan.cells()) if cell.label.startswith(("ppo", "dpo"))]
     assert runs
     assert set(runs) <= trained
     for outcome in plan.outcomes:
@@ -213,6 +276,34 @@ def test_controls_train_on_what_they_should():
         "listeners-ppo",
         "outside-gold",
     }  # what is held is compared with the base at looks; under a constant nothing is
+
+
+def test_controls_of_a_method_are_runs_by_its_own_settings():
+    plan, builder = Plan(), Builder(SMALL, Arguments(ppo=("--steps", "3"), ppo_score=("--steps", "5"), dpo_rated=("--beta", "0.2")))
+    builder.controls(plan, tuple(CONTROLLED), "drive", 0, ["ppo", "ppo_score", "dpo_rated"])
+    texts = {cell.label: " ".join(cell.argv) for cell in closure(plan.cells())}
+    had = {(outcome.experiment, outcome.method) for outcome in plan.outcomes}
+    assert had == {(name, method) for name in CONTROLLED for method in ("ppo", "ppo_score")} | {
+        (name, "dpo_rated") for name in ("shuffled", "reversed")
+    }
+    for turned in ("half1", "half2", "all0"):
+        assert texts[f"ppo_score/drive/s0/n60-{turned}"].endswith("--steps 5")
+        assert texts[f"dpo_rated/drive/s0/n60-{turned}"].endswith("--beta 0.2")
+    assert texts["listeners-ppo_score/drive/s0/n60-half1"].endswith("--steps 5 --weights human=1 --hold ")
+    assert texts["outside-constant-ppo_score/drive/s0"].endswith("--steps 5 --weights human=1 --hold  --credit score")
+    assert texts["outside-gold-ppo_score/drive/s0"].endswith("--steps 5 --credit score")
+    assert texts["outside-gold/drive/s0"].endswith("--steps 3 --credit score")
+    assert "--system ppo_score" in texts["play/outside-gold-ppo_score/drive/s0"]
+
+
+@pytest.mark.parametrize(
+    ("controls", "methods"), [(["constant", "gold"], ["dpo_rated", "dpo"]), (["listeners"], ["dpo_rated"]), ([*CONTROLLED], ["sft"])]
+)
+def test_controls_that_none_of_the_methods_has_are_refused(controls, methods):
+    plan = Plan()
+    with pytest.raises(UserError, match=f"--controls {','.join(controls)} with --methods {','.join(methods)}"):
+        Builder(SMALL, Arguments()).controls(plan, controls, "warm", 0, methods)
+    assert plan.outcomes == []
 
 
 def test_the_weak_reward_is_weak_and_both_arms_keep_their_checkpoints():
