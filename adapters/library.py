@@ -111,12 +111,19 @@ def save_lora(folder: str | Path, lora: LoraTensors, manifest: Manifest | Mappin
         raise UserError(f"NaN or infinity in {broken[:3]}", "finite adapter weights", "lower the learning rate; nothing was written")
     peft_config: dict[str, Any] = lora_config(lora.r, lora.alpha, _targets(lora)).to_dict()
     peft_config = {k: sorted(v) if isinstance(v, set) else v for k, v in peft_config.items()} | {"inference_mode": True}
+    _check_place(folder)
     with atomic_folder(folder) as temporary:
         save_tensors(temporary / WEIGHTS, {PEFT_PREFIX + name: tensor for name, tensor in lora.tensors.items()})
         write_json(temporary / PEFT_CONFIG, peft_config)
         write_json(temporary / MANIFEST, dataclasses.asdict(complete))
         (temporary / CARD).write_text(card(complete, lora), encoding="utf-8")
     return complete
+
+
+def _check_place(folder: Path) -> None:
+    """Raises UserError where something stands that is no adapter: writing replaces the whole folder."""
+    if folder.is_dir() and not (folder / PEFT_CONFIG).is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder}, which holds no adapter but other files", "a new folder, or an adapter to replace", "choose another folder")
 
 
 def save_mix(folder: str | Path, folders: Sequence[str | Path], weights: Sequence[float] | None = None, name: str = "") -> Manifest:

@@ -69,6 +69,19 @@ def test_the_command_mixes_as_it_is_told_and_lists_what_it_wrote(saved, make_tin
     assert "weight" in capsys.readouterr().err
 
 
+def test_an_adapter_replaces_an_adapter_and_never_a_folder_of_other_things(saved, tmp_path):
+    source, folder = saved
+    assert save_mix(tmp_path / "mean", [folder]).name == "mean"
+    assert save_mix(tmp_path / "mean", [folder, folder]).config["parts"][1]["weight"] == 0.5
+    (tmp_path / "music").mkdir()
+    save_adapter(tmp_path / "music", source.lm, Manifest(name="song", base_sha256=source.sha256, method="dpo"))
+    (tmp_path / "runs" / "ppo").mkdir(parents=True)
+    (tmp_path / "runs" / "ppo" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no adapter but other files"):
+        save_mix(tmp_path / "runs", [folder])
+    assert (tmp_path / "runs" / "ppo" / "notes.txt").read_text() == "mine"
+
+
 def test_adapters_of_two_bases_make_no_mean(saved, make_tiny, tmp_path):
     _, folder = saved
     other = make_tiny(1)
