@@ -123,7 +123,7 @@ def save_lora(folder: str | Path, lora: LoraTensors, manifest: Manifest | Mappin
 def _check_place(folder: Path) -> None:
     """Raises UserError where something stands that is no adapter: writing replaces the whole folder."""
     if folder.is_dir() and not (folder / PEFT_CONFIG).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder}, which holds no adapter but other files", "a new folder, or an adapter to replace", "choose another folder")
+        raise UserError(f"{folder}, which holds no adapter but other files", "a new folder, or an adapter to replace", "choose another")
 
 
 def save_mix(folder: str | Path, folders: Sequence[str | Path], weights: Sequence[float] | None = None, name: str = "") -> Manifest:
@@ -317,6 +317,8 @@ def _manifest(values: Any, where: str) -> Manifest:
     manifest = Manifest(**values)
     if not _NAME.fullmatch(manifest.name):
         raise UserError(f"adapter name {manifest.name!r}", "letters, digits, - and _, at most 64", "give it a plain name")
+    if hasattr(torch.nn.ModuleDict(), manifest.name):  # PEFT keeps adapters in one, by their names
+        raise UserError(f"adapter name {manifest.name!r}, which torch's modules use themselves", "another name", "call it something else")
     if not re.fullmatch(r"[0-9a-f]{64}", manifest.base_sha256):
         raise UserError(f"base_sha256 {manifest.base_sha256!r}", "64 hex digits", "give Policy.sha256")
     return manifest

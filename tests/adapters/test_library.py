@@ -82,6 +82,15 @@ def test_an_adapter_replaces_an_adapter_and_never_a_folder_of_other_things(saved
     assert (tmp_path / "runs" / "ppo" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["train", "values", "half"])
+def test_a_name_by_which_no_model_can_hold_an_adapter_is_refused_before_it_is_written(name, saved, tmp_path):
+    _, folder = saved
+    with pytest.raises(UserError, match=f"adapter name '{name}', which torch's modules use"):
+        save_mix(tmp_path / name, [folder])
+    assert not (tmp_path / name).exists()
+    assert save_mix(tmp_path / name, [folder], name="other").name == "other"
+
+
 def test_adapters_of_two_bases_make_no_mean(saved, make_tiny, tmp_path):
     _, folder = saved
     other = make_tiny(1)
