@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adapters.library import check_base, load_adapter, read_adapter, unload_adapters
+from adapters.library import Manifest, check_base, load_adapter, read_adapter, unload_adapters
 from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, Policy, load_policy
@@ -134,6 +134,15 @@ def watches_own(cfg: LoopConfig) -> bool:
     return cfg.method == "ppo" and not any(part.split("=")[0] == "--heldout-prompts" for part in shlex.split(cfg.train))
 
 
+def same_adapter(folder: str, sha256: str) -> Manifest:
+    """The manifest of the adapter in a folder. UserError where it is another one than the loop met there."""
+    manifest = read_adapter(folder).manifest
+    if manifest.adapter_sha256 != sha256:
+        got = f"{folder} with adapter {manifest.adapter_sha256[:12]}"
+        raise UserError(got, f"adapter {sha256[:12]}, as the loop met it there", "restore the folder; what is voted on must not change")
+    return manifest
+
+
 class Loop:
     """The loop's folder and its rounds."""
 
@@ -177,6 +186,13 @@ class Loop:
 
     def champion(self) -> dict[str, Any]:
         record: dict[str, Any] = read_json(self.out / "champion.json")
+        return record
+
+    def standing(self) -> dict[str, Any]:
+        """The champion's record, once its folder was found to hold what was promoted: it may be anywhere, and trained into since."""
+        record = self.champion()
+        if record["adapter"]:
+            same_adapter(record["adapter"], record["adapter_sha256"])
         return record
 
     def _check_votes(self) -> None:
@@ -234,7 +250,7 @@ class Round:
         ]
 
     def samples(self) -> dict[str, Any]:
-        champion = self.loop.champion()
+        champion = self.loop.standing()
         how = Settings(n=self.cfg.clips_per_prompt, seed=self.cfg.seed + 2 * self.number, duration_s=self.cfg.duration_s)
         system = f"round-{self.number:02d}"
         manifest = self.loop.play(champion["adapter"], self.loop.prompts, self.folder / "samples", how, system)
@@ -294,7 +310,8 @@ class Round:
         Two clips of each prompt at least are played, as diversity asks; the first `ab_clips` are compared.
         """
         how = Settings(n=max(2, self.cfg.ab_clips), seed=self.cfg.seed + 2 * self.number + 1, duration_s=self.cfg.duration_s)
-        champion = self.loop.champion()["adapter"]
+        champion = self.loop.standing()["adapter"]
+        same_adapter(self.challenger, stamp(self.folder, "train")["adapter_sha256"])
         adapters = {self.named(CHAMPION): champion, self.named(CHALLENGER): self.challenger}
         systems = {name: Path(adapter) for name, adapter in adapters.items() if adapter}
         moved = evaluate(self.loop.policy, systems, self.loop.heldout, self.folder / "heldout", how)
@@ -342,7 +359,7 @@ class Round:
         return promoted, votes | of
 
     def _promoted(self, before: dict[str, Any], votes: dict[str, Any]) -> dict[str, Any]:
-        manifest = read_adapter(self.challenger).manifest
+        manifest = same_adapter(self.challenger, stamp(self.folder, "train")["adapter_sha256"])
         return {
             "round": self.number,
             "adapter": self.challenger,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapters.library import read_adapter
+from adapters.library import read_adapter, save_mix
 from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.policy import load_policy
@@ -26,7 +26,7 @@ from rlhf.loop import METHODS, Loop, Round, settings
 from rlhf.loop_report import status
 from rlhf.metrics import crossed_bootstrap
 from rlhf.sample_pairs import Prompt, Settings, sample
-from rlhf.stages import ROOT, RatingApp, Stage, only_one
+from rlhf.stages import ROOT, RatingApp, Stage, only_one, stamp
 from rlhf.verdict import Outcome, comparisons, decide, read_outcomes
 
 RATER = """
@@ -197,6 +197,29 @@ def test_a_round_plays_the_champion_and_trains_from_the_base(played, tmp_path):
     assert any(tensor.any() for name, tensor in theirs.items() if "lora_B" in name)
     assert not any(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
     assert sum("lora_B" in name for name in ours) == sum("lora_B" in name for name in theirs) > 0
+
+
+def test_a_champion_or_challenger_that_was_exchanged_on_disk_is_refused(played, tmp_path):
+    """A champion may lie anywhere, where somebody trains into its folder: its name would stand beside what another one plays."""
+    made = promoted_round(played, tmp_path, won=36, lost=4)
+    before = made.loop.champion()
+    other = save_mix(tmp_path / "other", [made.challenger], [0.5]).adapter_sha256
+    shutil.copytree(made.challenger, tmp_path / "kept")
+    shutil.rmtree(made.challenger)
+    shutil.copytree(tmp_path / "other", made.challenger)
+    trained = stamp(made.folder, "train")["adapter_sha256"]
+    with pytest.raises(UserError, match=f"with adapter {other[:12]}; expected adapter {trained[:12]}"):
+        made.verdict()
+    with pytest.raises(UserError, match="as the loop met it"):
+        made.ab_samples()
+    assert made.loop.champion() == before
+    shutil.rmtree(made.challenger)
+    shutil.copytree(tmp_path / "kept", made.challenger)
+    assert made.verdict()["promoted"]
+    shutil.rmtree(made.challenger)
+    shutil.copytree(tmp_path / "other", made.challenger)
+    with pytest.raises(UserError, match="as the loop met it"):
+        made.loop.round(2).samples()
 
 
 def test_the_rule_promotes_half_of_equal_rivals_in_few_of_a_hundred_campaigns():
