@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,6 +134,17 @@ def watches_own(cfg: LoopConfig) -> bool:
     return cfg.method == "ppo" and not any(part.split("=")[0] == "--heldout-prompts" for part in shlex.split(cfg.train))
 
 
+def refuse_shared(held_out: Sequence[Prompt], learnt: Iterable[str], what: str) -> None:
+    """UserError where a held-out prompt is learnt from, in capitals or not: the text encoder hears no difference."""
+    known = {_as_heard(prompt) for prompt in learnt}
+    if shared := sorted(prompt.prompt for prompt in held_out if _as_heard(prompt.prompt) in known):
+        raise UserError(f"{len(shared)} held-out prompts that {what}, {shared[0]!r}", "none", "take them out of one of the files")
+
+
+def _as_heard(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
+
+
 def same_adapter(folder: str, sha256: str) -> Manifest:
     """The manifest of the adapter in a folder. UserError where it is another one than the loop met there."""
     manifest = read_adapter(folder).manifest
@@ -153,9 +164,7 @@ class Loop:
         assert cfg.prompts is not None
         assert cfg.heldout is not None
         self.prompts, self.heldout = read_prompts(cfg.prompts), read_prompts(cfg.heldout)
-        if shared := {p.prompt for p in self.prompts} & {p.prompt for p in self.heldout}:
-            got = f"{len(shared)} held-out prompts that are trained on, {sorted(shared)[0]!r}"
-            raise UserError(got, "none", "take them out of one of the files")
+        refuse_shared(self.heldout, [prompt.prompt for prompt in self.prompts], "are trained on")
         if watches_own(cfg) and len(self.prompts) < 2:
             raise UserError(f"1 prompt in {cfg.prompts}", "2 or more, better 50: PPO watches two or more", "add prompts")
         self._policy: Policy | None = None
@@ -170,6 +179,7 @@ class Loop:
         """Play until `rounds` rounds are done in all; returns the champion's record."""
         self._check_votes()
         with only_one(self.out):
+            refuse_shared(self.heldout, self._rated(), "were rated in a round, whose votes are trained on")
             write_json(self.out / "loop.json", to_mapping(self.cfg))
             if not (self.out / "champion.json").is_file():
                 write_json(self.out / "champion.json", self._first_champion())
@@ -194,6 +204,11 @@ class Loop:
         if record["adapter"]:
             same_adapter(record["adapter"], record["adapter_sha256"])
         return record
+
+    def _rated(self) -> list[str]:
+        """The prompts of all rounds' clips, as they were put up: the file of prompts may have changed since."""
+        manifests = sorted(self.out.glob("rounds/*/samples/manifest.jsonl"))
+        return [row["prompt"] for manifest in manifests for row in read_jsonl(manifest)]
 
     def _check_votes(self) -> None:
         cfg = self.cfg

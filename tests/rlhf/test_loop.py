@@ -134,6 +134,21 @@ def test_held_out_votes_are_never_trained_on(played):
     assert compared == {"slow ambient", "fast house"}
 
 
+def test_a_prompt_that_was_rated_or_is_only_written_otherwise_cannot_be_held_out(played, tmp_path):
+    """Files may change between rounds, and a snapshot holds the votes of all of them; "Calm  Folk" is "calm folk" to the text encoder."""
+    shutil.copytree(played, tmp_path / "loop")
+    (tmp_path / "train.txt").write_text("slow waltz\ndark rock\n")
+    (tmp_path / "heldout.txt").write_text("fast house\nCalm  Folk\n")
+    files = {name: str(tmp_path / f"{kind}.txt") for name, kind in (("prompts", "train"), ("heldout", "heldout"))}
+    write_json(tmp_path / "loop" / "loop.json", read_json(played / "loop.json") | files)
+    loop = Loop(settings({"out": tmp_path / "loop"}), Collecting())
+    with pytest.raises(UserError, match=r"got 1 held-out prompts that were rated in a round, .*'Calm  Folk'"):
+        loop.run(2)
+    (tmp_path / "train.txt").write_text("calm folk\n")
+    with pytest.raises(UserError, match="got 1 held-out prompts that are trained on"):
+        Loop(settings({"out": tmp_path / "loop"}), Collecting())
+
+
 def test_a_second_call_changes_nothing_and_needs_no_settings(played, capsys):
     before = {p: p.read_bytes() for p in sorted(played.rglob("*.json"))}
     assert cli.main(["loop", "--out", str(played), "--rounds", "1"]) == 0
