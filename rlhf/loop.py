@@ -180,9 +180,10 @@ class Loop:
         self._check_votes()
         with only_one(self.out):
             refuse_shared(self.heldout, self._rated(), "were rated in a round, whose votes are trained on")
-            write_json(self.out / "loop.json", to_mapping(self.cfg))
-            if not (self.out / "champion.json").is_file():
-                write_json(self.out / "champion.json", self._first_champion())
+            first = None if (self.out / "champion.json").is_file() else self._first_champion()
+            write_json(self.out / "loop.json", to_mapping(self.cfg))  # of a loop that can begin: the next call is held to it
+            if first is not None:
+                write_json(self.out / "champion.json", first)
             missing = [number for number in range(1, rounds + 1) if not stamp_path(self.round(number).folder, "verdict").is_file()]
             if missing and self.collecting.serve:
                 admit(self.db, self.collecting.people)

@@ -476,6 +476,7 @@ def test_settings_that_cannot_work_are_refused(change, match, files, policy_dir,
     given = {k: files / v if k in ("prompts", "heldout", "champion") and v else v for k, v in given.items()}
     with pytest.raises(UserError, match=match):
         Loop(settings(given), Collecting()).run(0)
+    assert not (tmp_path / "run" / "loop.json").exists()  # so that the next call may say it otherwise
 
 
 def test_a_champion_of_another_base_is_refused_and_settings_are_not_mixed(files, played, other_policy_dir):
