@@ -158,6 +158,8 @@ def freeze(db: str, campaign: str, folder: Path, name: str) -> dict[str, Any]:
     place, cut = folder / name, folder / f".cut-{name}"
     with open_store(db) as store:
         if (place / "snapshot.json").is_file() and not is_recorded(store, read_json(place / "snapshot.json")["sha256"]):
+            if cut.exists():  # of a call that was cut off here before
+                shutil.rmtree(cut)
             place.rename(cut)  # at once no snapshot any more: a kill must leave no half of one
         if not (place / "snapshot.json").is_file():
             export_snapshot(store, campaign, folder, name)

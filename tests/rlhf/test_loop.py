@@ -396,6 +396,29 @@ def test_a_snapshot_cut_off_before_it_was_recorded_is_made_again(played, tmp_pat
     assert not list(folder.glob(".*"))
 
 
+def test_a_snapshot_that_is_cut_off_twice_is_made_again(clips, tmp_path):
+    """Between the new folder and its record, and there again: the first one still lies beside it under its other name."""
+    from feedback_app.campaigns import register_campaign
+
+    db = f"sqlite:///{tmp_path / 'e.db'}"
+    with open_store(db) as store:
+        register_campaign(store, "c", clips, target_votes=1, min_listen_ms=0)
+        rater = store.sign_in("ada", store.add_rater("ada"))
+        assert rater is not None
+        offer = store.next_assignment(rater.id)
+        assert offer is not None
+        store.submit_vote(rater.id, offer.assignment_id, "a", idempotency_key="key-1234")
+        told = freeze(db, "c", tmp_path, "snapshot")
+        shutil.copytree(tmp_path / "snapshot", tmp_path / ".cut-snapshot")
+        with sqlite3.connect(tmp_path / "e.db") as connection:
+            connection.execute("delete from snapshot_rater")
+            connection.execute("delete from snapshot")
+        connection.close()
+        assert freeze(db, "c", tmp_path, "snapshot") == told
+        assert is_recorded(store, told["sha256"])
+    assert not list(tmp_path.glob(".cut*"))
+
+
 def test_votes_of_which_none_counts_promote_nobody(played, tmp_path):
     made = promoted_round(played, tmp_path, won=36, lost=4)
     shutil.rmtree(made.folder / "ab_snapshot")
