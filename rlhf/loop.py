@@ -22,6 +22,7 @@ was, also while it waits for votes. It needs no server of its own: votes may com
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,6 +36,7 @@ from base_models.errors import UserError
 from base_models.policy import PRETRAINED, Policy, load_policy
 from base_models.settings import from_mapping, to_mapping
 from db.errors import NoVotesError
+from db.store import open_store
 from rlhf.apart import write_furthest
 from rlhf.collecting import Collecting, admit, collect, freeze
 from rlhf.evaluate_models import BASE, evaluate
@@ -181,6 +183,8 @@ class Loop:
         with only_one(self.out):
             refuse_shared(self.heldout, self._rated(), "were rated in a round, whose votes are trained on")
             first = None if (self.out / "champion.json").is_file() else self._first_champion()
+            if first is not None:
+                self._check_campaign()
             write_json(self.out / "loop.json", to_mapping(self.cfg))  # of a loop that can begin: the next call is held to it
             if first is not None:
                 write_json(self.out / "champion.json", first)
@@ -218,6 +222,15 @@ class Loop:
             got = f"{most} votes between champion and challenger ({len(self.heldout)} held-out prompts), of which nobody could be promoted"
             expected = f"{cfg.min_decided} or more, as --min-decided asks"
             raise UserError(got, expected, "hold out more prompts, or raise --ab-clips or --ab-votes")
+
+    def _check_campaign(self) -> None:
+        """A loop begins with campaigns of its own: the votes of all that is in them are learnt from, and decide."""
+        name = self.cfg.campaign
+        with open_store(self.db) as store:
+            there = [c.name for c in store.stats().campaigns if c.name == name or re.fullmatch(rf"{re.escape(name)}-ab-\d\d+", c.name)]
+        if there:
+            got = f"campaign {there[0]!r} in {self.db}, which is not this loop's"
+            raise UserError(got, "a name that is free: votes on others' clips would count", "choose another --campaign, or another --db")
 
     def _first_champion(self) -> dict[str, Any]:
         record: dict[str, Any] = {"round": 0, "adapter": None, "adapter_sha256": None, "policy_sha256": self.policy.sha256, "votes": None}

@@ -519,6 +519,21 @@ def test_a_champion_of_another_base_is_refused_and_settings_are_not_mixed(files,
         status(played.parent / "nothing")
 
 
+def test_two_loops_on_one_database_do_not_share_campaigns(files, policy_dir, clips, tmp_path):
+    """Going back to an older champion in another folder would find the votes of the first loop's verdicts under its own rounds' names."""
+    from feedback_app.campaigns import register_campaign
+
+    db = f"sqlite:///{tmp_path / 'e.db'}"
+    given = {"prompts": files / "train.txt", "heldout": files / "heldout.txt", "policy": policy_dir, "min_decided": 4, "db": db}
+    Loop(settings({**given, "out": tmp_path / "first"}), Collecting()).run(0)
+    with open_store(db) as store:
+        register_campaign(store, "loop-ab-01", clips, target_votes=1, min_listen_ms=0)
+    Loop(settings({"out": tmp_path / "first"}), Collecting()).run(0)  # it is the first one's own
+    with pytest.raises(UserError, match="campaign 'loop-ab-01' in .*, which is not this loop's"):
+        Loop(settings({**given, "out": tmp_path / "second"}), Collecting()).run(0)
+    Loop(settings({**given, "out": tmp_path / "second", "campaign": "again"}), Collecting()).run(0)
+
+
 @pytest.mark.parametrize(
     ("command", "match"),
     [("no-such-program {url}", "no program"), ("python -c 'raise SystemExit(3)'", "exit code 3"), ("vote {who}", "placeholders of")],
