@@ -131,16 +131,25 @@ def settings(given: dict[str, Any]) -> LoopConfig:
     return cfg
 
 
+def watched_file(cfg: LoopConfig) -> Path | None:
+    """The file of prompts that PPO was told to watch."""
+    words = shlex.split(cfg.train)
+    for word, after in zip(words, [*words[1:], ""]):
+        if word.split("=")[0].replace("_", "-") == "--heldout-prompts":
+            return Path(word.partition("=")[2] or after)
+    return None
+
+
 def watches_own(cfg: LoopConfig) -> bool:
     """Whether the challenger is trained by PPO, which watches prompts, and no others were given to it."""
-    return cfg.method == "ppo" and not any(part.split("=")[0] == "--heldout-prompts" for part in shlex.split(cfg.train))
+    return cfg.method == "ppo" and watched_file(cfg) is None
 
 
-def refuse_shared(held_out: Sequence[Prompt], learnt: Iterable[str], what: str) -> None:
-    """UserError where a held-out prompt is learnt from, in capitals or not: the text encoder hears no difference."""
-    known = {_as_heard(prompt) for prompt in learnt}
-    if shared := sorted(prompt.prompt for prompt in held_out if _as_heard(prompt.prompt) in known):
-        raise UserError(f"{len(shared)} held-out prompts that {what}, {shared[0]!r}", "none", "take them out of one of the files")
+def refuse_shared(some: Sequence[Prompt], others: Iterable[str], what: str) -> None:
+    """UserError where one of the prompts is among the others, in capitals or not: the text encoder hears no difference."""
+    known = {_as_heard(prompt) for prompt in others}
+    if shared := sorted(prompt.prompt for prompt in some if _as_heard(prompt.prompt) in known):
+        raise UserError(f"{len(shared)} {what}, {shared[0]!r}", "none", "take them out of one of the files")
 
 
 def _as_heard(prompt: str) -> str:
@@ -166,9 +175,10 @@ class Loop:
         assert cfg.prompts is not None
         assert cfg.heldout is not None
         self.prompts, self.heldout = read_prompts(cfg.prompts), read_prompts(cfg.heldout)
-        refuse_shared(self.heldout, [prompt.prompt for prompt in self.prompts], "are trained on")
-        if watches_own(cfg) and len(self.prompts) < 2:
-            raise UserError(f"1 prompt in {cfg.prompts}", "2 or more, better 50: PPO watches two or more", "add prompts")
+        refuse_shared(self.heldout, [prompt.prompt for prompt in self.prompts], "held-out prompts that are trained on")
+        if watches_own(cfg) and len(self.prompts) < 3:
+            got = f"{len(self.prompts)} prompt(s) in {cfg.prompts}"
+            raise UserError(got, "3 or more, better 50: PPO watches two or more and plays the others", "add prompts")
         self._policy: Policy | None = None
 
     @property
@@ -181,7 +191,11 @@ class Loop:
         """Play until `rounds` rounds are done in all; returns the champion's record."""
         self._check_votes()
         with only_one(self.out):
-            refuse_shared(self.heldout, self._rated(), "were rated in a round, whose votes are trained on")
+            refuse_shared(self.heldout, self._rated(), "held-out prompts that were rated in a round, whose votes are trained on")
+            if (file := watched_file(self.cfg)) is not None:
+                watched = [prompt.prompt for prompt in read_prompts(file)]
+                refuse_shared(self.heldout, watched, "held-out prompts that PPO watches, and is stopped by")
+                refuse_shared(self.prompts, watched, "prompts that are played, in the file of those that PPO only watches")
             first = None if (self.out / "champion.json").is_file() else self._first_champion()
             if first is not None:
                 self._check_campaign()
@@ -326,7 +340,7 @@ class Round:
         n = min(max(2, len(known) // WATCHED), MOST_WATCHED)
         watch, plays = self.folder / "watch.jsonl", self.folder / "play.jsonl"
         write_prompts(watch, [asdict(prompt) for prompt in by_chance[:n]])
-        write_prompts(plays, [asdict(prompt) for prompt in by_chance[n:] or known])
+        write_prompts(plays, [asdict(prompt) for prompt in by_chance[n:]])
         return plays, ["--heldout-prompts", watch]
 
     @property

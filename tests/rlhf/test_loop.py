@@ -118,12 +118,23 @@ def test_a_round_of_ppo_learns_from_a_reward_and_is_watched_on_rated_prompts_tha
     assert read_json(folder / "stages" / "verdict.json")["why"]
 
 
-def test_ppo_needs_prompts_to_watch(files, policy_dir, tmp_path):
-    (tmp_path / "one.txt").write_text("sad piano\n")
-    given = {"prompts": tmp_path / "one.txt", "heldout": files / "heldout.txt", "policy": policy_dir, "out": tmp_path / "run"}
-    with pytest.raises(UserError, match="1 prompt in"):
-        Loop(settings(given), Collecting())
-    Loop(settings(given | {"train": "--heldout-prompts=watch.txt"}), Collecting())
+def test_ppo_needs_prompts_to_watch_and_others_to_play(files, policy_dir, tmp_path):
+    few = tmp_path / "few.txt"
+    given = {"prompts": few, "heldout": files / "heldout.txt", "policy": policy_dir, "out": tmp_path / "run"}
+    for n, text in enumerate(("sad piano\n", "sad piano\ncalm folk\n"), start=1):
+        few.write_text(text)
+        with pytest.raises(UserError, match=rf"got {n} prompt\(s\) in"):
+            Loop(settings(given), Collecting())
+        Loop(settings(given | {"train": "--heldout-prompts=watch.txt"}), Collecting())
+    few.write_text("sad piano\ncalm folk\ndark rock\n")
+    for watched, match in (("Fast House", "1 held-out prompts that PPO watches"), ("Calm folk", "1 prompts that are played, in the file")):
+        (tmp_path / "watch.txt").write_text(f"slow waltz\n{watched}\n")
+        with pytest.raises(UserError, match=match):
+            Loop(settings(given | {"min_decided": 4, "train": f"--heldout-prompts {tmp_path / 'watch.txt'}"}), Collecting()).run(0)
+    plays, flags = Loop(settings(given), Collecting()).round(1).prompts_to_learn_from()
+    assert plays is not None
+    played, watched = ({row["prompt"] for row in read_jsonl(file)} for file in (plays, flags[1]))
+    assert (len(played), len(watched), played & watched) == (1, 2, set())
 
 
 def test_held_out_votes_are_never_trained_on(played):
@@ -529,7 +540,7 @@ def test_two_loops_on_one_database_do_not_share_campaigns(files, policy_dir, cli
     with open_store(db) as store:
         register_campaign(store, "loop-ab-01", clips, target_votes=1, min_listen_ms=0)
     Loop(settings({"out": tmp_path / "first"}), Collecting()).run(0)  # it is the first one's own
-    with pytest.raises(UserError, match="campaign 'loop-ab-01' in .*, which is not this loop's"):
+    with pytest.raises(UserError, match=r"campaign 'loop-ab-01' in .*, which is not this loop's"):
         Loop(settings({**given, "out": tmp_path / "second"}), Collecting()).run(0)
     Loop(settings({**given, "out": tmp_path / "second", "campaign": "again"}), Collecting()).run(0)
 
