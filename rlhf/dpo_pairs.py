@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 
 def learnt_and_held_out(cfg: Config, task: Task) -> tuple[list[Preference], list[Preference]]:
     """The task's pairs on two sides, no prompt (and no artist's prompts) on both; by --shuffle-votes the learnt ones are turned at random.
+    Pairs of prompts whose own clips are held out are held out too.
 
     Raises: UserError where a snapshot has nothing but ties to learn from.
     """
     pairs = task.pairs if cfg.ties == "soft" else decided(task.pairs)
     groups = task.voted.groups if task.voted else None
     train, held_out = split_by_prompt(pairs, cfg.held_out, cfg.seed, groups) if cfg.held_out and pairs else (pairs, [])
+    if task.own:
+        watched = {task.own.prompts[place] for place in task.own.held_out}
+        held_out = held_out + [pair for pair in train if pair.prompt in watched]
+        train = [pair for pair in train if pair.prompt not in watched]
     if task.voted:
         demand_decided(train)
     return train if cfg.shuffle_votes is None else shuffled(train, cfg.shuffle_votes), held_out

@@ -33,7 +33,20 @@ def test_each_pair_is_on_one_side_and_so_is_each_prompt(task: Task) -> None:
     assert held_out
     assert sorted(names(learnt) + names(held_out)) == sorted(names(task.pairs))
     assert not {pair.prompt_id for pair in learnt} & {pair.prompt_id for pair in held_out}
-    assert learnt_and_held_out(replace(CFG, held_out=0.0), task) == (task.pairs, [])
+    assert learnt_and_held_out(replace(CFG, held_out=0.0), replace(task, own=None)) == (task.pairs, [])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_no_pair_of_a_prompt_whose_own_clips_are_held_out_is_learnt_from(task: Task, share: float) -> None:
+    """The two sides of rated prompts and of prompts to play are drawn apart, and differ where the prompts do."""
+    assert task.own is not None
+    watched = {task.own.prompts[place] for place in (1, 2, 3)}
+    cfg, played = replace(CFG, held_out=share), replace(task, own=replace(task.own, held_out=[1, 2, 3]))
+    learnt, held_out = learnt_and_held_out(cfg, played)
+    assert watched & {pair.prompt for pair in task.pairs}
+    assert not watched & {pair.prompt for pair in learnt}
+    assert sorted(names(learnt) + names(held_out)) == sorted(names(task.pairs))
+    assert {pair.prompt for pair in held_out} > watched if share else {pair.prompt for pair in held_out} == watched
 
 
 def test_dropped_ties_are_on_neither_side(task: Task) -> None:
