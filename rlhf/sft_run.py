@@ -19,7 +19,7 @@ from base_models.checkpoint import latest_training_state, load_training_state, s
 from base_models.lm import disable_functional_dropout
 from rlhf.journal import Journal
 from rlhf.played import Played, kl_figures, play_now
-from rlhf.sft_task import Task, Winner
+from rlhf.sft_task import Task, Winner, winners_sha256
 
 if TYPE_CHECKING:
     from rlhf.train_sft import Config
@@ -110,7 +110,7 @@ class Learner:
         self.step = step
 
     def _parents(self) -> dict[str, Any]:
-        return {"base_sha256": self.task.base_sha256, "winners_sha256": self.task.sha256, "seed": self.cfg.seed}
+        return {"base_sha256": self.task.base_sha256, "winners_sha256": winners_sha256(self.winners), "seed": self.cfg.seed}
 
 
 def by_length(winners: Sequence[Winner], most: int) -> list[list[Winner]]:

@@ -53,14 +53,6 @@ class Task:
     voted: Voted | None = None
     """Where winners were voted; None where they were sampled."""
 
-    @property
-    def sha256(self) -> str:
-        """Of the winners, their order and weights: what a resumed run has to find again."""
-        digest = hashlib.sha256()
-        for winner in self.winners:
-            digest.update(f"{winner.row}|{winner.weight!r}|{tuple(winner.codes.shape)}|".encode() + winner.codes.numpy().tobytes())
-        return digest.hexdigest()
-
 
 def load_task(cfg: Config, accelerator: Accelerator) -> Task:
     """Winners of a snapshot, or of a reward model's best of n; refuses clips or rewards of another base."""
@@ -124,6 +116,14 @@ def split(winners: Sequence[Winner], held_out: float, groups: Mapping[str, str])
     if len(kept) == len(ids):
         raise UserError(f"winners of {len(ids)} prompt(s) or artist(s)", "two or more", "collect votes on more, or pass --held-out 0")
     return [w for w in winners if group[w.prompt_id] not in kept], [w for w in winners if group[w.prompt_id] in kept]
+
+
+def winners_sha256(winners: Sequence[Winner]) -> str:
+    """Of those that are learnt, their order and weights: what a resumed run has to find again, or it would measure on what it learnt."""
+    digest = hashlib.sha256()
+    for winner in winners:
+        digest.update(f"{winner.row}|{winner.weight!r}|{tuple(winner.codes.shape)}|".encode() + winner.codes.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def toy_task(seed: int, n: int = 64, n_prompts: int = 16, n_frames: int = 12) -> Task:
