@@ -165,10 +165,9 @@ def _winner(vote: Vote) -> str:
 
 
 def both_bad(snapshot: Snapshot) -> list[BothBad]:
-    """The absolute judgements, kept apart from the preferences."""
-    return [
-        BothBad(vote.prompt_id, vote.pair_id, vote.rater, vote.clip_x, vote.clip_y) for vote in snapshot.votes if vote.choice == BOTH_BAD
-    ]
+    """The absolute judgements, kept apart from the preferences. Gold questions are left out: one of their clips is bad on purpose."""
+    said = [vote for vote in snapshot.votes if vote.choice == BOTH_BAD and not vote.gold]
+    return [BothBad(vote.prompt_id, vote.pair_id, vote.rater, vote.clip_x, vote.clip_y) for vote in said]
 
 
 def decided(pairs: Iterable[Preference]) -> list[Preference]:

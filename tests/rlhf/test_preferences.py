@@ -78,7 +78,7 @@ def test_a_snapshot_of_ties_gives_half_labels_and_nothing_decided(snapshot_of):
 
 
 def test_both_bad_is_an_absolute_judgement_and_no_pair(snapshot_of):
-    snapshot = load_snapshot(snapshot_of([(0, "a", "both_bad", {}), (1, "a", "x", {})]))
+    snapshot = load_snapshot(snapshot_of([(0, "a", "both_bad", {}), (1, "a", "x", {}), (2, "a", "both_bad", {"gold": "x"})]))
     assert [pair.pair_id for pair in training_pairs(snapshot)] == ["1"]
     assert [(judged.pair_id, judged.clip_x) for judged in both_bad(snapshot)] == [("0", clip(0))]
     with pytest.raises(UserError, match="no pair that is ordered"):
