@@ -80,7 +80,8 @@ class Clip:
     """A rated clip: where its codes lie, and who made it."""
 
     sha256: str
-    codes_uri: str
+    codes_uri: str | None
+    """None where it was heard only: a recording, or a clip that was spoiled for a gold question."""
     prompt_id: str
     prompt: str
     policy_sha256: str
@@ -168,6 +169,12 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
             if side not in clips:
                 raise UserError(f"vote {vote.vote_id} on clip {side[:12]}, which is not in clips.jsonl", "every clip", "export again")
     bases = {clips[side].policy_sha256 for vote in votes for side in (vote.clip_x, vote.clip_y)}
+    if None in bases:
+        raise UserError(
+            f"snapshot {meta.get('name', folder.name)!r} with clips that no base has made",
+            "clips that `encore sample` made, with their codes",
+            "recordings can be rated, but a policy learns from what it can play: sample and rate clips of it",
+        )
     wanted = policy_sha256 or min(bases)
     if bases != {wanted}:
         raise UserError(
@@ -261,6 +268,8 @@ def read_codes(snapshot: Snapshot, clip_sha256: str) -> Codes:
     """The codes [K, T] of a clip, from a local path, one relative to the snapshot, or any fsspec URI. Never a
     pickle, and never others than were rated, where the snapshot knows their hash."""
     clip = snapshot.clips[clip_sha256]
+    if clip.codes_uri is None:
+        raise UserError(f"clip {clip_sha256[:12]} without codes", "clips that `encore sample` made", "sample and rate clips of a base")
     place = clip.codes_uri if "://" in clip.codes_uri else str(snapshot.folder / clip.codes_uri)
     try:
         with fsspec.open(place, "rb") as handle:

@@ -62,6 +62,22 @@ def test_clips_of_another_base_are_refused(snapshot_of):
         load_snapshot(folder, "c" * 64)
 
 
+@pytest.mark.parametrize(
+    ("lacks", "match"), [({"policy_sha256": None, "codes_uri": None}, "no base has made"), ({"codes_uri": None}, "without codes")]
+)
+def test_clips_that_were_rated_but_never_sampled_are_refused_in_plain_words(snapshot_of, lacks, match):
+    """Folders of audio can be rated too; their rows have neither base nor codes."""
+    folder = snapshot_of([(0, "r", "x", {}), (2, "r", "y", {})])
+    rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
+    for row in rows[:2]:
+        row.update(lacks)
+    (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    meta = json.loads((folder / "snapshot.json").read_text())
+    (folder / "snapshot.json").write_text(json.dumps(meta | {"sha256": content_sha256(folder)}))
+    with pytest.raises(UserError, match=match):
+        training_pairs(load_snapshot(folder, BASE))
+
+
 def test_codes_of_another_codec_are_refused(snapshot_of):
     snapshot = load_snapshot(snapshot_of([(0, "a", "x", {})]))
     assert training_pairs(snapshot, n_q=2, card=32)
