@@ -27,6 +27,7 @@ from adapters.library import load_adapter
 from base_models.atomic import atomic_file
 from base_models.audio import write_audio
 from base_models.checkpoint import file_sha256, read_json, write_json
+from base_models.conditions import TEMPO_RANGE_BPM
 from base_models.errors import UserError
 from base_models.pipeline import check_prompt
 from base_models.policy import Policy, load_policy
@@ -72,13 +73,24 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {path}", "a .jsonl or .txt file of prompts", "check the path")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}", "a text in UTF-8", "save it as UTF-8") from error
     prompts: list[Prompt] = []
-    for number, line in enumerate(io.StringIO(path.read_text(encoding="utf-8")), start=1):
+    for number, line in enumerate(io.StringIO(content), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line}
-            text = check_prompt(str(row["prompt"]))
+            row: dict[str, Any] = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line}
+            if not isinstance(row["prompt"], str):
+                raise TypeError(f"prompt {row['prompt']!r}")
+            text = check_prompt(row["prompt"])
+            tempo = row.get("tempo_bpm")
+            if tempo is not None and not (type(tempo) in (int, float) and TEMPO_RANGE_BPM[0] <= tempo <= TEMPO_RANGE_BPM[1]):
+                raise ValueError(f"tempo_bpm {tempo!r}, no number of {TEMPO_RANGE_BPM[0]:g} to {TEMPO_RANGE_BPM[1]:g}")
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error.got}", error.expected, error.remedy) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: {error!r}", '{"prompt": "..."} on each line', "correct the line") from error
         identity = str(row.get("prompt_id") or hashlib.sha256(text.encode()).hexdigest()[:12])

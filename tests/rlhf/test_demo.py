@@ -153,11 +153,15 @@ def test_clip_seeds_have_no_collisions():
         ("p.jsonl", '{"text": "x"}\n', "KeyError"),
         ("p.jsonl", "{\n", "prompt"),
         ("p.txt", "\U0001f3b5\U0001f3b5\n", "letter"),
-        ("p.txt", "x" * 5000, "5,000"),
+        ("p.txt", "calm folk\n" + "x" * 5000, r"p.txt:2: a prompt of 5,000"),
+        ("p.jsonl", '{"prompt": null}\n', r"p.jsonl:1: .*prompt None"),
+        ("p.jsonl", '{"prompt": "calm folk", "tempo_bpm": "fast"}\n', "tempo_bpm 'fast', no number of 30 to 300"),
+        ("p.jsonl", '{"prompt": "calm folk", "tempo_bpm": 5000}\n', "tempo_bpm 5000, no number"),
+        ("p.txt", "f\udcfcr Klavier\n", "UTF-8"),  # Latin-1, by surrogateescape below
     ],
 )
 def test_unusable_prompts_are_told_with_their_place(tmp_path, name, content, match):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=match):
         read_prompts(tmp_path / name)
 
