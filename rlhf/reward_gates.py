@@ -82,6 +82,9 @@ def doubt(reward: Path | None) -> str | None:
     if not (reward / "figures.json").is_file():
         return f"{reward} without figures.json: nobody can tell whether votes bear it out"
     figures = read_json(reward / "figures.json")
+    of = figures.get("reward_sha256")  # which figures of earlier versions do not say
+    if of is not None and (reward / "manifest.json").is_file() and of != read_json(reward / "manifest.json").get("reward_sha256"):
+        return f"{reward} with the figures.json of another reward model: nobody can tell whether votes bear it out; train it again"
     (low, high), t = figures["ci"], figures.get("evidence")
     if t is not None and t < EARNED**0.5:
         return (

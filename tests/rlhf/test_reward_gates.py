@@ -76,3 +76,12 @@ def test_a_reward_no_better_than_chance_is_doubted_and_another_is_not(tmp_path):
     assert doubt(tmp_path) is None
     write_json(tmp_path / "figures.json", {"ci": [0.51, 0.55], "evidence": 1.3})
     assert "1.3 standard errors" in (doubt(tmp_path) or "")
+
+
+def test_figures_of_the_model_that_stood_there_before_vouch_for_nothing(tmp_path):
+    """A training that is killed between the model and its figures leaves the new one beside the old."""
+    write_json(tmp_path / "figures.json", {"ci": [0.61, 0.65], "evidence": 5.0, "reward_sha256": "old"})
+    write_json(tmp_path / "manifest.json", {"kind": "reward", "reward_sha256": "new"})
+    assert "figures.json of another reward model" in (doubt(tmp_path) or "")
+    write_json(tmp_path / "manifest.json", {"kind": "reward", "reward_sha256": "old"})
+    assert doubt(tmp_path) is None
