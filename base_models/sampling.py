@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from base_models.conditions import Conditions
+from base_models.errors import UserError
 from base_models.lm import MusicLM, sum_by_step
 from base_models.patterns import delay_mask, n_steps, undelay
 
@@ -48,6 +49,7 @@ def generate(
 
     Args: n_frames: T. seeds: one int a row. temperature > 0. top_k: keep the k likeliest codes of each book (0 keeps all).
     cfg_coef: guidance, 1 is none and costs one pass a step, else two. greedy: take the likeliest code (temperature unused).
+    Raises UserError where a policy or its settings leave no probabilities to draw by.
     """
     if len(seeds) != len(cond):
         raise ValueError(f"{len(seeds)} seeds for {len(cond)} conditions")
@@ -75,6 +77,9 @@ def generate(
         logps[:, :, s] = log_probs.gather(-1, picked[..., None])[..., 0]
         tokens = torch.where(valid[:, s], picked, lm.special)
     code_logps = undelay(logps)
+    if not bool(torch.isfinite(code_logps).all()):
+        got = f"probabilities that are no numbers at temperature {temperature:g} and guidance {cfg_coef:g}"
+        raise UserError(got, "finite weights and settings near 1", "ask for others, or look at the weights of policy and adapters")
     return Generation(undelay(steps), code_logps, sum_by_step(code_logps), hidden)
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from base_models.errors import UserError
 from base_models.lm import LORA_TARGETS
 from base_models.patterns import undelay
 from base_models.sampling import Matrix, Stepper, filtered_log_probs, generate
@@ -12,6 +13,13 @@ def test_sampler_and_teacher_forcing_give_one_log_prob(tiny_lm, tiny_conditions)
     logps, hidden = tiny_lm.logps(made.codes, tiny_conditions, temperature=0.8, return_hidden=True)
     torch.testing.assert_close(made.logps, logps, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(made.hidden, hidden, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"temperature": 1e-40}, {"cfg_coef": 1e39}])
+def test_nothing_is_drawn_by_probabilities_that_are_no_numbers(tiny_lm, tiny_conditions, how):
+    """Each code would be the codebook's last, and the clip mastered like any other."""
+    with pytest.raises(UserError, match="probabilities that are no numbers"):
+        generate(tiny_lm, tiny_conditions, 4, seeds=[1, 2, 3], **how)
 
 
 def test_a_row_depends_on_its_seed_and_not_on_its_batch(tiny_lm, tiny_conditions):
