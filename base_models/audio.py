@@ -87,16 +87,21 @@ def read_audio(path: Path_, *, max_duration_s: float = MAX_DURATION_S) -> tuple[
     return np.ascontiguousarray(samples.T), sample_rate
 
 
+def check_suffix(path: Path_) -> str:
+    """The suffix of a file that can be written. Raises UserError for another one."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise UserError(f"the file name {Path(path).name}", f"one of {', '.join(FORMATS)}", "choose one of these suffixes")
+    return suffix
+
+
 def write_audio(path: Path_, wav: NDArray[np.floating], sample_rate: int) -> None:
     """Write wav [C, L] (or [L]) as wav, flac, ogg (Vorbis) or mp3, chosen by the suffix; atomic, 16 bit where lossless.
 
     Samples beyond full scale are clipped, as every player would. Raises: UserError for another suffix, a wrong shape, no
     samples, samples that are not finite, or a sample rate that the format does not have.
     """
-    file = Path(path)
-    suffix = file.suffix.lower()
-    if suffix not in FORMATS:
-        raise UserError(f"the file name {file.name}", f"one of {', '.join(FORMATS)}", "choose one of these suffixes")
+    file, suffix = Path(path), check_suffix(path)
     samples = _checked(wav, f"audio for {file.name}")
     if sample_rate <= 0 or (suffix == ".mp3" and sample_rate not in MP3_SAMPLE_RATES):
         allowed = f"one of {MP3_SAMPLE_RATES}" if suffix == ".mp3" else "a positive rate"

@@ -114,6 +114,7 @@ def ratings_stats(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     from adapters.library import load_adapter
+    from base_models.audio import check_suffix
     from base_models.pipeline import MusicPipeline, check_request
     from base_models.policy import load_policy
     from rlhf.best_of_n import asked, best_track
@@ -122,6 +123,7 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError(f"-n {args.n}", "1 track or more", "raise it, or leave it out")
     for seed in (args.seed, args.seed + args.n - 1):
         check_request(args.prompt, args.duration, seed)
+    check_suffix(args.out)
     weights = _weights(args)
     policy = load_policy(_policy_dir(args), _device(args.device))
     manifests = load_adapter(policy, args.adapter, weights) if args.adapter else []
@@ -192,7 +194,9 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = Settings(n=args.n, seed=args.seed, duration_s=args.duration)
     strengths = dict(zip(systems, weights or []))
     if best := asked(args.best_of, args.reward, policy, args.score_command):
-        systems[f"best-of-{args.best_of}"] = best
+        if (name := f"best-of-{args.best_of}") in systems:
+            raise UserError(f"an adapter called {name!r} beside --best-of {args.best_of}", "different names", "leave one of them out")
+        systems[name] = best
     figures = run(policy, systems, read_prompts(args.prompts), args.out, settings, strengths)
     print(json.dumps(figures, indent=2))
 

@@ -73,9 +73,13 @@ def evaluate(
     weights: strength of an adapter, by name; 1 where none is given.
     Returns: per system {manifest, kl, kl_ci, diversity, diversity_ratio, adapter_sha256}; written to out/evaluation.json. The KL of
         a best of n is its bound, and its interval is empty: a point.
+    Raises: UserError for a single clip a prompt, or a system that is called as the base is.
     """
     if settings.n < 2:
         raise UserError(f"n = {settings.n} clips a prompt", "at least 2", "pass -n 2")
+    if BASE in systems:
+        got = f"a system called {BASE!r}, as the base itself is"
+        raise UserError(got, "another name", "mix it by itself under one: encore adapters mix DIR --weight 1 --name NAME --out NEW")
     figures: dict[str, dict[str, Any]] = {}
     unload_adapters(policy.lm)
     for name in (BASE, *systems):

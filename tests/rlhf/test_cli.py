@@ -6,7 +6,7 @@ import pytest
 import torch
 from sqlalchemy import func, select
 
-from adapters.library import Manifest, save_adapter
+from adapters.library import Manifest, save_adapter, save_mix
 from adapters.lora import attach_lora
 from base_models.checkpoint import read_json, read_jsonl
 from base_models.pipeline import MusicPipeline
@@ -65,6 +65,23 @@ def test_evaluate_plays_adapters_at_the_strength_that_is_given(policy_dir, adapt
     assert moved["0"]["diversity_ratio"] == pytest.approx(1)
     assert abs(moved["1"]["kl"]) > 0.01  # of four clips of a second: an estimate, which may fall below 0
     assert [row["gen"].get("adapter_weights") for row in read_jsonl(tmp_path / "0" / "moved" / "manifest.jsonl")] == [[0.0]] * 4
+
+
+def test_an_adapter_is_not_measured_in_the_place_of_the_base_or_of_the_best_of_n(policy_dir, adapter, prompts, tmp_path, capsys):
+    for name, more, match in (
+        ("base", [], "called 'base'"),
+        ("best-of-2", ["--best-of", "2", "--score-command", "true"], "beside --best-of"),
+    ):
+        save_mix(tmp_path / "adapter", [adapter], name=name)
+        call = ["evaluate", "--policy", str(policy_dir), "--adapter", str(tmp_path / "adapter"), "--prompts", str(prompts), *more]
+        assert cli.main([*call, "--out", str(tmp_path / "out")]) == 2
+        assert match in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_file_name_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys):
+    assert cli.main(["generate", "sad piano", "--policy", "nowhere", "--out", str(tmp_path / "track")]) == 2
+    assert "got the file name track; expected one of .wav" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("more", "pairs"), [([], 2), (["--all-pairs"], 6)])
