@@ -266,6 +266,8 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     doubted = doubt(cfg.reward)
     if doubted:
         accelerator.print(doubted)
+    if note := played_too(task):
+        accelerator.print(note)
     run = Run(cfg, task, accelerator)
     if cfg.credit == "auto" and run.credit == "score":
         flat = ", ".join(without_slope(task, run.reward.trained, bool(cfg.frame_weight)))
@@ -417,6 +419,14 @@ def blind_to_spreads(cfg: Config, task: Task) -> str | None:
         return "--heldout-clips 2" if cfg.heldout_clips * cfg.base_looks < 2 else None
     alone = cfg.samples_per_prompt < 2 and cfg.batch_size <= len(task.prompts)
     return "--heldout-prompts, or --samples-per-prompt 2" if alone else None
+
+
+def played_too(task: Task) -> str | None:
+    """What to say where prompts that should only be watched are learnt from, too; None where there are none."""
+    watched = [] if task.heldout is None else task.heldout.texts
+    if not (shared := sorted(set(watched) & set(task.prompts))):
+        return None
+    return f"{len(shared)} of {len(watched)} held-out prompts are in --prompts too, such as {shared[0]!r}: looks tell how these were learnt"
 
 
 def check_task(cfg: Config, task: Task) -> None:

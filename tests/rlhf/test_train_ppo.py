@@ -22,7 +22,7 @@ from base_models.sampling import generate
 from rlhf.ppo_run import Run
 from rlhf.ppo_task import movement, share_of_code_3, toy_task
 from rlhf.rewards import spread_within
-from rlhf.train_ppo import TOY, Config, check, check_task, idle_settings, main
+from rlhf.train_ppo import TOY, Config, check, check_task, idle_settings, main, played_too
 from tests.rlhf.ppo_toys import config, judged_by, largest_difference, metrics, weights
 
 STEPS = 30
@@ -274,6 +274,15 @@ for line in sys.stdin:
     files = json.loads(line)["files"]
     print(json.dumps({"scores": [os.getpid() + os.path.getsize(name) / 1e9 for name in files]}), flush=True)
 """
+
+
+def test_held_out_prompts_that_are_played_too_are_told() -> None:
+    task = toy_task(0)
+    assert task.heldout is not None
+    assert played_too(task) is None
+    assert played_too(dataclasses.replace(task, heldout=None)) is None
+    both = dataclasses.replace(task, prompts=[*task.prompts[1:], task.heldout.texts[2]])
+    assert "1 of 4 held-out prompts are in --prompts too, such as 'toy prompt 10'" in (played_too(both) or "")
 
 
 def test_a_policy_a_reward_and_files_of_prompts_make_a_run(policy_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
