@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +27,7 @@ from rlhf.outside_judge import OutsideJudge
 from rlhf.reward_features import LATENTS, features
 from rlhf.reward_model import RewardModel, load_reward
 from rlhf.rewards import HUMAN, LEAST_LOGITS
+from rlhf.sample_pairs import read_prompts
 
 Embed = Callable[[Tensor, list[str]], Tensor]
 """codes [B, K, T] and prompts -> features [B, F], in which distance is difference to the ear."""
@@ -154,8 +153,9 @@ def tempi_sha256(*tables: Conditions) -> str | None:
 
 
 def load_prompts(policy: Policy, path: Path) -> Prompts:
-    """Prompts of a file with the policy's conditions."""
-    texts, tempi = read_prompts(path)
+    """Prompts of a file (rlhf.sample_pairs.read_prompts) with the policy's conditions."""
+    rows = read_prompts(path)
+    texts, tempi = [row.prompt for row in rows], [row.tempo_bpm for row in rows]
     return Prompts(texts, policy.conditions(texts, tempi))
 
 
@@ -167,29 +167,6 @@ def embedding(policy: Policy, reward: RewardModel | None) -> Embed | None:
             return None
         return lambda codes, prompts: features(reward.base, codes, prompts, [LATENTS])[LATENTS].to(codes.device)
     return lambda codes, prompts: contrastive.embed_codes(codes).to(codes.device)
-
-
-def read_prompts(path: Path) -> tuple[list[str], list[float | None]]:
-    """Prompts and tempi of a .jsonl file (rows with `prompt`, perhaps `tempo_bpm`) or of a text file, one prompt a line."""
-    if not path.is_file():
-        raise UserError(f"no file {path}", "prompts, .jsonl or one a line", "check --prompts")
-    lines = [line for line in io.StringIO(path.read_text(encoding="utf-8")) if line.strip()]
-    if not lines:
-        raise UserError(f"{path} without a prompt", "at least one", "write one prompt a line")
-    if path.suffix != ".jsonl":
-        return [line.strip() for line in lines], [None] * len(lines)
-    prompts: list[str] = []
-    tempi: list[float | None] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            prompts.append(str(row["prompt"]))
-            tempi.append(None if row.get("tempo_bpm") is None else float(row["tempo_bpm"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}, line {number}: {line[:60]!r}", 'a row like {"prompt": "calm piano", "tempo_bpm": 90}', "correct it"
-            ) from error
-    return prompts, tempi
 
 
 def toy_task(seed: int, n_prompts: int = 8) -> Task:

@@ -74,7 +74,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"no file {path}", "a .jsonl or .txt file of prompts", "check the path")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # some editors write a mark before the first line
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}", "a text in UTF-8", "save it as UTF-8") from error
     prompts: list[Prompt] = []

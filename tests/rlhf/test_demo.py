@@ -22,7 +22,6 @@ from db.export import export_snapshot
 from db.store import open_store
 from rlhf import cli
 from rlhf.demo import ROOT, YOURS, Demo, DemoConfig
-from rlhf.ppo_task import read_prompts as ppo_prompts
 from rlhf.preferences import load_snapshot, training_pairs
 from rlhf.sample_pairs import Settings, clip_seed, read_prompts, sample, write_prompts
 
@@ -172,7 +171,6 @@ def test_a_prompt_with_unicode_line_separators_keeps_its_row_all_the_way(policy_
     write_prompts(tmp_path / "p.jsonl", [{"prompt": text, "prompt_id": "p"}])
     prompts = read_prompts(tmp_path / "p.jsonl")
     assert [p.prompt for p in prompts] == [text]
-    assert ppo_prompts(tmp_path / "p.jsonl") == ([text], [None])
     manifest = sample(load_policy(policy_dir), prompts, tmp_path / "s", Settings(n=2, duration_s=1.0), "base")
     with open_store(f"sqlite:///{tmp_path / 'e.db'}") as store:
         code = [sys.executable, "-m", "feedback_app.campaigns", "--db", f"sqlite:///{tmp_path / 'e.db'}", "--name", "c"]

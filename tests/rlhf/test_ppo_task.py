@@ -11,32 +11,34 @@ from base_models.errors import UserError
 from base_models.policy import PRETRAINED, load_policy
 from rlhf import ears
 from rlhf.consistency import asked_of_ears
-from rlhf.ppo_task import load_task, read_prompts
+from rlhf.ppo_task import load_prompts, load_task
 from rlhf.train_ppo import main
 from tests.rlhf.ppo_toys import config
 
 
-def test_prompts_are_read_from_text_and_jsonl(tmp_path: Path) -> None:
+def test_prompts_are_read_as_encore_sample_reads_them_with_their_tempi(tmp_path: Path) -> None:
     text, rows = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
-    text.write_text("calm piano\n\n fast rock, 150 BPM \n")
+    text.write_text("\ufeffcalm piano\n\n fast rock, 150 BPM \n", encoding="utf-8")  # with the mark that some editors begin a file with
     rows.write_text('{"prompt": "calm piano", "tempo_bpm": 90, "genre": "x"}\n{"prompt": "rock"}\n')
-    assert read_prompts(text) == (["calm piano", "fast rock, 150 BPM"], [None, None])
-    assert read_prompts(rows) == (["calm piano", "rock"], [90.0, None])
+    policy = load_policy(PRETRAINED)
+    assert load_prompts(policy, text).texts == ["calm piano", "fast rock, 150 BPM"]
+    assert load_prompts(policy, rows).texts == ["calm piano", "rock"]
+    assert load_prompts(policy, rows).table.tempo_bpm[0] == 90
 
 
-@pytest.mark.parametrize("line", ["not json", '{"text": "calm"}', '["calm"]', '{"prompt": "x", "tempo_bpm": "fast"}'])
+@pytest.mark.parametrize("line", ["not json", '{"text": "calm"}', '["calm"]', '{"prompt": null}', '{"prompt": "x", "tempo_bpm": NaN}'])
 def test_a_broken_prompt_row_is_named_with_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'{{"prompt": "calm piano"}}\n{line}\n')
-    with pytest.raises(UserError, match="line 2"):
-        read_prompts(path)
+    with pytest.raises(UserError, match="jsonl:2"):
+        load_prompts(load_policy(PRETRAINED), path)
 
 
 def test_missing_or_empty_prompts_and_missing_settings_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     for path in (tmp_path / "none.txt", tmp_path / "empty.txt"):
         with pytest.raises(UserError, match="prompt"):
-            read_prompts(path)
+            load_prompts(load_policy(PRETRAINED), path)
     with pytest.raises(UserError, match="--reward"):
         main(dataclasses.replace(config(tmp_path / "run"), toy=False))
 
