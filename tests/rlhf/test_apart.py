@@ -78,7 +78,8 @@ def meeting(database: str) -> set[frozenset[str]]:
 def test_a_round_of_the_loop_asks_about_them(policy_dir, tmp_path):
     (tmp_path / "train.txt").write_text("sad piano\ncalm folk\n")
     (tmp_path / "heldout.txt").write_text("slow ambient\nfast house\n")
-    given = {"prompts": tmp_path / "train.txt", "heldout": tmp_path / "heldout.txt", "policy": policy_dir, "out": tmp_path / "run"}
+    files = {"prompts": tmp_path / "train.txt", "heldout": tmp_path / "heldout.txt"}
+    given = {**files, "policy": policy_dir, "out": tmp_path / "run", "method": "dpo"}
     cfg = settings({**given, "min_decided": 2, "duration_s": 0.6, "clips_per_prompt": 3, "pairs_per_prompt": 2})
     loop = Loop(cfg, Collecting())
     loop.run(0)

@@ -40,7 +40,7 @@ class Said:
 @pytest.fixture
 def serving(policy_dir: Path, tmp_path: Path) -> Iterator[tuple[Path, Said]]:
     """(folder, lines) of a loop that waits for people."""
-    (tmp_path / "train.txt").write_text("sad piano\ncalm folk\n")
+    (tmp_path / "train.txt").write_text("sad piano\ncalm folk\nslow waltz\n")
     (tmp_path / "heldout.txt").write_text("slow ambient\nfast house\n")
     names = ["--prompts", tmp_path / "train.txt", "--heldout", tmp_path / "heldout.txt", "--policy", policy_dir, "--out", tmp_path / "run"]
     sizes = ["--duration", "2", "--target-votes", "1", "--ab-votes", "1", "--min-decided", "2", "--min-listen-ms", "300", "--rounds", "1"]
@@ -61,7 +61,7 @@ def test_a_person_rates_every_pair_in_the_browser_and_the_round_goes_on(
 ) -> None:
     out, said = serving
     code = said.until(r"sign in as ada with access code (\S+)")
-    assert said.until(r"(0 of 2) votes are there")
+    assert said.until(r"(0 of 3) votes are there")
     ada = visit(said.until(r"the rating app is at (http\S+)"))
     ada.at("signin")
     ada.sign_in("ada", code, then="guide")
@@ -70,21 +70,21 @@ def test_a_person_rates_every_pair_in_the_browser_and_the_round_goes_on(
     ada.page.get_by_role("button", name="I cannot do this now").click()
     ada.page.get_by_role("button", name="Go on").locator("visible=true").click()
     choices = []
-    for key, choice in (("1", "a"), ("3", "tie")):
+    for key, choice in (("1", "a"), ("2", "b"), ("3", "tie")):
         ada.at("rate")
-        assert ada.prompt() in ("sad piano", "calm folk")
+        assert ada.prompt() in ("sad piano", "calm folk", "slow waltz")
         ada.listen_by_keyboard("0:02")
         ada.page.screenshot(path=tmp_path / f"{choice}.png")
         ada.page.keyboard.press(key)
         choices.append(choice)
-        if len(choices) < 2:
-            expect(ada.page.locator(".count")).to_have_text("1 rated · 1 to go", timeout=PATIENCE_MS)
+        if len(choices) < 3:
+            expect(ada.page.locator(".count")).to_have_text(f"{len(choices)} rated · {3 - len(choices)} to go", timeout=PATIENCE_MS)
             assert not (out / "rounds" / "01" / "stages" / "votes.json").exists()  # it waits for the last one
-    assert said.until(r"(2 of 2) votes")
+    assert said.until(r"(3 of 3) votes")
     assert said.until(r"(training the reward model) \.\.\.")
-    assert read_json(out / "rounds" / "01" / "stages" / "votes.json")["votes"] == 2
+    assert read_json(out / "rounds" / "01" / "stages" / "votes.json")["votes"] == 3
     votes = [json.loads(line) for line in (out / "rounds" / "01" / "snapshot" / "votes.jsonl").read_text().splitlines()]
-    assert {vote["prompt"] for vote in votes} == {"sad piano", "calm folk"}
-    assert sorted(vote["choice"] == "tie" for vote in votes) == [False, True]
+    assert {vote["prompt"] for vote in votes} == {"sad piano", "calm folk", "slow waltz"}
+    assert sorted(vote["choice"] == "tie" for vote in votes) == [False, False, True]
     assert {vote["rater"] for vote in votes} != {""}
     assert ada.errors == []
