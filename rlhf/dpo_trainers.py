@@ -52,7 +52,7 @@ def pair_trainer(
         rated = [{**row, "weight": row["weight"] * cfg.rated_weight} for row in scored[0]]
         own = OwnPairs(flat, args, plan, task.own.prompts, task.own.first_row, task.own.held_out, task.own.score, rated)
         rows_to_learn = LiveRows(plan.n_rows)
-        price = Price(cfg.kl_weight, cfg.target_kl, cfg.out / "price.json", args.should_save, cfg.kl_ramp)
+        price = Price(cfg.kl_weight, cfg.target_kl, cfg.out / "price.json", args.should_save, min(cfg.kl_ramp, cfg.rounds))
         rounds = Rounds(own, rows_to_learn, cfg.round_epochs, recorder, price, Average(flat.trunk.lm, cfg.average))
         callbacks.insert(0, rounds)  # it measures, also where the recorder has nothing left to do
     assert cfg.loss != "kto"

@@ -113,8 +113,8 @@ class Config:
     """In rounds: KL to the base on held-out prompts, nats a clip, that --kl-weight is moved to keep to, by the root of KL / target, at most
     twice or half as much a round and never less than given. Not given: it stays."""
     kl_ramp: int = 1
-    """In rounds: the first that has the whole --target-kl; those before it rise to it in equal steps. A first rounds' leap wins less of the
-    reward for its nats than the same way in steps, and loses what is held."""
+    """In rounds: the first that has the whole --target-kl, at most the last; those before it rise to it in equal steps. The leap of early
+    rounds wins less of the reward for its nats than the same way in steps, and loses what is held."""
     kl_power: float = 0.0
     """With --target-kl: the price of a step is also multiplied by (KL of its pairs' clips / target) to this power, and never less than
     given: it answers within a round what the round's own price is too late for; 0 leaves it to that."""
@@ -250,10 +250,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
         "beta": 0.03,
         "kl_weight": 3e-4,
-        "target_kl": 80.0,
+        "target_kl": 60.0,
         "kl_ramp": 6,
         "kl_power": 2.0,
-        "kl_budget": 180.0,
+        "kl_budget": 150.0,
         "pairing": "expected",
         "edit_price": 0.2,
         "rated_share": 0.0,
@@ -263,7 +263,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 40,
         "held_out_clips": 96,
         "base_looks": 4,
-        "weights": f"{HUMAN}=1,similarity=0.3,tempo=0.06,genre=0.5,diversity=0.1",
+        "weights": f"{HUMAN}=1,similarity=0.3,tempo=0.06,genre=0.6,diversity=0.4",
         "hold": "similarity,tempo,genre,diversity",
         "hold_rate": 0.5,
         "hold_slack": 1.0,

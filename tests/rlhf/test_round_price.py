@@ -102,12 +102,19 @@ def test_a_price_that_answers_within_a_round_lets_it_leap_less_far(tmp_path):
         assert row["dpo/kl_price"] == pytest.approx(0.01 * min(max(row["dpo/kl_of_pairs"] / 0.5, 1), MOST_ANSWER), rel=1e-4)
 
 
-def test_with_a_ramp_the_first_rounds_answer_to_their_part_of_the_target(tmp_path):
-    leapt, walked = (main(config(tmp_path / f"{ramp}", rounds=2, kl_power=1.0, kl_ramp=ramp))["held_out_kl"] for ramp in (1, 8))
-    assert walked < 0.8 * leapt
-    rows = [json.loads(line) for line in (tmp_path / "8" / "metrics.jsonl").read_text().splitlines()]
-    first = next(row for row in rows if "dpo/kl_price" in row)
-    assert first["dpo/kl_price"] == pytest.approx(0.01 * min(max(first["dpo/kl_of_pairs"] / (0.5 / 8), 1), MOST_ANSWER), rel=1e-4)
+def test_with_a_ramp_the_first_rounds_answer_to_their_part_of_the_target_and_the_last_to_all_of_it(tmp_path):
+    main(config(tmp_path, rounds=2, kl_power=1.0, kl_ramp=8))  # at most the rounds there are
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    looks = [row for row in rows if "kl_weight" in row]
+    assert looks[1]["kl_weight"] == pytest.approx(next_price(0.01, looks[1]["held_out/kl"], 0.5, 0.01))
+    seen = set()
+    for row in rows:
+        if "dpo/kl_price" in row:
+            number = sum(row["step"] > look["step"] for look in looks) - 1
+            base, target = looks[number]["kl_weight"], 0.5 * (number + 1) / 2
+            assert row["dpo/kl_price"] == pytest.approx(max(base * min(row["dpo/kl_of_pairs"] / target, MOST_ANSWER), 0.01), rel=1e-4)
+            seen.add(number)
+    assert seen == {0, 1}
 
 
 @pytest.mark.parametrize(
