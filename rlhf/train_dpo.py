@@ -229,7 +229,7 @@ GROUPS = {
 }
 """What --help shows together; the rest is the run's."""
 PRESETS_SAY = {
-    "rounds": "with --reward: ten rounds of own clips, edited in expectation, held to prompt, tempo and diversity of the base",
+    "rounds": "with --reward: ten rounds of own clips, edited in expectation, held to prompt, tempo, genre and diversity of the base",
     "best_worst": "with --reward: ten rounds, the best against the worst of eight clips of a prompt",
     "smoke": "a toy policy and toy votes; under a minute on a CPU, nothing to download",
     "smoke_reward": "the same with a toy reward and rounds of own clips",
