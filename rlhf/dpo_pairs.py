@@ -16,6 +16,15 @@ from rlhf.preferences import Preference, decided, demand_decided, shuffled, spli
 if TYPE_CHECKING:
     from rlhf.train_dpo import Config
 
+SETTLED = (
+    *("loss", "beta", "gamma", "sft_weight", "label_smoothing", "marks", "weight_pairs"),
+    *("round_prompts", "round_clips", "round_epochs", "pairing", "edit_price", "labels", "rated_share", "rated_weight", "n_frames"),
+    *("weights", "base_looks", "hold", "hold_rate", "hold_slack", "held_out_clips", "average"),
+    *("temperature", "r", "alpha", "lr", "lr_end", "warmup_steps", "batch_size", "accumulation", "seed"),
+)
+"""Settings that a run keeps: with another value the rest of it would be another run, or the checkpoint's states would overrule it. What
+steers KL may change: the next round answers to it."""
+
 
 def learnt_and_held_out(cfg: Config, task: Task) -> tuple[list[Preference], list[Preference]]:
     """The task's pairs on two sides, no prompt (and no artist's prompts) on both; by --shuffle-votes the learnt ones are turned at random.
@@ -37,7 +46,7 @@ def learnt_and_held_out(cfg: Config, task: Task) -> tuple[list[Preference], list
 
 def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str, Any]:
     """What a resumed run has to find again: the base, the votes and their pairs in order, their codes, the reward, the prompts to play,
-    all tempi, loss, seed, and what a mean of rounds keeps."""
+    all tempi, and SETTLED."""
     pairs = [(p.chosen_sha256, p.rejected_sha256, p.prompt_id, p.p, p.weight) for p in train]
     own = task.own
     return {
@@ -49,9 +58,7 @@ def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str
         "ears_sha256": own and own.ears_sha256,
         "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
         "tempi_sha256": tempi_sha256(task.table),
-        "loss": cfg.loss,
-        "seed": cfg.seed,
-        "average": cfg.average,
+        **{name: getattr(cfg, name) for name in SETTLED},
     }
 
 

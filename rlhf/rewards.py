@@ -325,6 +325,14 @@ def check_groups(weights: Mapping[str, float], clips: int, a_prompt: int) -> Non
         )
 
 
+def check_hold(hold: str, weights: Mapping[str, float], rate: float, slack: float) -> None:
+    """UserError for what --hold, --hold-rate and --hold-slack cannot mean."""
+    held_parts(hold, weights)
+    for name, value in (("--hold-rate", rate), ("--hold-slack", slack)):
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} {value:g}", "0 or more", "0.5 is slow, 1 fast" if name == "--hold-rate" else "0 is strict, 1 lenient")
+
+
 def held_parts(text: str, weights: Mapping[str, float]) -> tuple[str, ...]:
     """'similarity,tempo' -> ("similarity", "tempo"). UserError for one without a weight to begin with, or where nothing else is trained."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())

@@ -82,7 +82,7 @@ class Rounds(TrainerCallback):
         look = self.own.drift if averages else self.own.measure
         figures = self._agreed(look, number)
         gone = kl = figures["held_out/kl"]
-        budget, target = self.own.plan.kl_budget, self.price.target_kl
+        budget, target = self.own.plan.kl_budget, self.price.target(number)
         drawn_back = target is not None and budget < gone < math.inf
         if target is not None and drawn_back:
             for _ in range(DRAWN_BACK):

@@ -24,6 +24,9 @@ from rlhf.sft_task import Task, Winner, winners_sha256
 if TYPE_CHECKING:
     from rlhf.train_sft import Config
 
+SETTLED = ("r", "alpha", "lr", "batch_size", "max_grad_norm", "seed")
+"""Settings that a run keeps: with another value the rest of it would be another run, or the checkpoint's states would overrule it."""
+
 
 class Learner:
     """What a checkpoint holds, and one step of learning."""
@@ -99,7 +102,7 @@ class Learner:
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
-        """Back to the newest checkpoint, if there is one. UserError where base or winners are not those that it knew."""
+        """Back to the newest checkpoint, if there is one. UserError where base, winners or settings are not those that it knew."""
         newest = latest_training_state(self.cfg.out, self._parents())
         if newest is None:
             return
@@ -110,7 +113,8 @@ class Learner:
         self.step = step
 
     def _parents(self) -> dict[str, Any]:
-        return {"base_sha256": self.task.base_sha256, "winners_sha256": winners_sha256(self.winners), "seed": self.cfg.seed}
+        settled = {name: getattr(self.cfg, name) for name in SETTLED}
+        return {"base_sha256": self.task.base_sha256, "winners_sha256": winners_sha256(self.winners), **settled}
 
 
 def by_length(winners: Sequence[Winner], most: int) -> list[list[Winner]]:

@@ -63,7 +63,7 @@ from rlhf.flat_kto import FlatKTOTrainer
 from rlhf.flat_policy import FlatCausalLM
 from rlhf.played import kl_figures, play_now
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, Mixed, held_parts, parse_weights
+from rlhf.rewards import HUMAN, Mixed, check_hold, parse_weights
 from rlhf.round_plan import BY_SLOPE, Labels, Pairing, round_plan
 from rlhf.rounds import Rounds
 from rlhf.tracking import Kind
@@ -398,7 +398,7 @@ def check(cfg: Config) -> None:
         raise UserError(
             "--loss kto with --marks mask, --sft-weight or --kl-weight", "a loss over pairs for those", "leave them out, or choose another"
         )
-    held_parts(cfg.hold, parse_weights(cfg.weights))
+    check_hold(cfg.hold, parse_weights(cfg.weights), cfg.hold_rate, cfg.hold_slack)
     if cfg.hold and cfg.reward is None and not cfg.toy_reward:
         raise UserError(f"--hold {cfg.hold} without --reward", "a reward of several parts", "give --reward and --prompts, or leave it out")
     if parse_weights(cfg.weights).get("diversity") and cfg.round_clips < 2:

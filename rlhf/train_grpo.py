@@ -208,6 +208,13 @@ def check(cfg: Config, world: int) -> None:
     refuse_another_run(cfg.out, cfg.resume)
 
 
+SETTLED = (
+    *("method", "n_frames", "temperature", "kl_coef", "cliprange", "r", "alpha", "seed"),
+    *("batch_size", "samples_per_prompt", "epochs", "minibatches", "lr", "max_grad_norm"),
+)
+"""Settings that a run keeps: with another value the rest of it would be another run, or the checkpoint's states would overrule it."""
+
+
 def parents_of(cfg: Config, task: Task) -> dict[str, Any]:
     """What a resumed run has to find again."""
     return {
@@ -216,8 +223,7 @@ def parents_of(cfg: Config, task: Task) -> dict[str, Any]:
         "ears_sha256": task.ears_sha256,
         "prompts_sha256": hashlib.sha256("\n".join(task.prompts).encode()).hexdigest(),
         "tempi_sha256": tempi_sha256(task.table),
-        "method": cfg.method,
-        "seed": cfg.seed,
+        **{name: getattr(cfg, name) for name in SETTLED},
     }
 
 

@@ -50,7 +50,7 @@ from rlhf.ppo_run import Run, without_slope
 from rlhf.ppo_task import Task, load_task, toy_task
 from rlhf.ppo_teller import Teller
 from rlhf.reward_gates import doubt
-from rlhf.rewards import HUMAN, check_groups, held_parts, parse_weights
+from rlhf.rewards import HUMAN, check_groups, check_hold, parse_weights
 from rlhf.tracking import Kind
 
 
@@ -361,7 +361,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
 
 def check(cfg: Config, world: int) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
-    held_parts(cfg.hold, parse_weights(cfg.weights))
+    check_hold(cfg.hold, parse_weights(cfg.weights), cfg.hold_rate, cfg.hold_slack)
     if cfg.watch_command and (cfg.toy or cfg.heldout_prompts is None):
         raise UserError("--watch-command without --heldout-prompts", "prompts at whose looks it is asked", "give a file of them")
     check_processes(world, cfg.processes)

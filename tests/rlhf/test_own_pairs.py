@@ -28,6 +28,7 @@ from rlhf.flat_policy import FlatCausalLM, flat_order, unflatten_ids
 from rlhf.own_pairs import VERIFY, OwnPairs
 from rlhf.rewards import HOLD_MOST, Mixed, Part, Reward
 from rlhf.round_plan import round_plan
+from rlhf.round_price import Price
 from rlhf.round_rows import edited_codes, label, pair_up
 from rlhf.rounds import Rounds
 from rlhf.train_dpo import PRESETS, Config
@@ -236,18 +237,19 @@ def test_two_processes_draw_back_and_average_as_one_does(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("measured", "scaled", "goes_on"),  # KL of the policy as it is, each time that it is measured
+    ("measured", "scaled", "goes_on", "ramp"),  # KL of the policy as it is, each time that it is measured
     [
-        ([0.4], [], True),
-        ([2.0, 0.2], [0.5], True),
-        ([8.0, 2.0, 0.5], [0.25, 0.5], True),
-        ([8.0, 8.0, 8.0, 8.0], [0.25, 0.25, 0.25], False),
-        ([float("inf")], [], False),
-        ([float("nan")], [], False),
+        ([0.4], [], True, 1),
+        ([2.0, 0.2], [0.5], True, 1),
+        ([4.0, 0.2], [0.25], True, 8),  # to what the fourth round of a ramp of eight is steered to, half of the whole target
+        ([8.0, 2.0, 0.5], [0.25, 0.5], True, 1),
+        ([8.0, 8.0, 8.0, 8.0], [0.25, 0.25, 0.25], False, 1),
+        ([float("inf")], [], False, 1),
+        ([float("nan")], [], False, 1),
     ],
 )
 @pytest.mark.parametrize("average", [0.0, 0.9])
-def test_how_far_a_round_is_drawn_back(measured, scaled, goes_on, average, monkeypatch):
+def test_how_far_a_round_is_drawn_back(measured, scaled, goes_on, ramp, average, monkeypatch, tmp_path):
     factors: list[float] = []
     told = iter(measured)
     monkeypatch.setattr("rlhf.rounds.scale_adapter", lambda lm, factor: factors.append(factor))
@@ -260,7 +262,8 @@ def test_how_far_a_round_is_drawn_back(measured, scaled, goes_on, average, monke
     mean.update()
     stub: Any = SimpleNamespace(lm=lm, plan=SimpleNamespace(kl_budget=1.0))
     stub.measure, stub.drift = (lambda number: {"held_out/kl": 0.1}, look) if average else (look, None)
-    run = Rounds(stub, stub, 1, SimpleNamespace(), SimpleNamespace(target_kl=0.5), mean)  # type: ignore[arg-type]
+    price = Price(0.1, 0.5, tmp_path / "price.json", writes=False, ramp=ramp)
+    run = Rounds(stub, stub, 1, SimpleNamespace(), price, mean)  # type: ignore[arg-type]
     weight = torch.nn.Parameter(torch.ones(2))
     adam = torch.optim.Adam([weight])
     weight.sum().backward()

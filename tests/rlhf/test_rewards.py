@@ -8,7 +8,7 @@ from torch import Tensor
 
 from base_models.errors import UserError
 from rlhf.judges import Score
-from rlhf.rewards import Part, Reward, held_parts, parse_weights, spread_within, weighted
+from rlhf.rewards import Part, Reward, check_hold, held_parts, parse_weights, spread_within, weighted
 
 NAN = float("nan")
 CODES = torch.zeros(4, 1, 2, dtype=torch.int64)
@@ -274,3 +274,12 @@ def test_holding_what_has_no_weight_or_all_there_is_is_refused(text: str) -> Non
         held_parts(text, {"human": 1.0, "similarity": 0.3, "tempo": 0.0})
     assert held_parts(" similarity ", {"human": 1.0, "similarity": 0.3}) == ("similarity",)
     assert held_parts("", {"human": 1.0}) == ()
+
+
+@pytest.mark.parametrize(
+    ("rate", "slack", "said"), [(-0.5, 1.0, "--hold-rate -0.5"), (0.5, -1.0, "--hold-slack -1"), (NAN, 0.0, "--hold-rate nan")]
+)
+def test_held_weights_that_would_move_the_wrong_way_are_refused(rate: float, slack: float, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_hold("similarity", {"human": 1.0, "similarity": 0.3}, rate, slack)
+    check_hold("similarity", {"human": 1.0, "similarity": 0.3}, 0.0, 0.0)

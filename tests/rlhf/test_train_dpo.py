@@ -162,6 +162,8 @@ def test_another_run_is_not_overwritten_and_not_resumed_with_other_votes(run):
         train_dpo.main(config(out))
     with pytest.raises(UserError, match="ordered_pairs_sha256"):
         train_dpo.main(config(out, resume=True, ties="drop"))
+    with pytest.raises(UserError, match=r"of lr 0\.005, now 0\.1"):  # else the scheduler's state would overrule it without a word
+        train_dpo.main(config(out, resume=True, lr=0.1))
 
 
 def softly(out: Path, p: float, steps: int) -> list[dict[str, float]]:

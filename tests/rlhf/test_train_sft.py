@@ -152,3 +152,5 @@ def test_another_run_is_not_overwritten_and_not_resumed_with_other_winners(learn
         main(config(out, resume=True), task=dataclasses.replace(toy_task(0), winners=toy_task(0).winners[::-1]))
     with pytest.raises(UserError, match="winners_sha256"):  # else it would be measured on what it has learnt
         main(config(out, resume=True, held_out=0.5))
+    with pytest.raises(UserError, match="of batch_size 16, now 8"):
+        main(config(out, resume=True, batch_size=8))
