@@ -26,7 +26,7 @@ from tqdm import tqdm
 from adapters.library import load_adapter
 from base_models.atomic import atomic_file
 from base_models.audio import write_audio
-from base_models.checkpoint import file_sha256, read_json, write_json
+from base_models.checkpoint import file_sha256, read_json, read_jsonl, write_json
 from base_models.conditions import TEMPO_RANGE_BPM
 from base_models.errors import UserError
 from base_models.pipeline import check_prompt
@@ -37,6 +37,8 @@ from rlhf.best_of_n import Best, BestOf, asked, play_best
 logger = logging.getLogger(__name__)
 LICENCE = "CC0-1.0"
 CONSENT = "generated; no person's recording"
+LABELS = ("split", "genre", "mood")
+"""Of a prompt: what is said of its clips and changes none."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def sample(
         if read_json(out / "sample.json") != plan:
             raise UserError(f"{out}, which holds other samples", "an empty folder, or the same call", "choose another --out")
         if manifest.is_file():
+            _label(manifest, prompts, settings.n)
             return manifest
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -186,8 +189,18 @@ def sample(
                 bar.update()
     ordered = [done[f"{i:06d}_{k}.wav"] for i in range(len(prompts)) for k in range(settings.n)]
     write_prompts(manifest, ordered)
+    _label(manifest, prompts, settings.n)
     partial.unlink()
     return manifest
+
+
+def _label(manifest: Path, prompts: Sequence[Prompt], n: int) -> None:
+    """Split, genre and mood of the rows follow the prompts file: no sound depends on them, and a call with others samples nothing anew."""
+    rows = read_jsonl(manifest)
+    told = [{**row, **{name: getattr(prompts[place // n], name) for name in LABELS}} for place, row in enumerate(rows)]
+    if told != rows:
+        logger.warning("%s: %s follow the prompts file, in which some have changed", manifest, ", ".join(LABELS))
+        write_prompts(manifest, told)
 
 
 def _won(won: Best, best: BestOf) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -117,6 +118,16 @@ def test_the_same_call_gives_the_same_codes_and_a_resumed_one_too(policy_dir, pr
         again = np.load(cut / row["codes_file"], allow_pickle=False)
         assert np.array_equal(again, np.load(tmp_path / "a" / row["codes_file"], allow_pickle=False))
         assert again.shape == (4, 25)
+
+
+def test_a_changed_label_of_a_prompt_reaches_the_rows_and_samples_nothing_anew(policy_dir, prompts, tmp_path):
+    policy, asked = load_policy(policy_dir), read_prompts(prompts)
+    settings = Settings(n=2, duration_s=1.0)
+    before = [json.loads(line) for line in sample(policy, asked, tmp_path / "a", settings, "base").read_text().splitlines()]
+    moved = [asked[0], dataclasses.replace(asked[1], split="test", genre="folk")]
+    after = [json.loads(line) for line in sample(policy, moved, tmp_path / "a", settings, "base").read_text().splitlines()]
+    assert after[:2] == before[:2]
+    assert after[2:] == [row | {"split": "test", "genre": "folk"} for row in before[2:]]
 
 
 def test_another_seed_does_not_overwrite_samples(policy_dir, prompts, tmp_path):
