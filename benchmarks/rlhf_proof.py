@@ -63,14 +63,14 @@ def flags(**settings: str | float) -> tuple[str, ...]:
 PPO = (
     *flags(steps=40, samples_per_prompt=2, lr=1.5e-3, kl_coef=0.005, kl_coef_least=0.0025, target_kl=65, kl_horizon=120),
     *flags(kl_power=1, average=0.9, look_every=5, heldout_clips=2),
-    *flags(kl_budget=150, weights="human=1,similarity=0.4,tempo=0.06,genre=0.8,diversity=0.04"),
-    *flags(hold="similarity,tempo,genre,diversity"),
+    *flags(kl_budget=150, weights="human=1,similarity=0.4,tempo=0.06,genre=0.8,diversity=0.2", base_looks=4),
+    *flags(hold="similarity,tempo,genre,diversity", hold_rate=0.5, hold_slack=1),
 )
 # The last word counts. A number a clip says less than a slope: larger rounds at half the rate, and what a prompt's other clips scored taken
 # off, since 480 prompts are met two or three times each. The controller counts clips: four times as many move the price as far a round.
 PPO_SCORE = (*PPO, *flags(credit="score", batch_size=128, lr=7e-4, samples_per_prompt=4, baseline="loo", kl_horizon=480))
 DPO = (
-    *flags(pairing="expected", edit_price=0.2, rated_share=0, beta=0.03, kl_weight=3e-4, target_kl=60, kl_ramp=6, kl_power=2, lr=1e-3),
+    *flags(pairing="expected", edit_price=0.2, rated_share=0, beta=0.03, kl_weight=3e-4, target_kl=65, kl_ramp=6, kl_power=2, lr=1e-3),
     *flags(rounds=10, round_prompts=100, round_clips=2, round_epochs=2, batch_size=40, held_out_clips=96, base_looks=4),
     *flags(kl_budget=150, weights="human=1,similarity=0.3,tempo=0.06,genre=0.6,diversity=0.4"),
     *flags(hold="similarity,tempo,genre,diversity", hold_rate=0.5, hold_slack=1),

@@ -250,7 +250,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
         "beta": 0.03,
         "kl_weight": 3e-4,
-        "target_kl": 60.0,
+        "target_kl": 65.0,
         "kl_ramp": 6,
         "kl_power": 2.0,
         "kl_budget": 150.0,

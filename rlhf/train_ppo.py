@@ -241,8 +241,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "average": 0.9,
         "look_every": 5,
         "heldout_clips": 2,
-        "weights": f"{HUMAN}=1,similarity=0.4,tempo=0.06,genre=0.8,diversity=0.04",
+        "base_looks": 4,
+        "weights": f"{HUMAN}=1,similarity=0.4,tempo=0.06,genre=0.8,diversity=0.2",
         "hold": "similarity,tempo,genre,diversity",
+        "hold_rate": 0.5,
+        "hold_slack": 1.0,
     },
     "smoke": {**TOY, "out": Path("runs/ppo-smoke")},
 }
