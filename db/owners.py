@@ -19,6 +19,7 @@ from db.campaigns import Rules, check_text, rules_of
 from db.errors import NotFoundError, RefusedError
 from db.quality import BLOCKED, find_campaign
 from db.schema import (
+    LATE,
     Assignment,
     Audit,
     Base,
@@ -345,7 +346,7 @@ def _held_slots(session: Session, rater_id: int, with_votes: bool) -> Mapping[in
         select(Assignment.pair_id, func.count())
         .outerjoin(Vote, Vote.assignment_id == Assignment.id)
         .where(Assignment.rater_id == rater_id, Assignment.kind == "normal", Assignment.status.in_(statuses))
-        .where(func.coalesce(Vote.excluded_reason, "") != "late")
+        .where(func.coalesce(Vote.excluded_reason, "") != LATE)
         .where(func.coalesce(Vote.source, "") == "")
         .group_by(Assignment.pair_id)
     )

@@ -33,6 +33,8 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+LATE = "late"
+"""The reason that is stored with a vote whose lease had run out, and whose place on the pair was given to somebody else."""
 CHOICES = ("a", "b", "tie", "both_bad")
 """What a vote may say, as shown on the page. A skip is not a vote: it frees the slot."""
 ASPECTS = ("prompt_fit", "musicality", "sound_quality")

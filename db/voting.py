@@ -19,7 +19,7 @@ from sqlalchemy.orm import aliased
 
 from db.choice import REPEAT_GAP, WAITING, AnyRow, draw
 from db.errors import NotFoundError, RefusedError, ScreenDueError
-from db.schema import Assignment, Campaign, Clip, Membership, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
+from db.schema import LATE, Assignment, Campaign, Clip, Membership, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
 
 CLOCK_SLACK_MS = 2000
 """How far the listening a player reports may exceed the time since the pair was handed out."""
@@ -337,7 +337,7 @@ def submit(connection: Connection, vote: dict[str, Any], aspects: Mapping[str, i
     lengths_ms = (asked.y_ms, asked.x_ms) if asked.swapped else (asked.x_ms, asked.y_ms)
     ends_ms = [check_mark(mark, dict(zip("ab", lengths_ms, strict=True))) for mark in marks]
     late = asked.status == "expired" and asked.kind == "normal" and not _changed(connection, TAKE_SLOT, pair=asked.pair_id)
-    reason = "late" if late else None
+    reason = LATE if late else None
     vote_id = connection.execute(ADD_VOTE, vote | {"excluded_reason": reason, "created_at": now}).scalar_one()
     if aspects:
         connection.execute(ADD_ASPECTS, [{"vote_id": vote_id, "aspect": aspect, "score": score} for aspect, score in aspects.items()])

@@ -20,6 +20,7 @@ from base_models.checkpoint import read_json
 from base_models.errors import UserError
 from db.errors import ConflictError
 from db.export import export_snapshot, is_recorded
+from db.schema import LATE
 from db.store import CampaignStats, open_store
 from rlhf.stages import accounts_file, minutes, python_environment, rating_app, run_together
 
@@ -144,9 +145,10 @@ def _campaign(db: str, campaign: str) -> tuple[CampaignStats, int]:
 
 
 def counted(db: str, campaign: str) -> tuple[int, int]:
-    """(votes that are there, votes that are wanted) of a campaign."""
+    """(votes that are there, votes that are wanted) of a campaign. Not those that came after their lease: the pair was given to somebody
+    else by then, who is waited for."""
     found, _ = _campaign(db, campaign)
-    return found.votes, found.votes_wanted
+    return found.votes - found.excluded.get(LATE, 0), found.votes_wanted
 
 
 def freeze(db: str, campaign: str, folder: Path, name: str) -> dict[str, Any]:
