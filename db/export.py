@@ -145,8 +145,15 @@ def _open(session: Session, name: str, rules: Rules) -> tuple[Campaign, dict[int
     total = sum(cell.n for cell in cells)
     usable = sum(cell.n for cell in cells if cell.reason is None and cell.rater_id not in out)
     if usable == 0:
-        got = f"campaign {name!r} with {total} votes, {total} of them excluded"
-        raise NoVotesError(got, "at least one vote that counts", "collect votes in the rating app, then export")
+        reasons = Counter[str]()
+        for cell in cells:
+            reasons[cell.reason or out[cell.rater_id]] += cell.n
+        told = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+        got = f"campaign {name!r} with {total} votes, {total} of them excluded" + (f" ({told})" if told else "")
+        remedy = "collect votes in the rating app, then export"
+        if reasons[quality.ONE_SIDED]:
+            remedy += "; where an imported file has the winner always on one side, draw the sides anew"
+        raise NoVotesError(got, "at least one vote that counts", remedy)
     return campaign, out
 
 

@@ -134,6 +134,8 @@ def _take_in(
         taken.add((pair_id, rater_id, rep))
         usual: dict[str, Any] = {"kind": "repeat" if rep else "normal", "policy": "import", "propensity": 1.0, "issued_at": row.at}
         asked = {**usual, **row.asked}
+        if rep and asked["kind"] == "normal":  # a snapshot's rows bring their kind: of another campaign, where it was her first
+            asked["kind"] = "repeat"
         asked |= {"id": uuid.uuid4().hex, "pair_id": pair_id, "rater_id": rater_id, "rep": rep, "swapped": a.id > b.id}
         assignments.append(asked | {"status": "voted", "expires_at": row.at})
         vote = {"events": [], "choice": row.choice, "created_at": row.at, **row.columns, "source": row.columns.get("source") or source}

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
-from db.errors import StoreError
+from db.errors import NoVotesError, StoreError
 from db.export import export_snapshot
 from db.imports import import_votes
 from db.leaderboard import leaderboard
@@ -337,3 +337,25 @@ def test_a_second_answer_to_a_pair_is_a_repeat(store: Store, tmp_path: Path) -> 
     rows = [ROW, ROW | {"time": 1754042500, "choice": "b"}]
     assert import_votes(store, write_lines(tmp_path / "v.jsonl", rows), "c").n_votes == 2
     assert leaderboard(store, "c").n_votes == 1
+
+
+def test_an_answer_to_a_pair_of_another_snapshot_is_a_repeat_too(store: Store, tmp_path: Path) -> None:
+    """Each snapshot calls it the first, as it was in its campaign: one person cannot agree with herself."""
+    for name, more in (("one", {}), ("two", {"time": 1754042500})):
+        import_votes(store, write_lines(tmp_path / f"{name}.jsonl", [ROW | more]), name)
+        export_snapshot(store, name, tmp_path, f"snapshot-{name}")
+        assert import_votes(store, tmp_path / f"snapshot-{name}", "all").n_votes == 1
+    board = leaderboard(store, "all")
+    assert (board.n_votes, board.agreement) == (1, None)
+    export_snapshot(store, "all", tmp_path, "all")
+    assert [(row["kind"], row["rep"]) for row in lines(tmp_path / "all/votes.jsonl")] == [("normal", 0), ("repeat", 1)]
+
+
+def test_a_file_whose_winner_is_always_on_one_side_is_told_why_no_vote_counts(store: Store, tmp_path: Path) -> None:
+    rows = [
+        ROW | {"prompt": f"waltz {i}", "audio_a": f"a{i}.wav", "audio_b": f"b{i}.wav", "choice": "a", "time": 1754042500 + i}
+        for i in range(40)
+    ]
+    import_votes(store, write_lines(tmp_path / "v.jsonl", rows), "c")
+    with pytest.raises(NoVotesError, match=r"40 votes, 40 of them excluded \(40 one_sided\).*draw the sides anew"):
+        export_snapshot(store, "c", tmp_path, "s")
