@@ -29,7 +29,7 @@ LOOP = """Online rounds; each is
   samples -> votes -> snapshot (-> reward) -> train -> held-out clips of champion and challenger -> blind votes -> verdict
 
 The challenger is promoted when the lower end of the 95 % interval of its win rate over the champion, by prompt and rater, lies
-above .5, on at least --min-decided decided votes. Otherwise the champion stays.
+above .5, on at least --min-decided decided votes of at least --min-prompts prompts. Otherwise the champion stays.
 
   encore loop --prompts examples/train.txt --heldout examples/heldout.txt --out runs/loop --serve --rater ada --rater bo
   encore loop --out runs/loop --serve            # goes on where it was stopped or killed: settings are kept
@@ -228,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--ab-clips", type=int, metavar="N", help="clips of each of the two for a held-out prompt; default 1")
     g.add_argument("--min-decided", type=int, metavar="N", help="decided votes without which nobody is promoted; default 20")
+    g.add_argument("--min-prompts", type=int, metavar="N", help="held-out prompts on which these votes have to lie; default 6")
     g.add_argument("--min-listen-ms", type=int, metavar="MS", help="listening asked for on each side, milliseconds; default 3000")
     g = p.add_argument_group("how votes come in, this time")
     g.add_argument("--serve", action="store_true", help="serve the rating page while waiting for votes")

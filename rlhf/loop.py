@@ -12,8 +12,8 @@ on all of it. So a reward learns where the last policy went (and fooled it), dri
 depends on its ancestors. The verdict rests on other votes: held-out prompts, a campaign of its own, never trained on.
 
 The rule (`rlhf.verdict`) is told before the votes: the challenger is promoted when the lower end of the 95 % interval of its win rate over
-the champion, by prompt *and* rater, lies above one half, on at least `min_decided` decided votes. In every other case the champion stays.
-KL to the base and diversity are measured on the same held-out clips, and told beside it (`rlhf.loop_report`).
+the champion, by prompt *and* rater, lies above one half, on at least `min_decided` decided votes of `min_prompts` prompts. In every other
+case the champion stays. KL to the base and diversity are measured on the same held-out clips, and told beside it (`rlhf.loop_report`).
 
 Everything is in --out: a folder a round, a stamp a stage, champion.json, report.md. A call that is stopped or killed goes on where it
 was, also while it waits for votes. It needs no server of its own: votes may come from an app that runs elsewhere on the same database.
@@ -42,7 +42,7 @@ from rlhf.collecting import Collecting, admit, collect, freeze
 from rlhf.evaluate_models import BASE, evaluate
 from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
 from rlhf.stages import ROOT, Stage, only_one, resume_flag, run_python, run_stages, stamp, stamp_path
-from rlhf.verdict import comparisons, decide, read_outcomes, rule
+from rlhf.verdict import MIN_PROMPTS, comparisons, decide, read_outcomes, rule
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 WATCHED, MOST_WATCHED = 6, 48
@@ -96,6 +96,8 @@ class LoopConfig:
     """Clips of each for a held-out prompt."""
     min_decided: int = 20
     """Decided votes without which nobody is promoted."""
+    min_prompts: int = MIN_PROMPTS
+    """Held-out prompts on which these votes have to lie."""
     min_listen_ms: int = 3000
     train: str = ""
     """More options for the training script, as on a command line."""
@@ -232,6 +234,10 @@ class Loop:
     def _check_votes(self) -> None:
         cfg = self.cfg
         most = len(self.heldout) * cfg.ab_clips * cfg.ab_votes
+        if len(self.heldout) < cfg.min_prompts:
+            got = f"{len(self.heldout)} held-out prompts, of which nobody could be promoted"
+            expected = f"{cfg.min_prompts} or more, as --min-prompts asks, better 20"
+            raise UserError(got, expected, "hold out more prompts: what wins on so few may win by chance")
         if most < cfg.min_decided:
             got = f"{most} votes between champion and challenger ({len(self.heldout)} held-out prompts), of which nobody could be promoted"
             expected = f"{cfg.min_decided} or more, as --min-decided asks"
@@ -365,7 +371,11 @@ class Round:
             write_prompts(self.folder / "ab_pairs.jsonl", pairs)
             self.loop.put_up(self.ab, both, self.cfg.ab_votes, ["--pairs", self.folder / "ab_pairs.jsonl"])
         told = {name: {key: moved[name][key] for key in ("kl", "kl_ci", "diversity_ratio")} for name in systems}
-        return {"clips_that_differ": len(pairs), "rule": rule(self.cfg.min_decided), **{key.split("-")[0]: told[key] for key in told}}
+        return {
+            "clips_that_differ": len(pairs),
+            "rule": rule(self.cfg.min_decided, self.cfg.min_prompts),
+            **{key.split("-")[0]: told[key] for key in told},
+        }
 
     def named(self, system: str) -> str:
         return f"{system}-{self.number:02d}"
@@ -397,7 +407,8 @@ class Round:
             frozen = freeze(self.loop.db, self.ab, self.folder, "ab_snapshot")
         except NoVotesError as error:
             return False, nothing | {"why": f"no vote counts: {error.got}"}
-        promoted, votes = decide(read_outcomes(self.folder / "ab_snapshot", self.named(CHALLENGER)), self.cfg.min_decided, self.cfg.seed)
+        outcomes = read_outcomes(self.folder / "ab_snapshot", self.named(CHALLENGER))
+        promoted, votes = decide(outcomes, self.cfg.min_decided, self.cfg.seed, self.cfg.min_prompts)
         of = {"ab_snapshot_sha256": frozen["sha256"], **{key: frozen[key] for key in ("n_votes", "n_raters", "n_excluded")}}
         return promoted, votes | of
 

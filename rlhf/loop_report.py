@@ -46,7 +46,8 @@ def status(out: Path) -> list[str]:
     rounds = [loop.round(int(folder.name)) for folder in sorted((out / "rounds").glob("[0-9][0-9]"))]
     lines = [f"# Loop in {out}", ""]
     lines += [
-        f"{cfg.method}, {len(loop.prompts)} prompts to learn from, {len(loop.heldout)} held out. A challenger is {rule(cfg.min_decided)}."
+        f"{cfg.method}, {len(loop.prompts)} prompts to learn from, {len(loop.heldout)} held out. "
+        f"A challenger is {rule(cfg.min_decided, cfg.min_prompts)}."
     ]
     if (out / "champion.json").is_file():
         champion = loop.champion()

@@ -3,22 +3,29 @@
     clips of both on held-out prompts -> comparisons -> snapshot of their campaign -> outcomes from the challenger's side
                                       -> win rate, interval by prompt and rater -> promoted, or the champion stays
 
-Promoted when the lower end of the 95 % interval lies above one half, on at least so many decided votes. In every other case, and where
-nobody knows, the champion stays. How many votes are asked for is settled before the first is given, so that nobody stops when the sum
-is pleasant. Raters see neither names nor which side is whose: the side is drawn anew for each rater and pair (`db.choice`), and what a
-favourite side does to the figure can be seen from the win rates in both orders.
+Promoted when the lower end of the 95 % interval lies above one half, on at least so many decided votes and prompts. In every other
+case, and where nobody knows, the champion stays. How many votes are asked for is settled before the first is given, so that nobody
+stops when the sum is pleasant. Raters see neither names nor which side is whose: the side is drawn anew for each rater and pair
+(`db.choice`), and what a favourite side does to the figure can be seen from the win rates in both orders.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import norm
+from scipy.stats import t as student_t
+
 from base_models.checkpoint import read_jsonl
 from base_models.errors import UserError
-from rlhf.metrics import crossed_bootstrap
+from rlhf.metrics import Estimate, crossed_bootstrap
+
+MIN_PROMPTS = 6
+"""Of two rivals that are alike, one wins every one of six prompts in 1 of 64 cases, of five in 1 of 32, which is more than .025."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,11 @@ class Outcome:
     first: bool = True
 
 
-def rule(min_decided: int) -> str:
+def rule(min_decided: int, min_prompts: int) -> str:
     """The rule in words, told before anybody votes."""
     return (
         "promoted when the lower end of the 95 % interval of its win rate over the champion, by prompt and rater, lies above .5, "
-        f"on {min_decided} decided votes or more; otherwise the champion stays"
+        f"on {min_decided} decided votes of {min_prompts} prompts or more; otherwise the champion stays"
     )
 
 
@@ -77,8 +84,12 @@ def read_outcomes(snapshot: Path, challenger: str) -> list[Outcome]:
     return found
 
 
-def decide(outcomes: Sequence[Outcome], min_decided: int, seed: int = 0) -> tuple[bool, dict[str, Any]]:
+def decide(outcomes: Sequence[Outcome], min_decided: int, seed: int = 0, min_prompts: int = MIN_PROMPTS) -> tuple[bool, dict[str, Any]]:
     """(promoted?, figures): the lower end of the 95 % interval of the win rate, by prompt and rater, has to lie above one half.
+
+    A bootstrap of few prompts is too narrow, and of a single one it has no width at all: the interval is widened as Student's t is
+    against the normal distribution (Cameron and Miller 2015, "A practitioner's guide to cluster-robust inference", section VI), and
+    decides nothing on fewer than `min_prompts`.
 
     Figures: win_rate, ci, decided, ties, why; first: in how many of the decided votes the challenger was side A; win_rate_first and
     win_rate_second: in each order, None where there was none.
@@ -92,8 +103,20 @@ def decide(outcomes: Sequence[Outcome], min_decided: int, seed: int = 0) -> tupl
         return False, figures | {"why": f"{len(decided)} decided votes, fewer than {min_decided}"}
     won, prompts, raters = zip(*((o.won, o.prompt, o.rater) for o in decided))
     rate = crossed_bootstrap(won, prompts, raters, seed=seed)
-    low, high = rate.ci
+    if rate.n_clusters < max(2, min_prompts):
+        why = f"decided votes on {rate.n_clusters} prompt(s), fewer than {max(2, min_prompts)}: others might be judged otherwise"
+        return False, figures | {"win_rate": rate.value, "why": why}
+    low, high = widened(rate)
     promoted = low > 0.5
     told = f"wins {rate.value:.3f} [{low:.3f}, {high:.3f}] of {len(decided)} decided votes"
     why = f"{told}, the interval {'lies above' if promoted else 'does not lie above'} .5"
-    return promoted, figures | {"win_rate": rate.value, "ci": list(rate.ci), "why": why}
+    return promoted, figures | {"win_rate": rate.value, "ci": [low, high], "why": why}
+
+
+def widened(rate: Estimate) -> tuple[float, float]:
+    """The interval of a share for as few prompts as it rests on: its distances from the mean times t(n - 1) / t(infinity) and
+    sqrt(n / (n - 1)), within 0 and 1."""
+    n = rate.n_clusters
+    factor = float(student_t.ppf(0.975, n - 1) / norm.ppf(0.975)) * math.sqrt(n / (n - 1))
+    low, high = (rate.value + factor * (end - rate.value) for end in rate.ci)
+    return max(0.0, low), min(1.0, high)

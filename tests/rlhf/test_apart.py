@@ -80,7 +80,7 @@ def test_a_round_of_the_loop_asks_about_them(policy_dir, tmp_path):
     (tmp_path / "heldout.txt").write_text("slow ambient\nfast house\n")
     files = {"prompts": tmp_path / "train.txt", "heldout": tmp_path / "heldout.txt"}
     given = {**files, "policy": policy_dir, "out": tmp_path / "run", "method": "dpo"}
-    cfg = settings({**given, "min_decided": 2, "duration_s": 0.6, "clips_per_prompt": 3, "pairs_per_prompt": 2})
+    cfg = settings({**given, "min_decided": 2, "min_prompts": 2, "duration_s": 0.6, "clips_per_prompt": 3, "pairs_per_prompt": 2})
     loop = Loop(cfg, Collecting())
     loop.run(0)
     loop.round(1).samples()

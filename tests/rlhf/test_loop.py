@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import urllib.request
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.policy import load_policy
 from db.export import is_recorded
+from db.schema import utc_now
 from db.store import open_store
 from rlhf import cli, stages
 from rlhf.collecting import Collecting, admit, collect, counted, freeze
@@ -62,7 +64,20 @@ def files(tmp_path_factory) -> Path:
 
 
 def arguments(files: Path, policy: Path, out: Path, n_votes: int = 1000) -> list[str]:
-    sizes = ["--duration", "0.6", "--target-votes", "1", "--ab-votes", "1", "--min-listen-ms", "0", "--min-decided", "2"]
+    sizes = [
+        "--duration",
+        "0.6",
+        "--target-votes",
+        "1",
+        "--ab-votes",
+        "1",
+        "--min-listen-ms",
+        "0",
+        "--min-decided",
+        "2",
+        "--min-prompts",
+        "2",
+    ]
     learns = ["--method", "sft", "--train", "--steps 2 --kl-clips 0 --held-out 0 --lr 0.05 --r 4 --one-rater"]
     names = ["--prompts", files / "train.txt", "--heldout", files / "heldout.txt", "--policy", policy, "--out", out, "--rounds", "1"]
     rater = f"python {files / 'rater.py'} {{url}} {{campaign}} {{accounts}} {n_votes}"
@@ -130,7 +145,9 @@ def test_ppo_needs_prompts_to_watch_and_others_to_play(files, policy_dir, tmp_pa
     for watched, match in (("Fast House", "1 held-out prompts that PPO watches"), ("Calm folk", "1 prompts that are played, in the file")):
         (tmp_path / "watch.txt").write_text(f"slow waltz\n{watched}\n")
         with pytest.raises(UserError, match=match):
-            Loop(settings(given | {"min_decided": 4, "train": f"--heldout-prompts {tmp_path / 'watch.txt'}"}), Collecting()).run(0)
+            Loop(
+                settings(given | {"min_decided": 4, "min_prompts": 2, "train": f"--heldout-prompts {tmp_path / 'watch.txt'}"}), Collecting()
+            ).run(0)
     plays, flags = Loop(settings(given), Collecting()).round(1).prompts_to_learn_from()
     assert plays is not None
     played, watched = ({row["prompt"] for row in read_jsonl(file)} for file in (plays, flags[1]))
@@ -261,6 +278,22 @@ def test_the_rule_promotes_half_of_equal_rivals_in_few_of_a_hundred_campaigns():
     assert promoted <= 6
 
 
+@pytest.mark.parametrize("n_prompts", [1, 3, 6])
+def test_equal_rivals_are_seldom_promoted_on_few_prompts_either(n_prompts):
+    rng = np.random.default_rng(0)
+    promoted = 0
+    for trial in range(100):
+        taste = rng.normal(0, 0.8, n_prompts)
+        votes = [Outcome(float(rng.random() < 1 / (1 + np.exp(-taste[i % n_prompts]))), f"p{i % n_prompts}", "ada") for i in range(24)]
+        promoted += decide(votes, 20, trial, min_prompts=2)[0]
+    assert promoted <= 6  # by the bootstrap alone .47 of one prompt, .07 of three
+    wins = [Outcome(1.0, f"p{i % n_prompts}", "ada") for i in range(24)]
+    told = decide(wins, 20)
+    assert told[0] == (n_prompts >= 6)
+    assert told[1]["win_rate"] == 1
+    assert f"on {n_prompts} prompt(s)" in told[1]["why"] or told[0]
+
+
 def test_raters_who_always_take_one_side_promote_nobody():
     rng = np.random.default_rng(0)
     promoted = 0
@@ -300,6 +333,24 @@ def test_the_crossed_interval_is_wider_than_one_kind_of_cluster_alone():
     crossed = crossed_bootstrap(values, prompts, raters)
     alone = crossed_bootstrap(values, prompts, ["one"] * 150)
     assert crossed.ci[1] - crossed.ci[0] > 5 * (alone.ci[1] - alone.ci[0])
+
+
+def test_a_vote_that_came_late_does_not_stand_for_one_that_is_still_listened_for(clips, tmp_path):
+    from feedback_app.campaigns import register_campaign
+
+    db = f"sqlite:///{tmp_path / 'e.db'}"
+    with open_store(db) as store:
+        register_campaign(store, "c", clips, target_votes=1, min_listen_ms=0)
+        wanted = store.stats().campaigns[0].votes_wanted
+        ada, *others = (store.sign_in(f"r{i}", store.add_rater(f"r{i}")).id for i in range(wanted + 1))
+        slow, later = store.next_assignment(ada, lease_s=60), utc_now() + timedelta(seconds=61)
+        taken = [store.next_assignment(rater, clock=lambda: later) for rater in others]  # all pairs, ada's too
+        receipt = store.submit_vote(ada, slow.assignment_id, "a", idempotency_key="ada-000001", clock=lambda: later)
+        assert receipt.excluded_reason == "late"
+        assert counted(db, "c") == (0, wanted)
+        for rater, offer in zip(others, taken):
+            store.submit_vote(rater, offer.assignment_id, "b", idempotency_key=f"rater-{rater:04d}", clock=lambda: later)
+    assert counted(db, "c") == (wanted, wanted)
 
 
 def test_waiting_for_people_counts_their_votes_and_ends_with_the_last(clips, tmp_path, capsys):
@@ -501,12 +552,21 @@ def test_stages_cut_off_at_any_moment_are_done_once_and_in_order(tmp_path, monke
         ({"prompts": None}, "expected both"),
         ({"method": "rlhf"}, "method 'rlhf'"),
         ({"min_decided": 20}, r"got 4 votes between champion and challenger \(2 held-out prompts\)"),
+        ({"min_prompts": 6}, "got 2 held-out prompts, of which nobody could be promoted; expected 6 or more"),
         ({"clips_per_prompt": 1}, "2 clips and 1 vote"),
         ({"champion": "nowhere"}, "without manifest.json"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, match, files, policy_dir, tmp_path):
-    given = {"prompts": "train.txt", "heldout": "heldout.txt", "policy": policy_dir, "out": tmp_path / "run", "min_decided": 4, **change}
+    given = {
+        "prompts": "train.txt",
+        "heldout": "heldout.txt",
+        "policy": policy_dir,
+        "out": tmp_path / "run",
+        "min_decided": 4,
+        "min_prompts": 2,
+        **change,
+    }
     given = {k: files / v if k in ("prompts", "heldout", "champion") and v else v for k, v in given.items()}
     with pytest.raises(UserError, match=match):
         Loop(settings(given), Collecting()).run(0)
@@ -521,6 +581,7 @@ def test_a_champion_of_another_base_is_refused_and_settings_are_not_mixed(files,
         "policy": other_policy_dir,
         "champion": alien,
         "min_decided": 4,
+        "min_prompts": 2,
     }
     with pytest.raises(UserError, match="of base"):
         Loop(settings({**given, "out": played.parent / "other"}), Collecting()).run(0)
@@ -535,7 +596,14 @@ def test_two_loops_on_one_database_do_not_share_campaigns(files, policy_dir, cli
     from feedback_app.campaigns import register_campaign
 
     db = f"sqlite:///{tmp_path / 'e.db'}"
-    given = {"prompts": files / "train.txt", "heldout": files / "heldout.txt", "policy": policy_dir, "min_decided": 4, "db": db}
+    given = {
+        "prompts": files / "train.txt",
+        "heldout": files / "heldout.txt",
+        "policy": policy_dir,
+        "min_decided": 4,
+        "min_prompts": 2,
+        "db": db,
+    }
     Loop(settings({**given, "out": tmp_path / "first"}), Collecting()).run(0)
     with open_store(db) as store:
         register_campaign(store, "loop-ab-01", clips, target_votes=1, min_listen_ms=0)

@@ -43,7 +43,22 @@ def serving(policy_dir: Path, tmp_path: Path) -> Iterator[tuple[Path, Said]]:
     (tmp_path / "train.txt").write_text("sad piano\ncalm folk\nslow waltz\n")
     (tmp_path / "heldout.txt").write_text("slow ambient\nfast house\n")
     names = ["--prompts", tmp_path / "train.txt", "--heldout", tmp_path / "heldout.txt", "--policy", policy_dir, "--out", tmp_path / "run"]
-    sizes = ["--duration", "2", "--target-votes", "1", "--ab-votes", "1", "--min-decided", "2", "--min-listen-ms", "300", "--rounds", "1"]
+    sizes = [
+        "--duration",
+        "2",
+        "--target-votes",
+        "1",
+        "--ab-votes",
+        "1",
+        "--min-decided",
+        "2",
+        "--min-prompts",
+        "2",
+        "--min-listen-ms",
+        "300",
+        "--rounds",
+        "1",
+    ]
     people = ["--serve", "--rater", "ada", "--port", "0", "--poll", "0.1"]
     command = [sys.executable, "-c", COMMAND, "loop", *map(str, names), *sizes, *people]
     environment = {**alone(), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

@@ -69,7 +69,8 @@ LONG = {"samples": 1.0, "votes": 1.0, "snapshot": 0.1, "train": 1.5, "ab_samples
 
 def arguments(rounds, lr, how):
     return ["loop", "--prompts", str(root / "train.txt"), "--heldout", str(root / "heldout.txt"), "--policy", policy, "--out", str(out),
-            "--rounds", str(rounds), "--duration", "0.6", "--min-listen-ms", "0", "--min-decided", "8", "--method", "sft",
+            "--rounds", str(rounds), "--duration", "0.6", "--min-listen-ms", "0", "--min-decided", "8", "--min-prompts", "4",
+            "--method", "sft",
             "--train", f"--steps 2 --kl-clips 0 --held-out 0 --lr {lr} --r 4 --save-every 1 --one-rater", "--accounts", "2",
             "--raters", f"python {root / 'rater.py'} {{url}} {{campaign}} {{accounts}} {out} {how}"]
 
