@@ -158,6 +158,20 @@ def pair_calibration_error(margins: ArrayLike, p: ArrayLike, weights: ArrayLike 
     )
 
 
+def calibration_error_by_chance(
+    margins: ArrayLike, n_votes: Sequence[int], weights: ArrayLike | None = None, n_draws: int = 200, seed: int = 0
+) -> float:
+    """What pair_calibration_error exceeds in 5 % of draws of a model without error: each pair's votes (`n_votes`) are drawn by its margin.
+
+    A binned error is never negative, so chance alone makes one, the larger the fewer votes there are (Broecker 2012, "Estimating
+    reliability and resolution of probability forecasts through decomposition of the empirical score").
+    """
+    margin, votes = np.asarray(margins, dtype=float), np.asarray(n_votes)
+    rng = np.random.default_rng(seed)
+    shares = rng.binomial(votes, 1 / (1 + np.exp(-margin)), (n_draws, len(margin))) / votes
+    return float(np.quantile([pair_calibration_error(margin, share, weights) for share in shares], 0.95))
+
+
 def diversity(features: ArrayLike, prompts: Sequence[object]) -> float:
     """Mean Euclidean distance between clips of one prompt, over prompts with two clips or more: 0 when all sound alike.
 

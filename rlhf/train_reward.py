@@ -178,9 +178,11 @@ def _main(cfg: Config) -> dict[str, Any]:
     model.frames, of_frames = fit_frame_head(bench, base.codec, snapshot, weighing.weights)
 
     # 5. Tell.
+    calibrated, votes_of_each = cross_calibrated(margin, pairs, folds).numpy(), [len(pair.rater.split(",")) for pair in learnt]
     figures = {
         **judgement(snapshot, truth, clips, folds, scores, baseline, stranger, cfg.seed),
-        "ece": metrics.pair_calibration_error(cross_calibrated(margin, pairs, folds).numpy(), pairs.p.numpy(), pairs.weight.numpy()),
+        "ece": metrics.pair_calibration_error(calibrated, pairs.p.numpy(), pairs.weight.numpy()),
+        "ece_by_chance": metrics.calibration_error_by_chance(calibrated, votes_of_each, pairs.weight.numpy(), seed=cfg.seed),
         "overfit": by_trunk.overfit(pairs) if by_trunk is not None else reward_gates.overfit(committee, inputs, pairs, cfg.seed),
         "trunk": None if rival is None else rival.figures,
         "heads": committee.as_json(),

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 
 from base_models.checkpoint import write_json
 from rlhf import reward_gates
+from rlhf.metrics import calibration_error_by_chance, pair_calibration_error
 from rlhf.reward_committee import Committee
 from rlhf.reward_gates import GateError, demand, doubt, gates, overfit, share_of_ceiling
 from rlhf.reward_heads import Head, Pairs
@@ -40,6 +42,22 @@ def test_each_gate_fails_by_its_own_number_alone(changes, which):
         demand(gates(GOOD | changes))
     assert failed.value.exit_code == 1
     assert gates(GOOD | changes)[which].name in str(failed.value)
+
+
+def test_few_votes_are_not_asked_to_be_better_calibrated_than_chance_lets_them():
+    rng = np.random.default_rng(0)
+    margins = rng.normal(0, 1, 120)
+
+    def passes(scale: float, n: int) -> bool:
+        margin, votes = scale * margins[:n], [1] * n
+        label = (rng.random(n) < 1 / (1 + np.exp(-margins[:n]))).astype(float)
+        by_chance = calibration_error_by_chance(margin, votes, n_draws=100)
+        return bool(verdicts(ece=pair_calibration_error(margin, label), ece_by_chance=by_chance)[2])
+
+    assert sum(passes(1.0, 120) for _ in range(40)) >= 34  # an honest model
+    assert sum(passes(6.0, 120) for _ in range(40)) <= 4  # one that is far too sure
+    assert calibration_error_by_chance(np.tile(margins, 20), [2] * 2400) < 0.05
+    assert verdicts(ece=0.06, ece_by_chance=0.04)[2] is False
 
 
 def test_the_share_of_the_ceiling_is_not_asked_of_few_pairs():
