@@ -164,8 +164,8 @@ def asked_tempo(prompt: str) -> tuple[float, float, bool] | None:
     return None if found is None else (*ranges[found[2]], False)
 
 
-_KEY = re.compile(r"(?:\b([A-Gb-g])([#b♯♭]| sharp| flat)?[ -])?\b((?i:major|minor|maj|min))\b")
-"""A lower-case "a" is the article of "in a minor key"."""
+_KEY = re.compile(r"\b([A-Gb-g])([#b♯♭]|[ -]sharp|[ -]flat)?[ -]((?i:major|minor|maj|min))\b|\b((?i:major|minor))\b")
+"""A lower-case "a" is the article of "in a minor key"; "min" without a letter counts minutes."""
 
 
 def asked_keys(prompt: str) -> list[int] | None:
@@ -173,11 +173,11 @@ def asked_keys(prompt: str) -> list[int] | None:
     found = _KEY.search(prompt)
     if found is None:
         return None
-    minor = 12 if found.group(3).lower().startswith("min") else 0
+    minor = 12 if (found.group(3) or found.group(4)).lower().startswith("min") else 0
     if found.group(1) is None:
         return list(range(minor, minor + 12))
     letter = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}[found.group(1).upper()]
-    sign = (found.group(2) or "").strip().lower()
+    sign = (found.group(2) or "").strip(" -").lower()
     return [minor + (letter + (sign in ("#", "♯", "sharp")) - (sign in ("b", "♭", "flat"))) % 12]
 
 

@@ -39,6 +39,10 @@ def test_keys_are_read_with_their_accidentals():
     assert asked_keys("in A minor") == [12 + 9]
     assert asked_keys("something in a minor key") == list(range(12, 24))
     assert asked_keys("sad, minor") == list(range(12, 24))
+    assert asked_keys("a D-flat major waltz") == [1]
+    assert asked_keys("F-sharp minor") == [12 + 6]
+    assert asked_keys("in Eb maj") == [3]
+    assert asked_keys("a 2 min ambient piece") is asked_keys("piano, 3 min") is None  # minutes
     assert asked_keys("a majority vote") is None
     assert [asked_keys(key_name(key)) for key in range(24)] == [[key] for key in range(24)]
 
