@@ -43,12 +43,14 @@ class Weighing:
         return None if self.habits is None else self.habits.lean
 
     def told(self, rater: str) -> dict[str, Any]:
-        """What else is known of a rater. A slope that is surely negative makes an adversary, too."""
+        """What else is known of a rater: the weight that was used (1 where all count alike, below 0 of one who is turned round), and the
+        habits. A slope that is surely negative makes an adversary, too, whom only slopes silence."""
+        weight = 1.0 if self.weights is None else self.weights.get(rater)
+        told = {} if weight is None else {"weight": float(weight)}
         habit = None if self.habits is None else self.habits.raters.get(rater)
         if habit is None:
-            return {}
-        told = {"slope": habit.slope, "slope_se": habit.slope_se, "lean": habit.lean, "against_the_music": habit.adversary}
-        return told | ({"weight": float(self.weights[rater])} if self.name == "slopes" and self.weights is not None else {})
+            return told
+        return told | {"slope": habit.slope, "slope_se": habit.slope_se, "lean": habit.lean, "against_the_music": habit.adversary}
 
 
 def weigh(

@@ -117,13 +117,16 @@ def _of_evidence(figures: dict[str, Any]) -> str:
 
 def _of_raters(figures: dict[str, Any]) -> str:
     people = figures["raters"]
-    silenced = [rater for rater, told in people.items() if told["weight"] < 0.25]
+    little = [rater for rater, told in people.items() if 0 <= told["weight"] < 0.25]
     against = [rater for rater, told in people.items() if told["adversary"] or told.get("against_the_music")]
     done = {"silence": "silenced", "invert": "turned round"}[figures["adversaries"]]
+    acted_on = [rater for rater in against if people[rater]["weight"] <= 0]
+    others = [rater for rater in against if people[rater]["weight"] > 0]
+    counted = f"; answer against the others or the music, and count: {', '.join(others)}" if others else ""
     losses = ", ".join(f"{option} {loss:.4f}" for option, loss in figures["weights_loss"].items())
     return (
         f"raters     {len(people)}, weighed by {figures['weights_by']} (held-out loss: {losses}); "
-        f"hardly count: {', '.join(silenced) or '-'}; adversaries, {done}: {', '.join(against) or '-'}"
+        f"hardly count: {', '.join(little) or '-'}; adversaries, {done}: {', '.join(acted_on) or '-'}{counted}"
     )
 
 

@@ -1,14 +1,16 @@
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import pytest
 import torch
 
 from rlhf import raters
 from rlhf.preferences import load_snapshot, training_pairs
-from rlhf.rater_weights import weigh
+from rlhf.rater_weights import Weighing, weigh
 from rlhf.reward_committee import Committee
 from rlhf.reward_folds import Clips, Folds, choose_committee
 from rlhf.reward_heads import Head
+from rlhf.reward_report import _of_raters
 from rlhf.reward_toy import write_toy_snapshot
 from rlhf.train_reward import Config
 
@@ -42,3 +44,23 @@ def test_slopes_find_the_careless_and_the_adversary_where_nobody_shares_a_pair(t
     turned_round = weigh(replace(cfg, adversaries="invert"), folds, clips, snapshot, None, pairs, choice, preferences)
     assert turned_round.weights["r3"] < 0
     assert turned_round.losses["slopes"] < found.losses["agreement"] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "line"),
+    [
+        ("nothing", None, "hardly count: -; adversaries, silenced: -; answer against the others or the music, and count: foe, lone"),
+        ("agreement", {"ada": 1.0, "foe": 0.0, "lone": 1.0}, "hardly count: foe; adversaries, silenced: foe; answer against"),
+        ("slopes", {"ada": 1.0, "foe": 0.0, "lone": 0.0}, "hardly count: foe, lone; adversaries, silenced: foe, lone"),
+    ],
+)
+def test_the_report_calls_silenced_who_was(name, weights, line):
+    """foe answers against the others, lone against the music alone, which agreement does not see."""
+    people = {who: raters.RaterQuality(0.8, 1.0, 100, who == "foe") for who in ("ada", "foe", "lone")}
+    found = {who: raters.Habit(-1.0 if who == "lone" else 1.0, 0.2, 0.0, 50) for who in people}
+    habits = raters.Habits(found, 1.0, 1.0, 0.0, 1.0)
+    weighing = Weighing(name, weights, torch.zeros(1), {}, habits)
+    told = {who: asdict(quality) | weighing.told(who) for who, quality in people.items()}
+    said = _of_raters({"raters": told, "weights_by": name, "weights_loss": {}, "adversaries": "silence"})
+    assert line in said
+    assert told["foe"]["weight"] == (1.0 if weights is None else weights["foe"])
