@@ -179,7 +179,9 @@ A {manifest.kind} adapter for music, rank {lora.r}, alpha {lora.alpha:g}, {len(l
 
 ## Use
 
-    encore generate "calm piano, 90 BPM" --adapter {manifest.name} --out track.wav
+    encore generate "calm piano, 90 BPM" --adapter PATH/OF/THIS/FOLDER --out track.wav
+
+With a base other than the one that ships with Encore, add `--policy` and its folder.
 
 ## Measured
 

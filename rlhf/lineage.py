@@ -19,42 +19,56 @@ from adapters.library import read_adapter
 from base_models.checkpoint import read_jsonl
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, load_policy
+from base_models.settings import to_mapping
 from rlhf.preferences import content_sha256
 
 
 def trace(folder: str | Path, runs: str | Path = "runs") -> list[str]:
-    """The lines for an adapter's folder. Raises UserError when the folder is none or damaged."""
+    """The lines for an adapter's folder, of a mix with those of its parts. Raises UserError when the folder is none or damaged."""
+    runs = Path(runs)
     manifest = read_adapter(folder).manifest
-    lines = [f"adapter  {manifest.name}  {manifest.adapter_sha256}  ({manifest.method}, {manifest.created_at}, {manifest.licence})"]
-    reward = _find(Path(runs), "manifest.json", "reward_sha256", manifest.reward_sha256) if manifest.reward_sha256 else None
-    if manifest.reward_sha256:
-        lines.append(f"  reward   {manifest.reward_sha256}  {reward or 'not found below ' + str(runs)}")
-    if manifest.snapshot_sha256:
-        lines += _snapshot_lines(Path(runs), manifest.snapshot_sha256)
-    lines.append(_base_line(manifest.base_sha256))
+    return [*_adapter_lines(to_mapping(manifest), runs, ""), _base_line(manifest.base_sha256)]
+
+
+def _adapter_lines(manifest: dict[str, Any], runs: Path, indent: str) -> list[str]:
+    told = f"{manifest['method']}, {manifest['created_at']}, {manifest['licence']}"
+    lines = [f"{indent}adapter  {manifest['name']}  {manifest['adapter_sha256']}  ({told})"]
+    snapshots = [manifest["snapshot_sha256"]]
+    if manifest["reward_sha256"]:
+        reward = _find(runs, "manifest.json", "reward_sha256", manifest["reward_sha256"])
+        lines.append(f"{indent}  reward   {manifest['reward_sha256']}  {reward or 'not found below ' + str(runs)}")
+        snapshots.append(_json(reward / "manifest.json").get("snapshot_sha256") if reward else None)  # its own, if it is another
+    for snapshot in dict.fromkeys(filter(None, snapshots)):
+        lines += [indent + line for line in _snapshot_lines(runs, snapshot)]
+    for sha256 in parts_of(manifest):
+        part = _find(runs, "manifest.json", "adapter_sha256", sha256, adapter=True)
+        missing = [f"{indent}  adapter  {sha256}  not found below {runs}"]
+        lines += _adapter_lines(_json(part / "manifest.json"), runs, indent + "  ") if part else missing
     return lines
 
 
+def parts_of(manifest: dict[str, Any]) -> list[str]:
+    """The hashes of the adapters that were mixed into one."""
+    return [part["adapter_sha256"] for part in manifest.get("config", {}).get("parts", [])] if manifest.get("method") == "mix" else []
+
+
 def descendants(snapshots: Iterable[str], runs: str | Path = "runs") -> list[str]:
-    """The lines for snapshots, by hash: each reward model and adapter below `runs` that was trained on one, itself or by its reward."""
+    """The lines for snapshots, by hash: each reward model and adapter below `runs` that was trained on one, itself, by its reward or by a
+    part that was mixed into it."""
     lines = []
     made = [(path.parent, _json(path)) for path in sorted(Path(runs).rglob("manifest.json"))]
+    rewards, adapters = ([(f, c) for f, c in made if (f / "adapter_config.json").exists() == adapts] for adapts in (False, True))
     for snapshot in dict.fromkeys(snapshots):
         found = _find(Path(runs), "snapshot.json", "sha256", snapshot)
         lines.append(f"snapshot {snapshot}  {found or 'not found below ' + str(runs)}")
-        rewards: set[str] = set()
-        for adapters in (False, True):
-            for folder, content in made:
-                if (folder / "adapter_config.json").exists() != adapters:
-                    continue
-                own_reward = content.get("reward_sha256")
-                if content.get("snapshot_sha256") != snapshot and not (adapters and own_reward in rewards):
-                    continue
-                if not adapters and own_reward:
-                    rewards.add(own_reward)
-                kind, key = ("adapter", "adapter_sha256") if adapters else ("reward ", "reward_sha256")
-                lines.append(f"  {kind}  {content.get(key)}  {folder}")
-        if lines[-1].startswith("snapshot"):
+        by = [(folder, content) for folder, content in rewards if content.get("snapshot_sha256") == snapshot]
+        of_it = {content.get("reward_sha256") for _, content in by} - {None}
+        grown = [(f, c) for f, c in adapters if c.get("snapshot_sha256") == snapshot or c.get("reward_sha256") in of_it]
+        while more := [(f, c) for f, c in adapters if (f, c) not in grown and {x.get("adapter_sha256") for _, x in grown} & {*parts_of(c)}]:
+            grown += more  # a mix may be a part of another
+        lines += [f"  reward   {content.get('reward_sha256')}  {folder}" for folder, content in by]
+        lines += [f"  adapter  {content.get('adapter_sha256')}  {folder}" for folder, content in grown]
+        if not by and not grown:
             lines.append(f"  nothing below {runs} was trained on it")
     return lines
 
@@ -92,14 +106,10 @@ def _base_line(sha256: str) -> str:
     return f"  base     {sha256}  {'the base that ships with Encore' if sha256 == shipped else 'not the base that ships with Encore'}"
 
 
-def _find(runs: Path, name: str, key: str, sha256: str) -> Path | None:
-    """The folder below `runs` whose JSON file `name` carries the hash."""
+def _find(runs: Path, name: str, key: str, sha256: str, adapter: bool = False) -> Path | None:
+    """The folder below `runs` whose JSON file `name` carries the hash; an adapter's manifest names its parents too, and is meant only by
+    `adapter`."""
     for path in sorted(runs.rglob(name)):
-        try:
-            content: Any = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        own = isinstance(content, dict) and not (path.parent / "adapter_config.json").exists()  # an adapter names its parents too
-        if own and content.get(key) == sha256:
+        if (path.parent / "adapter_config.json").exists() == adapter and _json(path).get(key) == sha256:
             return path.parent
     return None

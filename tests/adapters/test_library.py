@@ -116,6 +116,7 @@ def test_the_folder_is_complete_and_its_card_tells_the_figures(saved):
     card = (folder / "README.md").read_text()
     assert "| kl_nats | 1.5 |" in card
     assert "CC0-1.0" in card
+    assert "--adapter PATH/OF/THIS/FOLDER" in card  # not a name, which nothing would find
     assert read_adapter(folder).manifest.adapter_sha256 in card
 
 
