@@ -52,7 +52,7 @@ def training_arguments(cfg: Config, n_rows: int) -> DPOConfig:
         logging_steps=1,
         logging_first_step=True,
         save_strategy="steps",
-        save_steps=a_round * max(1, round(cfg.save_every / a_round)) if in_rounds else cfg.save_every,
+        save_steps=a_round if in_rounds else cfg.save_every,
         report_to=[],
         dataloader_pin_memory=not cpu,
         seed=cfg.seed,

@@ -42,6 +42,8 @@ class Recorder(TrainerCallback):
         self.journal = Journal(cfg, name, first_step, main)
         self.max_minutes, self.sound = cfg.max_minutes, sound
         self.began = time.monotonic()
+        self.whole = 1
+        """Steps after a multiple of which the clock may end a run: those of a round, for within one its clips are gone on resumption."""
         self.by_step = True
         """Whether seconds are told step by step, or are left to who counts rounds."""
         self.seconds: dict[str, float] = {}
@@ -67,8 +69,8 @@ class Recorder(TrainerCallback):
             flag = torch.tensor(float(late), device=args.device)
             torch.distributed.all_reduce(flag)
             late = bool(flag > 0)
-        if late:
-            control.should_training_stop = True
+        if late and state.global_step % self.whole == 0:
+            control.should_training_stop = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         row = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}

@@ -143,7 +143,7 @@ class Config:
     steps: int = 0
     """Stop after this many steps; 0 goes by --epochs."""
     max_minutes: float = 0.0
-    """Stop after this time and keep what was learnt; 0 sets no limit."""
+    """Stop after this time (in rounds: at the end of one), with a checkpoint; 0 sets no limit."""
     reward: Path | None = None
     """Reward model (train_reward.py) that judges the policy's own clips, round by round; not given: rated pairs only."""
     prompts: Path | None = None
@@ -200,7 +200,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 runs matrix products in bfloat16; auto takes it where the processor is faster for it."""
     save_every: int = 50
-    """Steps between checkpoints."""
+    """Steps between checkpoints; in rounds there is one after each."""
     resume: bool = False
     """Go on from the newest checkpoint in --out (from the start, if there is none yet)."""
     tracker: Kind = "tensorboard"
@@ -294,6 +294,7 @@ def main(cfg: Config) -> dict[str, Any]:
     newest = latest_training_state(cfg.out, parents) if cfg.resume else None
     first_step = 0 if newest is None else read_json(newest / "state.json")["step"]
     recorder = Recorder(cfg, "dpo", first_step, args.should_save, task.sound)
+    recorder.whole = args.save_steps if task.own else 1
     doubted = doubt(cfg.reward)
     for line in (*(task.voted.notes if task.voted else ()), *([doubted] if doubted else [])):
         if args.should_save:

@@ -79,7 +79,7 @@ class Config:
     steps: int = 60
     """Rounds of playing and learning."""
     max_minutes: float = 0.0
-    """Stop after this time and keep what was learnt; 0 sets no limit."""
+    """Stop at the end of the round after this time, with a checkpoint; 0 sets no limit."""
     batch_size: int = 32
     """Clips a round, over all processes."""
     samples_per_prompt: int = 4
@@ -296,7 +296,8 @@ class Reporter(Recorder):
     def __init__(self, cfg: Config, task: Task, first_step: int, main: bool) -> None:
         super().__init__(cfg, cfg.method, first_step, main, task.sound)
         self.kl_budget, self.stopped, self.by_step = cfg.kl_budget, "steps", False
-        self.updates, self.look_every = cfg.minibatches * cfg.epochs, cfg.look_every
+        self.updates = self.whole = cfg.minibatches * cfg.epochs
+        self.look_every = cfg.look_every
         self.codes = cfg.batch_size * cfg.n_frames * task.lm.n_q
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -319,8 +320,8 @@ class Reporter(Recorder):
         super().on_step_end(args, state, control, **more)
         if control.should_training_stop and state.global_step < state.max_steps:
             self.stopped = "time"
-        if self._spent():
-            control.should_training_stop = True
+        if state.global_step % self.updates == 0 and self._spent():
+            control.should_training_stop = control.should_save = True
         if state.global_step % (self.updates * self.look_every) == 0:
             self.play(state.global_step, self.trainer.heard)
 

@@ -197,6 +197,17 @@ def test_the_run_ends_when_the_kl_budget_is_spent_and_a_resumed_one_learns_nothi
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_clock_ends_a_run_between_rounds_each_of_which_is_kept(tmp_path):
+    train_dpo.main(config(tmp_path / "whole", rounds=2))
+    first = train_dpo.main(config(tmp_path / "parts", rounds=2, max_minutes=1e-6))
+    assert first["rounds"] == 1
+    assert train_dpo.main(config(tmp_path / "parts", rounds=2, resume=True))["rounds"] == 2
+    one, two = (read_adapter(tmp_path / name / "adapter").lora.tensors for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    preset = Config(**PRESETS["rounds"])
+    assert training_arguments(dataclasses.replace(preset, reward=tmp_path), 200).save_steps == 10  # a round
+
+
 @pytest.mark.parametrize("average", [0.0, 0.7])
 def test_a_steered_run_beyond_its_budget_is_drawn_back_and_goes_on_resumed_or_not(tmp_path, average):
     changes: dict[str, Any] = {"kl_budget": 0.5, "target_kl": 0.3, "kl_weight": 1e-4, "lr": 3e-2, "rounds": 4, "save_every": 1}

@@ -239,6 +239,17 @@ def test_the_clock_stops_a_run_and_keeps_what_it_learnt(tmp_path):
     assert (tmp_path / "run" / "adapter" / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_what_the_clock_cuts_short_is_not_done_again(loss, tmp_path):
+    settings = {"precision": "fp32", "loss": loss, "steps": 3, "kl_clips": 0}
+    train_dpo.main(config(tmp_path / "whole", **settings))
+    for steps in (1, 2, 3):
+        figures = train_dpo.main(config(tmp_path / "parts", **settings, max_minutes=1e-6, resume=steps > 1))
+        assert figures["steps"] == steps
+    one, two = (read_adapter(tmp_path / name / "adapter").lora.tensors for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_without_a_snapshot_the_remedy_is_named(tmp_path):
     with pytest.raises(UserError, match="export one"):
         train_dpo.main(Config(out=tmp_path / "run"))

@@ -168,6 +168,17 @@ def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(tmp_path, change
         main(config(tmp_path / "cut", resume=True, **{**settings, "steps": 6, "lr": 0.1}))
 
 
+@pytest.mark.parametrize("updates", [{}, {"epochs": 2, "minibatches": 2}])
+def test_rounds_that_the_clock_cuts_short_are_not_played_again(tmp_path, updates):
+    settings: dict[str, Any] = {"steps": 3, "save_every": 10, **updates}
+    main(config(tmp_path / "whole", **settings))
+    for call in range(3):
+        figures = main(config(tmp_path / "parts", **settings, max_minutes=1e-9, resume=call > 0))
+        assert figures["stopped"] == ("time" if call < 2 else "steps")
+    one, two = (read_adapter(tmp_path / name / "adapter").lora.tensors for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_without_weights_the_listeners_score_is_taken_as_it_is_and_the_checks_change_nothing(tmp_path, method):
     task = toy_task(0)
