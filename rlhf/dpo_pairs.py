@@ -45,8 +45,8 @@ def learnt_and_held_out(cfg: Config, task: Task) -> tuple[list[Preference], list
 
 
 def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str, Any]:
-    """What a resumed run has to find again: the base, the votes and their pairs in order, their codes, the reward, the prompts to play,
-    all tempi, and SETTLED."""
+    """What a resumed run has to find again: the base, the votes and their pairs in order, their codes, the reward, the prompts to play
+    and those of them that are held out, all tempi, and SETTLED."""
     pairs = [(p.chosen_sha256, p.rejected_sha256, p.prompt_id, p.p, p.weight) for p in train]
     own = task.own
     return {
@@ -57,6 +57,7 @@ def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str
         "reward_sha256": own and own.reward_sha256,
         "ears_sha256": own and own.ears_sha256,
         "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
+        "held_out_sha256": own and hashlib.sha256(json.dumps(sorted(own.held_out)).encode()).hexdigest(),
         "tempi_sha256": tempi_sha256(task.table),
         **{name: getattr(cfg, name) for name in SETTLED},
     }

@@ -59,7 +59,19 @@ def pair_trainer(
     codebooks = task.own.score.codebooks if task.own and isinstance(task.own.score, Mixed) else None
     paid = AdaptiveKLController(cfg.kl_weight, cfg.target_kl, least=cfg.kl_weight, power=cfg.kl_power)
     trainer = FlatDPOTrainer(
-        flat, args, rows_to_learn, scored[1], cfg.r, cfg.alpha, callbacks, cfg.loss, cfg.gamma, paid, codebooks, cfg.edit_price
+        flat,
+        args,
+        rows_to_learn,
+        scored[1],
+        cfg.r,
+        cfg.alpha,
+        callbacks,
+        cfg.loss,
+        cfg.gamma,
+        paid,
+        codebooks,
+        cfg.edit_price,
+        cfg.sft_weight,
     )
     if rounds is not None:
         rounds.trainer, trainer.average = trainer, rounds.average

@@ -229,13 +229,16 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         kl_price: AdaptiveKLController | None = None,
         codebooks: Tensor | None = None,
         edit_price: float = 0.0,
+        sft_weight: float = 0.0,
     ) -> None:
         """`args.loss_type` begins with TRL's name of `loss`, or with "sigmoid" where TRL has none (simpo). gamma: SimPO's margin.
         kl_price: what a nat of divergence from the reference costs (`_anchor`); None: nothing. codebooks [K, V, D], edit_price: of rows
-        that bring the slope of a score instead of a second clip (`_expected`)."""
+        that bring the slope of a score instead of a second clip (`_expected`). sft_weight: of the likelihood of chosen clips."""
         self.pair_loss, self.gamma = loss, gamma
         self.kl_price = kl_price or AdaptiveKLController(0.0)
-        self.codebooks, self.edit_price = codebooks, edit_price
+        self.codebooks, self.edit_price, self.sft_weight = codebooks, edit_price, sft_weight
+        self.evaluated: Tensor | None = None
+        """Sums over the held-out pairs of this evaluation so far, as of `_tell`."""
         self.lm: MusicLM = flat.trunk.lm
         live = train_rows if isinstance(train_rows, LiveRows) else None
         known = [{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}] if live else list(train_rows)  # type: ignore[arg-type]
@@ -282,7 +285,9 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         elif self.pair_loss == "simpo":
             ours = simpo_loss(chosen, rejected, n_chosen, n_rejected, self.beta, self.gamma, p_chosen)
         self._tell(weight * ours, plain, reward_chosen, reward_rejected, p_chosen)
-        return loss + (weight * ours - trl).mean() + self._anchor(heard[0].kl)
+        # What a clip won by weighs here too: a tie makes neither of its clips likelier (TRL's own "sft" would, whichever stands first).
+        likelihood = (weight * (2 * p_chosen - 1).clamp(min=0) * -chosen / n_chosen).mean() if self.sft_weight else 0.0
+        return loss + (weight * ours - trl).mean() + self.sft_weight * likelihood + self._anchor(heard[0].kl)
 
     def _expected(self, model: Any, inputs: dict[str, Tensor], p_chosen: Tensor, weight: Tensor) -> Tensor:
         """DPO's loss where a pair is all edits of a clip for the better against all for the worse: their expected log-ratios stand for
@@ -323,15 +328,28 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         """Figures that TRL does not log, over all processes."""
         decided = p_chosen > 0.5 + 1e-6
         right = ((reward_chosen > reward_rejected) & decided).sum()
-        drift = -(reward_chosen + reward_rejected) / (2 * self.beta)
-        local = torch.stack([loss.sum(), hard.sum(), right, decided.sum(), drift.sum(), torch.ones_like(drift).sum()])
-        total = self.accelerator.reduce(local.detach().double(), "sum")
+        drift, margin = -(reward_chosen + reward_rejected) / (2 * self.beta), reward_chosen - reward_rejected
+        sums = (loss.sum(), hard.sum(), right, decided.sum(), drift.sum(), torch.ones_like(drift).sum(), margin.sum())
+        total = self.accelerator.reduce(torch.stack(sums).detach().double(), "sum")
+        assert self.model is not None
+        if not self.model.training:
+            self.evaluated = total if self.evaluated is None else self.evaluated + total
         figures = self._figures()
         figures["dpo/loss"].append((total[0] / total[5]).item())
         figures["dpo/loss_hard_labels"].append((total[1] / total[5]).item())
         if total[3] > 0:
             figures["dpo/accuracy_decided"].append((total[2] / total[3]).item())
         figures["dpo/kl_reference_to_policy"].append((total[4] / total[5]).item())
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        """TRL's figures of an evaluation are means of the batches' means, of which the last may be of one pair: ours are of all pairs."""
+        if self.evaluated is not None:
+            loss, hard, right, decided, drift, n, margin = self.evaluated.tolist()
+            of_all = {"dpo/loss": loss / n, "dpo/loss_hard_labels": hard / n, "dpo/kl_reference_to_policy": drift / n}
+            of_all |= {"rewards/margins": margin / n} | ({"dpo/accuracy_decided": right / decided} if decided else {})
+            self._metrics["eval"].update({name: [value] for name, value in of_all.items()})
+            self.evaluated = None
+        super().log(logs, *more, **named)
 
     def _figures(self) -> Any:
         """TRL's lists of figures, of what is going on: training or evaluation."""

@@ -123,7 +123,8 @@ class Config:
     label_smoothing: float = 0.0
     """How often a label is thought to be wrong, 0 to 0.5 (conservative DPO)."""
     sft_weight: float = 0.0
-    """Weight of the likelihood term on chosen clips (nats a code); raise it when the chosen clips' log-prob falls."""
+    """Weight of the likelihood term on chosen clips (nats a code), each as far as it was preferred and its votes count; raise it when the
+    chosen clips' log-prob falls."""
     temperature: float = 1.0
     """The temperature at which the clips were sampled and will be."""
     r: int = 16
@@ -390,6 +391,13 @@ def check(cfg: Config) -> None:
     if cfg.kl_ramp < 1 or (cfg.kl_ramp > 1 and cfg.target_kl is None):
         got = f"--kl-ramp {cfg.kl_ramp} with --target-kl {cfg.target_kl}"
         raise UserError(got, "1 or more, and a target to rise to", "give --target-kl, or leave it out")
+    if not 0 <= cfg.label_smoothing < 0.5 or (cfg.label_smoothing and cfg.loss == "kto"):
+        got = f"--label-smoothing {cfg.label_smoothing:g} with --loss {cfg.loss}"
+        raise UserError(got, "0 to less than 0.5, and pairs: beyond, labels are turned round", "lower it, or leave it out")
+    weighed = {name: weight for name, weight in parse_weights(cfg.weights).items() if weight}
+    if cfg.labels == "soft" and weighed != {HUMAN: 1.0}:
+        got = f"--labels soft with --weights {cfg.weights}"
+        raise UserError(got, f"{HUMAN}=1 alone, which is calibrated to votes: a sum of parts is not", "leave --labels hard")
     if not 0 <= cfg.lr_end <= 1:
         raise UserError(f"--lr-end {cfg.lr_end:g}", "0 to 1", "a share of --lr: 0 to end at none, 1 to keep it")
     check_decay(cfg.average)

@@ -22,6 +22,7 @@ from rlhf import train_dpo
 from rlhf.average import Average
 from rlhf.dense import redraw
 from rlhf.dpo_arguments import training_arguments
+from rlhf.dpo_pairs import parents_of
 from rlhf.dpo_task import Task, held_out_prompts, toy_task
 from rlhf.edits import expected_difference
 from rlhf.flat_policy import FlatCausalLM, flat_order, unflatten_ids
@@ -195,6 +196,12 @@ def test_the_run_ends_when_the_kl_budget_is_spent_and_a_resumed_one_learns_nothi
     assert "budget" in again["stopped"]
     after = read_adapter(tmp_path / "run" / "adapter").lora.tensors
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_without_rated_pairs_knows_its_held_out_prompts_too(tmp_path):
+    """Resumed with another --held-out it would be measured on prompts that it has learnt from."""
+    some, more = (parents_of(cfg, toy_task(cfg), []) for cfg in (config(tmp_path, held_out=share) for share in (0.1, 0.4)))
+    assert {name for name in some if some[name] != more[name]} == {"held_out_sha256"}
 
 
 def test_the_clock_ends_a_run_between_rounds_each_of_which_is_kept(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -166,12 +167,40 @@ def test_another_run_is_not_overwritten_and_not_resumed_with_other_votes(run):
         train_dpo.main(config(out, resume=True, lr=0.1))
 
 
-def softly(out: Path, p: float, steps: int) -> list[dict[str, float]]:
+def test_held_out_figures_are_of_all_pairs_however_they_fall_into_batches(tmp_path, monkeypatch):
+    told = []
+    for n in (3, 100):
+        monkeypatch.setattr(
+            train_dpo,
+            "training_arguments",
+            lambda cfg, rows, n=n: dataclasses.replace(training_arguments(cfg, rows), per_device_eval_batch_size=n),
+        )
+        told.append(train_dpo.main(config(tmp_path / str(n), precision="fp32", steps=12, kl_clips=0, held_out=0.4)))
+    assert told[0]["pairs_held_out"] % 3  # the last batch is a smaller one
+    for name in ("held_out_accuracy", "held_out_margin", "held_out_loss"):
+        assert told[0][name] == pytest.approx(told[1][name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"label_smoothing": 0.9}, "--label-smoothing 0.9"),
+        ({"label_smoothing": 0.1, "loss": "kto"}, "--label-smoothing 0.1 with --loss kto"),
+        ({"labels": "soft", "weights": "human=1,similarity=0.3"}, "--labels soft with --weights human=1,similarity=0.3"),
+        ({"labels": "soft", "weights": "human=2"}, "--labels soft with --weights human=2"),
+    ],
+)
+def test_labels_that_would_say_something_else_are_refused(tmp_path, changes, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        train_dpo.check(config(tmp_path, **changes))
+
+
+def softly(out: Path, p: float, steps: int, **changes: float) -> list[dict[str, float]]:
     """What a run tells whose pairs all have the label p."""
     task = toy_task(Config())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_dpo, "toy_task", lambda _: dataclasses.replace(task, pairs=[dataclasses.replace(x, p=p) for x in task.pairs]))
-        train_dpo.main(config(out, precision="fp32", steps=steps, kl_clips=0, batch_size=1, warmup_steps=0))
+        train_dpo.main(config(out, precision="fp32", steps=steps, kl_clips=0, batch_size=1, warmup_steps=0, **changes))
     return metrics(out)
 
 
@@ -181,6 +210,7 @@ def test_ties_alone_have_no_gradient_at_log_2(tmp_path):
     assert rows[-1]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(rows[-1]["rewards/margins"]) < 1e-6
     assert rows[0]["grad_norm"] < 1e-6
+    assert softly(tmp_path / "likelihood", 0.5, 1, sft_weight=5.0)[0]["grad_norm"] < 1e-6  # neither clip of a tie becomes likelier
 
 
 def test_soft_labels_give_the_loss_of_our_own_formula(tmp_path):
@@ -212,7 +242,7 @@ def test_label_smoothing_mixes_the_label_with_a_coin():
 
 
 def test_dropped_ties_leave_fewer_pairs_and_the_likelihood_term_is_nats_a_code(tmp_path):
-    changes = {"precision": "fp32", "steps": 3, "kl_clips": 0, "ties": "drop", "held_out": 0.0, "sft_weight": 2.0}
+    changes = {"precision": "fp32", "steps": 3, "kl_clips": 0, "ties": "drop", "held_out": 0.0, "sft_weight": 2.0, "weight_pairs": False}
     figures = train_dpo.main(config(tmp_path / "run", **changes))
     assert figures["pairs"] == 56
     for row in metrics(tmp_path / "run"):
