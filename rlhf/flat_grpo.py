@@ -73,8 +73,7 @@ class Judge:
         marks = self.gather(mine)
         if trainer_state is None or trainer_state.global_step == 0:
             self.measure(marks, self.gather(torch.tensor(row)).tolist())
-        no_unit = {f"reward_{name}_z" for name in self.reward.names if name not in self.reward.scales}
-        self.figures = {name: value for name, value in self.reward.figures(marks).items() if name not in no_unit}
+        self.figures = self.reward.figures(marks)
         total = self.reward.judge(mine, words).total.tolist()
         return [score if math.isfinite(score) else None for score in total]
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from adapters.lora import adapter_tensors, set_adapter_tensors
 from base_models.checkpoint import latest_training_state, load_training_state, save_training_state
+from rlhf.linear_rate import restore_linear
 from rlhf.ppo_run import Run
 from rlhf.ppo_task import tempi_sha256
 
 SETTLED = (
     *("weights", "hold", "hold_rate", "hold_slack", "base_looks", "frame_weight", "n_frames", "heldout_clips", "temperature", "cfg_coef"),
-    *("r", "alpha", "average"),
+    *("r", "alpha", "average", "score_command", "watch_command", "look_every", "max_disagreement", "min_diversity", "patience"),
     *("batch_size", "samples_per_prompt", "baseline", "epochs", "minibatches", "lr", "critic_lr", "lr_end", "max_grad_norm", "ent_coef"),
     *("cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "kl_coef", "target_kl", "kl_horizon", "kl_coef_least", "kl_power"),
 )
@@ -51,7 +52,7 @@ def restore(run: Run) -> None:
     set_adapter_tensors(run.lm, tensors["adapter"])
     run.critic.load_state_dict(tensors["critic"])
     run.optimizer.load_state_dict(states["optimizer"])
-    restore_scheduler(run, states["scheduler"], step)
+    restore_linear(run.scheduler, states["scheduler"], step)
     run.controller.load_state_dict(states["controller"])
     run.baseline.load_state_dict(states["baseline"])
     run.normalizer.load_state_dict(states["normalizer"])
@@ -64,18 +65,6 @@ def restore(run: Run) -> None:
     forgiven = over is not None and run.over_budget is None
     run.braked = None if forgiven or run.cfg.brake == "off" else extra["braked"]
     run.step, run.clips, run.blind_rounds = step, extra["clips"], extra["blind_rounds"]
-
-
-def restore_scheduler(run: Run, state: dict[str, Any], step: int) -> None:
-    """The learning rate goes on where it was; with another number of --steps it falls to --lr-end by the end that is given now."""
-    total = run.scheduler.total_iters
-    run.scheduler.load_state_dict(state)
-    if run.scheduler.total_iters != total:
-        run.scheduler.total_iters = total
-        share = 1 + (run.cfg.lr_end - 1) * min(step, total) / total
-        for group, rate in zip(run.optimizer.param_groups, run.scheduler.base_lrs):
-            group["lr"] = rate * share
-        run.scheduler._last_lr = [group["lr"] for group in run.optimizer.param_groups]
 
 
 def parents_of(run: Run) -> dict[str, Any]:

@@ -195,16 +195,19 @@ class Reward:
         return Judgement(self.weighed(parts, prompts, stated), parts)
 
     def in_spreads(self, marks: Tensor) -> dict[str, Tensor]:
-        """marks [B, P] -> each part's z [B]; a part without a scale as it is."""
+        """marks [B, P] -> each part's z [B]; a part without a scale as it is, which nothing weighs."""
         return {name: (column - self._scale(name)[0]) / self._scale(name)[1] for name, column in zip(self.names, marks.unbind(1))}
 
     def _scale(self, name: str) -> tuple[float, float]:
         return self.scales.get(name, (0.0, 1.0))
 
     def weighed(self, z: Mapping[str, Tensor], prompts: Sequence[str], stated: bool = False) -> Tensor:
-        """sum of w * z [B] over the trained parts; what a prompt does not ask for counts as the base's mean."""
+        """sum of w * z [B] over the trained parts; what a prompt does not ask for counts as the base's mean, and so does a part without a
+        scale: nobody knows how much of it is much."""
         total = torch.zeros_like(next(iter(z.values())))
         for name in self.trained:
+            if name not in self.scales:
+                continue
             part, own = self.parts[name], z[name]
             weight = part.weight if stated else self.weight(name, prompts)
             weight = weight.to(own) if isinstance(weight, Tensor) else weight
@@ -214,12 +217,19 @@ class Reward:
     @property
     def measured(self) -> bool:
         """Whether all scales are known that the worth of a trained part depends on."""
-        return len(self.trained) == 1 or all(name in self.scales for name in self.trained)
+        return not self.without_scale
 
     def worth(self, prompts: Sequence[str]) -> dict[str, float | Tensor]:
-        """d total / d mark of each trained part, as the weights stand: one number, or one a prompt [B]."""
-        sd = {name: 1.0 if len(self.trained) == 1 else self._scale(name)[1] for name in self.trained}
-        return {name: self.weight(name, prompts) / sd[name] for name in self.trained}
+        """d total / d mark of each trained part, as the weights stand: one number, or one a prompt [B]; 0 of a part without a scale beside
+        others."""
+        if len(self.trained) == 1:
+            return {name: self.weight(name, prompts) for name in self.trained}
+        return {name: self.weight(name, prompts) / self.scales[name][1] if name in self.scales else 0.0 for name in self.trained}
+
+    @property
+    def without_scale(self) -> tuple[str, ...]:
+        """Trained parts of which no clip of the base told anything: they are not trained on, beside others."""
+        return tuple(name for name in self.trained if name not in self.scales) if len(self.trained) > 1 else ()
 
     def figures(self, marks: Tensor) -> dict[str, float]:
         """For plots, of marks [B, P]: mean raw mark of each part that was judged, its mean z, and the share of clips that an `asked`
@@ -230,7 +240,8 @@ class Reward:
                 continue
             there = torch.isfinite(column)
             told[f"reward_{name}"] = float(column[there].mean()) if there.any() else float("nan")
-            told[f"reward_{name}_z"] = float(z[there].mean()) if there.any() else float("nan")
+            if name in self.scales:
+                told[f"reward_{name}_z"] = float(z[there].mean()) if there.any() else float("nan")
             if self.parts[name].asked:
                 told[f"reward_{name}_not_asked"] = float(1 - there.float().mean())
             for key, weight in self.held((name,)).items():

@@ -27,7 +27,7 @@ from adapters.library import load_adapter
 from base_models.atomic import atomic_file
 from base_models.audio import write_audio
 from base_models.checkpoint import file_sha256, read_json, read_jsonl, write_json
-from base_models.conditions import TEMPO_RANGE_BPM
+from base_models.conditions import TEMPO_RANGE_BPM, parse_tempo
 from base_models.errors import UserError
 from base_models.pipeline import check_prompt
 from base_models.policy import Policy, load_policy
@@ -91,6 +91,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             tempo = row.get("tempo_bpm")
             if tempo is not None and not (type(tempo) in (int, float) and TEMPO_RANGE_BPM[0] <= tempo <= TEMPO_RANGE_BPM[1]):
                 raise ValueError(f"tempo_bpm {tempo!r}, no number of {TEMPO_RANGE_BPM[0]:g} to {TEMPO_RANGE_BPM[1]:g}")
+            stated = parse_tempo(text)
+            if tempo is not None and stated is not None and abs(tempo - stated) > 1:
+                raise UserError(f"tempo_bpm {tempo:g} of a prompt that says {stated:g} BPM", "one tempo", "correct one of them")
         except UserError as error:
             raise UserError(f"{path}:{number}: {error.got}", error.expected, error.remedy) from error
         except (ValueError, KeyError, TypeError) as error:

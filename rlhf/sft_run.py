@@ -18,6 +18,7 @@ from adapters.lora import adapter_tensors, attach_lora, set_adapter_tensors, tra
 from base_models.checkpoint import latest_training_state, load_training_state, save_training_state
 from base_models.lm import disable_functional_dropout
 from rlhf.journal import Journal
+from rlhf.linear_rate import restore_linear
 from rlhf.played import Played, kl_figures, play_now
 from rlhf.sft_task import Task, Winner, winners_sha256
 
@@ -109,7 +110,7 @@ class Learner:
         step, tensors, states, _ = load_training_state(newest)
         set_adapter_tensors(self.lm, tensors["adapter"])
         self.optimizer.load_state_dict(states["optimizer"])
-        self.scheduler.load_state_dict(states["scheduler"])
+        restore_linear(self.scheduler, states["scheduler"], step)
         self.step = step
 
     def _parents(self) -> dict[str, Any]:

@@ -295,7 +295,7 @@ def main(cfg: Config) -> dict[str, Any]:
     newest = latest_training_state(cfg.out, parents) if cfg.resume else None
     first_step = 0 if newest is None else read_json(newest / "state.json")["step"]
     recorder = Recorder(cfg, "dpo", first_step, args.should_save, task.sound)
-    recorder.whole = args.save_steps if task.own else 1
+    recorder.whole = int(args.save_steps) if task.own else 1
     doubted = doubt(cfg.reward)
     for line in (*(task.voted.notes if task.voted else ()), *([doubted] if doubted else [])):
         if args.should_save:

@@ -37,6 +37,7 @@ if not __package__:
 
 from adapters.library import Manifest, save_adapter
 from base_models.checkpoint import refuse_another_run
+from base_models.conditions import parse_tempo
 from base_models.errors import UserError
 from base_models.launch import check_processes, open_accelerator
 from base_models.policy import PRETRAINED
@@ -269,8 +270,9 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
     doubted = doubt(cfg.reward)
     if doubted:
         accelerator.print(doubted)
-    if note := played_too(task):
-        accelerator.print(note)
+    for note in (played_too(task), unsaid_tempi(task) if parse_weights(cfg.weights).get("tempo") else None):
+        if note:
+            accelerator.print(note)
     run = Run(cfg, task, accelerator)
     if cfg.credit == "auto" and run.credit == "score":
         flat = ", ".join(without_slope(task, run.reward.trained, bool(cfg.frame_weight)))
@@ -290,9 +292,8 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         told.first_look(look(run), run.examples)
     unseen = [] if cfg.brake == "off" else run.brake.unseen
     if unseen:
-        accelerator.print(
-            f"the brake does not watch {', '.join(unseen)}: {'nobody can tell' if task.heldout else 'give --heldout-prompts'}"
-        )
+        remedy = "--heldout-clips 2" if task.heldout and cfg.heldout_clips < 2 else "" if task.heldout else "--heldout-prompts"
+        accelerator.print(f"the brake does not watch {', '.join(unseen)}: {'give ' + remedy if remedy else 'nobody can tell'}")
 
     while run.step < cfg.steps and run.braked is None:
         seconds: dict[str, float] = {}
@@ -303,6 +304,9 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         with timed(seconds, "judge"):
             rollout, figures = run.judge(mine)
         kl = figures["kl"]
+        if run.step == 0 and run.reward.without_scale:
+            silent = ", ".join(run.reward.without_scale)
+            accelerator.print(f"not trained on: {silent}, which no prompt asked of the base; give --heldout-prompts that do", flush=True)
         if run.braked is not None:  # the round that went too far is told and not learnt from
             told.step(run.step + 1, figures, {**seconds, "learn": 0.0}, rollout.codes.numel(), run.examples)
             break
@@ -333,9 +337,9 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         result["rewound_to"] = rewind(run)
         assert run.brake.best is not None
         kl = run.brake.best.kl
-    elif run.average.tensors:
+    elif run.average.tensors or run.over_budget is None:
         run.average.keep()
-        kl = run.drift()  # no round has played it
+        kl = run.drift()  # no round has played what the last one has learnt, or the mean
     result |= {"kl": round(kl, 4)} if math.isfinite(kl) else {}
     result["reward_in_doubt"] = doubted is not None
     result["brake_unseen"] = unseen
@@ -432,12 +436,25 @@ def played_too(task: Task) -> str | None:
     return f"{len(shared)} of {len(watched)} held-out prompts are in --prompts too, such as {shared[0]!r}: looks tell how these were learnt"
 
 
+def unsaid_tempi(task: Task) -> str | None:
+    """What to say where prompts have a tempo that their words do not: clips are played at it, and the part `tempo` reads words."""
+    played = [text for text, bpm in zip(task.prompts, task.table.tempo_bpm.tolist()) if not math.isnan(bpm)]
+    if not (unsaid := [text for text in played if parse_tempo(text) is None]):
+        return None
+    got = f"{len(unsaid)} of {len(task.prompts)} prompts have a tempo_bpm that their words do not say, such as {unsaid[0]!r}"
+    return f"{got}: the part `tempo` reads words alone, and judges them by none or by another; write '96 BPM' into the prompt"
+
+
 def check_task(cfg: Config, task: Task) -> None:
     """Refuse frames that nobody judges, and a brake that has nothing to go by."""
     if cfg.frame_weight and task.frames is None:
         got = f"--frame-weight {cfg.frame_weight:g} with a reward that knows nothing of frames"
         raise UserError(
             got, "a --reward that learnt from marked stretches", "ask raters to mark stretches and train it again, or leave it 0"
+        )
+    if cfg.base_looks > 1 and task.heldout is None:
+        raise UserError(
+            f"--base-looks {cfg.base_looks} without --heldout-prompts", "prompts for the base to play", "give them, or leave it 1"
         )
     if cfg.hold and task.heldout is None:
         raise UserError(f"--hold {cfg.hold} without --heldout-prompts", "prompts on which to compare with the base", "give them")

@@ -167,6 +167,7 @@ def test_clip_seeds_have_no_collisions():
         ("p.jsonl", '{"prompt": null}\n', r"p.jsonl:1: .*prompt None"),
         ("p.jsonl", '{"prompt": "calm folk", "tempo_bpm": "fast"}\n', "tempo_bpm 'fast', no number of 30 to 300"),
         ("p.jsonl", '{"prompt": "calm folk", "tempo_bpm": 5000}\n', "tempo_bpm 5000, no number"),
+        ("p.jsonl", '{"prompt": "calm folk, 90 BPM", "tempo_bpm": 120}\n', "p.jsonl:1: tempo_bpm 120 of a prompt that says 90 BPM"),
         ("p.txt", "f\udcfcr Klavier\n", "UTF-8"),  # Latin-1, by surrogateescape below
     ],
 )

@@ -79,7 +79,18 @@ def test_a_resumed_run_takes_up_the_weights_of_every_kind_of_prompt(tmp_path: Pa
     assert len(set(now[0].values())) == 4  # human, all, even, odd
 
 
-@pytest.mark.parametrize("changes", [{"lr": 1e-4}, {"n_frames": 8}, {"heldout_clips": 2}, {"kl_coef": 0.5}, {"weights": "human=2"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 1e-4},
+        {"n_frames": 8},
+        {"heldout_clips": 2},
+        {"kl_coef": 0.5},
+        {"weights": "human=2"},
+        {"look_every": 3},
+        {"min_diversity": 0.1},
+    ],
+)
 def test_resuming_with_another_setting_is_refused_by_its_name(tmp_path: Path, changes: dict[str, Any]) -> None:
     main(config(tmp_path, steps=1))
     with pytest.raises(UserError, match=f"of {next(iter(changes))} "):

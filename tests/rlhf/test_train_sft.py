@@ -144,6 +144,14 @@ def test_settings_that_cannot_work_are_refused(changes, match, tmp_path, snapsho
         main(Config(out=tmp_path / "run", **{k: known.get(v, v) if isinstance(v, str) else v for k, v in changes.items()}))
 
 
+def test_a_run_that_is_given_more_steps_falls_to_a_tenth_by_the_new_end(tmp_path):
+    main(config(tmp_path / "whole", steps=12, kl_clips=0))
+    main(config(tmp_path / "more", steps=4, kl_clips=0))
+    main(config(tmp_path / "more", steps=12, kl_clips=0, resume=True))
+    whole, more = ([row["lr"] for row in read_jsonl(tmp_path / name / "metrics.jsonl") if "lr" in row] for name in ("whole", "more"))
+    assert more[4:] == pytest.approx(whole[4:])
+
+
 def test_another_run_is_not_overwritten_and_not_resumed_with_other_winners(learned, tmp_path):
     out, _ = learned
     with pytest.raises(UserError, match="another run"):
