@@ -279,6 +279,8 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         accelerator.print(f"credit by score, which needs ten times the clips of credit code by code: {flat} has no slope")
     if idle := idle_settings(cfg, run.credit):
         accelerator.print(f"credit code by code has no critic and no returns: {', '.join(idle)} change nothing; they are of --credit score")
+    if cfg.base_looks > 1 and task.heldout is None:
+        accelerator.print(f"--base-looks {cfg.base_looks} changes nothing without --heldout-prompts, which the base would play")
     if cfg.resume:
         restore(run)
     if run.step == 0 and len(run.reward.trained) > 1 and (remedy := blind_to_spreads(cfg, task)):
@@ -451,10 +453,6 @@ def check_task(cfg: Config, task: Task) -> None:
         got = f"--frame-weight {cfg.frame_weight:g} with a reward that knows nothing of frames"
         raise UserError(
             got, "a --reward that learnt from marked stretches", "ask raters to mark stretches and train it again, or leave it 0"
-        )
-    if cfg.base_looks > 1 and task.heldout is None:
-        raise UserError(
-            f"--base-looks {cfg.base_looks} without --heldout-prompts", "prompts for the base to play", "give them, or leave it 1"
         )
     if cfg.hold and task.heldout is None:
         raise UserError(f"--hold {cfg.hold} without --heldout-prompts", "prompts on which to compare with the base", "give them")
