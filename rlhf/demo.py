@@ -172,7 +172,7 @@ class Demo:
 
     @property
     def _frames(self) -> int:
-        return round(self.cfg.duration_s * 25)
+        return load_policy(self.cfg.policy).n_frames(self.cfg.duration_s)
 
     def ppo(self) -> None:
         self._script(

@@ -221,12 +221,14 @@ def prompt_folds(prompt_ids: Iterable[str], n_folds: int, seed: int = 0) -> dict
     """
     ids = sorted(set(prompt_ids), key=lambda name: hashlib.sha256(f"{seed}|{name}".encode()).hexdigest())
     if len(ids) < n_folds:
-        raise UserError(f"votes on {len(ids)} prompts", f"at least {n_folds}, one a fold", "collect votes on more prompts")
+        got = f"votes on {len(ids)} prompts, those that share an artist or a clip taken as one"
+        raise UserError(got, f"at least {n_folds}, one a fold", "collect votes on more prompts, or ask for fewer folds")
     return {name: index % n_folds for index, name in enumerate(ids)}
 
 
 def prompt_groups(snapshot: Snapshot) -> dict[str, str]:
-    """prompt_id -> the group it is held out with: prompts whose clips share an artist stand together. Without artists, each alone."""
+    """prompt_id -> the group it is held out with: prompts whose clips share an artist, or are the same clip, stand together. Else each
+    alone."""
     parent = {vote.prompt_id: vote.prompt_id for vote in snapshot.votes} | {
         clip.prompt_id: clip.prompt_id for clip in snapshot.clips.values()
     }
@@ -236,11 +238,12 @@ def prompt_groups(snapshot: Snapshot) -> dict[str, str]:
             parent[name] = name = parent[parent[name]]
         return name
 
+    by_artist = [(f"artist {clip.artist}", clip.prompt_id) for clip in snapshot.clips.values() if clip.artist]
+    by_clip = [(f"clip {sha256}", vote.prompt_id) for vote in snapshot.votes for sha256 in (vote.clip_x, vote.clip_y)]
     first: dict[str, str] = {}
-    for clip in sorted(snapshot.clips.values(), key=lambda clip: clip.sha256):
-        if clip.artist:
-            one, other = root(first.setdefault(clip.artist, clip.prompt_id)), root(clip.prompt_id)
-            parent[max(one, other)] = min(one, other)
+    for shared, prompt_id in sorted({*by_artist, *by_clip}):
+        one, other = root(first.setdefault(shared, prompt_id)), root(prompt_id)
+        parent[max(one, other)] = min(one, other)
     return {name: root(name) for name in sorted(parent)}
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from functools import partial
 
@@ -197,6 +198,18 @@ def test_prompts_that_share_an_artist_are_held_out_together(snapshot_of):
     groups = prompt_groups(load_snapshot(folder))
     assert groups["p0"] == groups["p2"] == groups["p3"]
     assert len({groups["p0"], groups["p1"], groups["p4"]}) == 3
+
+
+def test_prompts_that_share_a_clip_are_held_out_together(snapshot_of):
+    """The same bytes may answer two prompts; a model that has learnt from one of them knows the clip of the other."""
+    snapshot = load_snapshot(snapshot_of([(i, "a", "x", {}) for i in range(10)], n_pairs=10))
+    alone = prompt_groups(snapshot)
+    of = {name: next(vote for vote in snapshot.votes if vote.prompt_id == name) for name in ("p0", "p3")}
+    votes = [dataclasses.replace(vote, clip_y=of["p0"].clip_x) if vote is of["p3"] else vote for vote in snapshot.votes]
+    together = prompt_groups(dataclasses.replace(snapshot, votes=votes))
+    assert len(set(alone.values())) == len(alone)
+    assert {name for name in alone if together[name] != alone[name]} == {"p3"}
+    assert together["p3"] == together["p0"]
 
 
 def test_a_training_set_is_known_by_its_content(snapshot_of):
