@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ class Demo:
             runs.append([ROOT / "rlhf" / "train_dpo.py", *given, *how, *self.cfg.dpo])
         run_python(*runs)
 
-    @property
+    @cached_property
     def _frames(self) -> int:
         return load_policy(self.cfg.policy).n_frames(self.cfg.duration_s)
 

@@ -207,6 +207,10 @@ class FlatCheckpoints:
             states = load_training_state(checkpoint, restore_rng=False)[2]
             self.optimizer.load_state_dict(states["optimizer"])
             self.lr_scheduler.load_state_dict(states["scheduler"])
+            plan = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+            for group, rate, share in zip(self.optimizer.param_groups, plan.base_lrs, plan.lr_lambdas):
+                group["lr"] = rate * share(plan.last_epoch)  # of a run that is given more steps the rate falls to the new end
+            plan._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing is drawn here but the order of the data, which the trainer replays from its seed, and clips, which have seeds."""
@@ -327,13 +331,14 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
     def _tell(self, loss: Tensor, hard: Tensor, reward_chosen: Tensor, reward_rejected: Tensor, p_chosen: Tensor) -> None:
         """Figures that TRL does not log, over all processes."""
         decided = p_chosen > 0.5 + 1e-6
-        right = ((reward_chosen > reward_rejected) & decided).sum()
+        right = ((reward_chosen > reward_rejected) & decided).to(loss)
         drift, margin = -(reward_chosen + reward_rejected) / (2 * self.beta), reward_chosen - reward_rejected
-        sums = (loss.sum(), hard.sum(), right, decided.sum(), drift.sum(), torch.ones_like(drift).sum(), margin.sum())
-        total = self.accelerator.reduce(torch.stack(sums).detach().double(), "sum")
+        of_each = torch.stack([loss, hard, right, decided.to(loss), drift, torch.ones_like(drift), margin], 1).detach().double()
+        total = self.accelerator.reduce(of_each.sum(0), "sum")
         assert self.model is not None
-        if not self.model.training:
-            self.evaluated = total if self.evaluated is None else self.evaluated + total
+        if not self.model.training:  # the last batch may be filled up with pairs that have been met, which are left out here
+            told = self.accelerator.gather_for_metrics(of_each).sum(0)
+            self.evaluated = told if self.evaluated is None else self.evaluated + told
         figures = self._figures()
         figures["dpo/loss"].append((total[0] / total[5]).item())
         figures["dpo/loss_hard_labels"].append((total[1] / total[5]).item())

@@ -24,7 +24,7 @@ from rlhf.preferences import content_sha256
 
 
 def trace(folder: str | Path, runs: str | Path = "runs") -> list[str]:
-    """The lines for an adapter's folder, of a mix with those of its parts. Raises UserError when the folder is none or damaged."""
+    """The lines for an adapter's folder, of a mix with those of its parts. Raises UserError where one of them is damaged."""
     runs = Path(runs)
     manifest = read_adapter(folder).manifest
     return [*_adapter_lines(to_mapping(manifest), runs, ""), _base_line(manifest.base_sha256)]
@@ -43,7 +43,7 @@ def _adapter_lines(manifest: dict[str, Any], runs: Path, indent: str) -> list[st
     for sha256 in parts_of(manifest):
         part = _find(runs, "manifest.json", "adapter_sha256", sha256, adapter=True)
         missing = [f"{indent}  adapter  {sha256}  not found below {runs}"]
-        lines += _adapter_lines(_json(part / "manifest.json"), runs, indent + "  ") if part else missing
+        lines += _adapter_lines(to_mapping(read_adapter(part).manifest), runs, indent + "  ") if part else missing
     return lines
 
 

@@ -128,6 +128,8 @@ def settings(given: dict[str, Any]) -> LoopConfig:
         raise UserError(f"method {cfg.method!r}", f"one of {tuple(METHODS)}", "pass another --method")
     if min(cfg.target_votes, cfg.ab_votes, cfg.ab_clips) < 1 or cfg.clips_per_prompt < 2:
         raise UserError("fewer than 2 clips a prompt, or no votes", "2 clips and 1 vote or more", "correct the settings")
+    if cfg.min_prompts < 2:
+        raise UserError(f"--min-prompts {cfg.min_prompts}", "2 or more: a single prompt tells nothing of others", "raise it, better to 6")
     if cfg.pairs_per_prompt is not None and cfg.pairs_per_prompt < 1:
         raise UserError(f"{cfg.pairs_per_prompt} pairs a prompt", "1 or more", "raise it, or leave it out for all pairs")
     return cfg

@@ -13,7 +13,7 @@ from rlhf.ppo_task import tempi_sha256
 
 SETTLED = (
     *("weights", "hold", "hold_rate", "hold_slack", "base_looks", "frame_weight", "n_frames", "heldout_clips", "temperature", "cfg_coef"),
-    *("r", "alpha", "average", "score_command", "watch_command", "look_every", "max_disagreement", "min_diversity", "patience"),
+    *("r", "alpha", "average", "score_command", "look_every", "max_disagreement", "min_diversity", "patience"),
     *("batch_size", "samples_per_prompt", "baseline", "epochs", "minibatches", "lr", "critic_lr", "lr_end", "max_grad_norm", "ent_coef"),
     *("cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "kl_coef", "target_kl", "kl_horizon", "kl_coef_least", "kl_power"),
 )

@@ -50,6 +50,8 @@ class Preference:
     chosen_marks: Spans = ()
     """Where raters marked the chosen clip as bad, in whichever pair they met it."""
     rejected_marks: Spans = ()
+    n_votes: int = 1
+    """The votes that weigh anything."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def training_pairs(
                 aspects=_joined_aspects(told, chosen, reliability),
                 chosen_marks=marks.get(chosen, ()),
                 rejected_marks=marks.get(rejected, ()),
+                n_votes=sum(weight != 0 for weight in weights),
             )
         )
     if not pairs:
@@ -259,7 +262,7 @@ def split_by_prompt(
     names = set(group.values())
     if len(names) < 2:
         raise UserError(
-            f"votes on {len(group)} prompt(s) of one artist or none",
+            f"votes on {len(group)} prompt(s), all linked by an artist or a clip, or one",
             "two or more that can stand apart",
             "collect more, or pass --held-out 0",
         )

@@ -4,7 +4,7 @@
     pairs, folds of prompts -> scores [n_folds, N]: row f by heads that have not seen fold f
                             -> margins of any pairs, each from the row of its own fold
 
-Prompts are joined into one group where clips of one artist link them (`prompt_groups`), so that no artist stands on both sides
+Prompts are joined into one group where clips of one artist, or a clip, link them (`prompt_groups`), so that none stands on both sides
 of a fold. Raters are split as well, in a grid: `unseen_raters` tells votes of raters who are new, on prompts that are new.
 """
 

@@ -198,9 +198,13 @@ def sample(
 
 
 def _label(manifest: Path, prompts: Sequence[Prompt], n: int) -> None:
-    """Split, genre and mood of the rows follow the prompts file: no sound depends on them, and a call with others samples nothing anew."""
+    """Split, genre and mood of the rows follow the prompts file, where it has some: no sound depends on them, and a call with others
+    samples nothing anew."""
+    if not any(prompt.genre or prompt.mood or prompt.split != "train" for prompt in prompts):
+        return
     rows = read_jsonl(manifest)
-    told = [{**row, **{name: getattr(prompts[place // n], name) for name in LABELS}} for place, row in enumerate(rows)]
+    labels = [{name: value for name in LABELS if (value := getattr(prompt, name)) is not None} for prompt in prompts]
+    told = [row | labels[place // n] for place, row in enumerate(rows)]
     if told != rows:
         logger.warning("%s: %s follow the prompts file, in which some have changed", manifest, ", ".join(LABELS))
         write_prompts(manifest, told)

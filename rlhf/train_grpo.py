@@ -320,8 +320,9 @@ class Reporter(Recorder):
         super().on_step_end(args, state, control, **more)
         if control.should_training_stop and state.global_step < state.max_steps:
             self.stopped = "time"
-        if state.global_step % self.updates == 0 and self._spent():
-            control.should_training_stop = control.should_save = True
+        if self._spent():
+            control.should_training_stop = True
+            control.should_save = state.global_step % self.updates == 0
         if state.global_step % (self.updates * self.look_every) == 0:
             self.play(state.global_step, self.trainer.heard)
 

@@ -178,7 +178,7 @@ def _main(cfg: Config) -> dict[str, Any]:
     model.frames, of_frames = fit_frame_head(bench, base.codec, snapshot, weighing.weights)
 
     # 5. Tell.
-    calibrated, votes_of_each = cross_calibrated(margin, pairs, folds).numpy(), [len(pair.rater.split(",")) for pair in learnt]
+    calibrated, votes_of_each = cross_calibrated(margin, pairs, folds).numpy(), [pair.n_votes for pair in learnt]
     figures = {
         **judgement(snapshot, truth, clips, folds, scores, baseline, stranger, cfg.seed),
         "ece": metrics.pair_calibration_error(calibrated, pairs.p.numpy(), pairs.weight.numpy()),

@@ -103,8 +103,8 @@ def decide(outcomes: Sequence[Outcome], min_decided: int, seed: int = 0, min_pro
         return False, figures | {"why": f"{len(decided)} decided votes, fewer than {min_decided}"}
     won, prompts, raters = zip(*((o.won, o.prompt, o.rater) for o in decided))
     rate = crossed_bootstrap(won, prompts, raters, seed=seed)
-    if rate.n_clusters < max(2, min_prompts):
-        why = f"decided votes on {rate.n_clusters} prompt(s), fewer than {max(2, min_prompts)}: others might be judged otherwise"
+    if rate.n_clusters < min_prompts:
+        why = f"decided votes on {rate.n_clusters} prompt(s), fewer than {min_prompts}: others might be judged otherwise"
         return False, figures | {"win_rate": rate.value, "why": why}
     low, high = widened(rate)
     promoted = low > 0.5

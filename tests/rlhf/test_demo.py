@@ -128,6 +128,7 @@ def test_a_changed_label_of_a_prompt_reaches_the_rows_and_samples_nothing_anew(p
     after = [json.loads(line) for line in sample(policy, moved, tmp_path / "a", settings, "base").read_text().splitlines()]
     assert after[:2] == before[:2]
     assert after[2:] == [row | {"split": "test", "genre": "folk"} for row in before[2:]]
+    assert json.loads(sample(policy, asked, tmp_path / "a", settings, "base").read_text().splitlines()[2])["split"] == "test"  # it has none
 
 
 def test_another_seed_does_not_overwrite_samples(policy_dir, prompts, tmp_path):

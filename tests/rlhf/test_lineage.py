@@ -13,6 +13,7 @@ import pytest
 
 from adapters.library import Manifest, save_adapter, save_mix
 from adapters.lora import attach_lora, trainable_parameters
+from base_models.errors import UserError
 from base_models.policy import load_policy
 from db import owners
 from db.export import export_snapshot
@@ -86,5 +87,8 @@ def test_a_mix_is_traced_to_what_each_part_was_made_from(policy_dir: Path, tmp_p
     assert one.adapter_sha256 in told[1]
     assert "s1" in told[3]  # of the reward
     assert two.adapter_sha256 in told[4]
+    (runs / "two" / "adapter_model.safetensors").write_bytes((runs / "one" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="whose weights hash to"):
+        trace(runs / "mix", runs)
     shutil.rmtree(runs / "two")
     assert "not found below" in trace(runs / "mix", runs)[-2]

@@ -553,6 +553,7 @@ def test_stages_cut_off_at_any_moment_are_done_once_and_in_order(tmp_path, monke
         ({"method": "rlhf"}, "method 'rlhf'"),
         ({"min_decided": 20}, r"got 4 votes between champion and challenger \(2 held-out prompts\)"),
         ({"min_prompts": 6}, "got 2 held-out prompts, of which nobody could be promoted; expected 6 or more"),
+        ({"min_prompts": 1}, "--min-prompts 1; expected 2 or more"),
         ({"clips_per_prompt": 1}, "2 clips and 1 vote"),
         ({"champion": "nowhere"}, "without manifest.json"),
     ],

@@ -164,6 +164,9 @@ def test_a_resumed_run_ends_bitwise_where_the_unbroken_one_does(tmp_path, change
     assert all(last[name] == same[name] for name in last if name.startswith("reward"))
     with pytest.raises(UserError, match="weights"):
         main(config(tmp_path / "cut", resume=True, **{**settings, "steps": 6, "weights": "human=1,movement=0.5"}))
+    main(config(tmp_path / "cut", resume=True, **{**settings, "steps": 8}))
+    rates = [json.loads(line).get("learning_rate") for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert rates[len(rates) // 2] == pytest.approx(0.01 * 0.5)  # in the middle of the new plan, where the old one had ended at 0
     with pytest.raises(UserError, match=r"of lr 0\.01, now 0\.1"):
         main(config(tmp_path / "cut", resume=True, **{**settings, "steps": 6, "lr": 0.1}))
 
