@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_models.checkpoint import load_tensors, read_json, save_tensors, tensors_sha256, write_json
-from base_models.codec import ConvNeXtBlock, MagnitudeCodec, check_codes, load_codec
+from base_models.codec import ConvNeXtBlock, check_codes, load_codec
 from base_models.errors import UserError
 from base_models.text_encoder import TextEncoder, load_text_encoder
 
@@ -159,7 +159,7 @@ def _codebooks_beside(folder: Path, codec_sha256: str) -> Tensor:
     """Codebooks of the codec that stands beside a model which was saved without them; another codec is refused."""
     codec = load_codec(folder.parent / "codec")
     found = codec.sha256()
-    if found != codec_sha256 or not isinstance(codec, MagnitudeCodec):
+    if found != codec_sha256:
         raise UserError(f"codec {found[:12]} beside {folder}", f"codec {codec_sha256[:12]}", "restore the codec it was trained with")
     return codec.codebooks
 

@@ -22,6 +22,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import copy
+import hashlib
 import logging
 import math
 import time
@@ -37,7 +38,8 @@ from tqdm import tqdm
 from base_models.checkpoint import append_jsonl, load_tensors, save_tensors, write_json
 from base_models.conditions import Conditions
 from base_models.corpus.tokens import load_tokens
-from base_models.launch import open_accelerator
+from base_models.errors import UserError
+from base_models.launch import agreed, open_accelerator
 from base_models.lm import MusicLM, disable_functional_dropout, load_lm
 from base_models.sampling import filtered_log_probs, generate
 from base_models.settings import run, to_mapping
@@ -99,9 +101,12 @@ def distillation_loss(student_logits: Tensor, target_logps: Tensor) -> Tensor:
     return (p * (target_logps.masked_fill(p == 0, 0.0) - q)).sum(-1).mean()
 
 
-def guided_samples(teacher: MusicLM, data: Data, cfg: Config, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """The teacher's own codes [N, K, T] for captions of the train split, and the rows whose captions they follow; cached."""
-    path = cfg.out / f"guided-{accelerator.process_index}.safetensors"
+def guided_samples(teacher: MusicLM, data: Data, cfg: Config, accelerator: Accelerator, tokens_sha256: str = "") -> tuple[Tensor, Tensor]:
+    """The teacher's own codes [N, K, T] for captions of the train split, and the rows whose captions they follow; kept for a call with the
+    same teacher, tokens and settings."""
+    how = (cfg.cfg_coef, cfg.temperature, cfg.top_k, cfg.clips, cfg.seed, accelerator.num_processes)
+    made_by = hashlib.sha256(repr((teacher.sha256(), tokens_sha256, how)).encode()).hexdigest()[:12]
+    path = cfg.out / f"guided-{made_by}-{accelerator.process_index}.safetensors"
     if path.is_file():
         tensors = load_tensors(path)
         return tensors["codes"], tensors["rows"]
@@ -125,8 +130,7 @@ def caption_of(data: Data, rows: Tensor) -> Conditions:
     """One fixed caption a row (chosen by the row's number), its tempo where the caption states it or the row is even."""
     chosen = [data.captions[r][(r * 7) % len(data.captions[r])] for r in rows.tolist()]
     text, mask = data.bank.batch(chosen)
-    told = torch.tensor([data.stated[c] for c in chosen]) | (rows % 2 == 0)
-    return Conditions(text, mask, torch.where(told, data.tempo_bpm[rows], torch.full_like(data.tempo_bpm[rows], float("nan"))))
+    return Conditions(text, mask, data.tempo_of(rows, chosen, rows % 2 == 0))
 
 
 def main(cfg: Config) -> float:
@@ -140,14 +144,18 @@ def main(cfg: Config) -> float:
     student = copy.deepcopy(teacher).requires_grad_(True).train()
     disable_functional_dropout(student)
     encoder = load_text_encoder(teacher.config.text_encoder).to(device)
-    data = load_data(load_tokens(cfg.tokens), encoder, cfg.cache)["train"]
+    corpus = load_tokens(cfg.tokens)
+    if teacher.config.codec_sha256 and corpus.codec_sha256 != teacher.config.codec_sha256:
+        got, expected = f"tokens of codec {corpus.codec_sha256[:12]}", f"codec {teacher.config.codec_sha256[:12]}, the teacher's"
+        raise UserError(got, expected, "tokenise the corpus with that codec")
+    data = load_data(corpus, encoder, cfg.cache)["train"]
     if accelerator.is_main_process:
         cfg.out.mkdir(parents=True, exist_ok=True)
         write_json(cfg.out / "config.json", to_mapping(cfg))
     accelerator.wait_for_everyone()
 
     # 2. The teacher plays.
-    guided, guided_rows = guided_samples(teacher, data, cfg, accelerator)
+    guided, guided_rows = guided_samples(teacher, data, cfg, accelerator, corpus.sha256)
 
     # 3. The student learns the teacher's distribution along these and along real codes.
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -158,10 +166,10 @@ def main(cfg: Config) -> float:
     for step in range(cfg.steps):
         progress = step / cfg.steps
         if cfg.max_minutes is not None:
-            progress = max(progress, (time.monotonic() - began) / (60 * cfg.max_minutes))
-            if accelerator.reduce(torch.tensor(float(progress >= 1), device=device)) > 0:
+            progress = max(progress, agreed(time.monotonic() - began, accelerator) / (60 * cfg.max_minutes))
+            if progress >= 1:
                 break
-        lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup) * (0.51 + 0.49 * math.cos(math.pi * min(progress, 1.0)))
+        lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.51 + 0.49 * math.cos(math.pi * min(progress, 1.0)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         source = torch.Generator().manual_seed((cfg.seed * 1_000_003 + step) * 1024 + accelerator.process_index)

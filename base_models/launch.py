@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import distributed
 
 from base_models.errors import UserError
@@ -64,6 +65,13 @@ def open_accelerator(processes: int = 0, can: tuple[Sharding, ...] = (), mps: bo
     end_in_good_order()
     check_processes(accelerator.num_processes, processes)
     return accelerator
+
+
+def agreed(seconds: float, accelerator: Accelerator) -> float:
+    """The first process's clock: what follows from it (a learning rate, an end) is then the same in all, or their weights part."""
+    if accelerator.num_processes == 1:
+        return seconds
+    return float(broadcast(torch.tensor(seconds, device=accelerator.device)))
 
 
 def bf16_is_faster(device: torch.device | None = None) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, T5EncoderModel
+from transformers import AutoModel, AutoTokenizer, MusicgenForConditionalGeneration, T5EncoderModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -98,8 +98,10 @@ def load_text_encoder(name_or_path: str | Path = MINILM) -> TextEncoder:
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
-        loader = T5EncoderModel if config.model_type == "t5" else AutoModel
-        model = loader.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        # A MusicGen folder's AutoModel is its decoder.
+        loader: Any = {"t5": T5EncoderModel, "musicgen": MusicgenForConditionalGeneration}.get(config.model_type, AutoModel)
+        model: Any = loader.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        model = model.text_encoder if config.model_type == "musicgen" else model
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"text encoder {source!r}: {error}", "a transformers folder or hub name", "check the name") from error

@@ -25,8 +25,7 @@ import math
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 from transformers.audio_utils import mel_filter_bank
@@ -34,6 +33,7 @@ from transformers.audio_utils import mel_filter_bank
 from base_models import settings
 from base_models.checkpoint import (
     append_jsonl,
+    file_sha256,
     latest_training_state,
     load_training_state,
     save_training_state,
@@ -42,7 +42,7 @@ from base_models.checkpoint import (
 from base_models.codec import CodecConfig, MagnitudeCodec
 from base_models.corpus.waves import Waves, load_waves, synthetic_waves
 from base_models.errors import UserError
-from base_models.launch import open_accelerator
+from base_models.launch import agreed, open_accelerator
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def main(cfg: Config) -> Path:
 
     # 2. Go on where a stopped run was, or start.
     step, elapsed_s = 0, 0.0
-    checkpoint = latest_training_state(cfg.out)
+    parents = {"corpus_sha256": file_sha256(cfg.corpus / "metadata.jsonl") if cfg.corpus is not None else "synthetic"}
+    checkpoint = latest_training_state(cfg.out, parents)
     if checkpoint is not None:
         step, tensors, states, extra = load_training_state(checkpoint)
         try:
@@ -199,7 +200,7 @@ def main(cfg: Config) -> Path:
     started = time.monotonic() - elapsed_s
     bar = tqdm(total=cfg.steps, initial=step, desc="codec", unit="step", disable=not accelerator.is_main_process)
     while step < cfg.steps:
-        elapsed_s = _agreed(time.monotonic() - started, accelerator)
+        elapsed_s = agreed(time.monotonic() - started, accelerator)
         if 0 < 60 * cfg.max_minutes <= elapsed_s:
             break
         for group in optimizer.param_groups:
@@ -232,27 +233,20 @@ def main(cfg: Config) -> Path:
         if step % 500 == 0:
             used.zero_()
         if accelerator.is_main_process and step % cfg.checkpoint_every == 0:
-            _save_state(cfg, step, codec, optimizer, elapsed_s)
+            _save_state(cfg, step, codec, optimizer, elapsed_s, parents)
     bar.close()
 
     # 5. The codec's folder.
     if accelerator.is_main_process:
-        _save_state(cfg, step, codec, optimizer, elapsed_s)
+        _save_state(cfg, step, codec, optimizer, elapsed_s, parents)
         codec.eval().save(cfg.out / "codec", torch.float16 if cfg.half_precision_folder else torch.float32)
     accelerator.end_training()
     return cfg.out / "codec"
 
 
-def _agreed(seconds: float, accelerator: Accelerator) -> float:
-    """The first process's clock, so that all processes stop at the same step."""
-    if accelerator.num_processes == 1:
-        return seconds
-    return float(broadcast(torch.tensor(seconds, device=accelerator.device)))
-
-
-def _save_state(cfg: Config, step: int, codec: MagnitudeCodec, optimizer, elapsed_s: float) -> None:
+def _save_state(cfg: Config, step: int, codec: MagnitudeCodec, optimizer, elapsed_s: float, parents: dict[str, str]) -> None:
     states = {"optimizer": optimizer.state_dict()}
-    save_training_state(cfg.out, step, {"codec": codec.state_dict()}, states, {"elapsed_s": elapsed_s})
+    save_training_state(cfg.out, step, {"codec": codec.state_dict()}, states, {"elapsed_s": elapsed_s, **parents})
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from base_models.codec import load_codec
 from base_models.contrastive import AudioTextModel, ContrastiveConfig, contrastive_loss, recall_at
 from base_models.corpus.tokens import TokenisedCorpus, load_tokens, synthetic_tokens
 from base_models.errors import UserError
-from base_models.launch import open_accelerator
+from base_models.launch import agreed, open_accelerator
 from base_models.text_encoder import load_text_encoder
 
 
@@ -150,12 +150,12 @@ def evaluate(model: AudioTextModel, split: Split) -> dict[str, float]:
     """
     model.eval()
     audio = torch.cat([model.embed_codes(part.long()) for part in split.codes.split(64)])
-    text = model.embed_pooled(split.pooled)
+    text = model.embed_pooled(split.pooled.to(audio.device))
     full = sorted({max(captions, key=lambda i: len(split.texts[i])) for captions in split.captions})
     figures: dict[str, float] = {"clips": len(audio)}
     for name, queries in (("full", full), ("all", list(range(len(text))))):
         right = torch.tensor([[query in captions for captions in split.captions] for query in queries])
-        recall, chance = recall_at(text[queries] @ audio.T, right, 10)
+        recall, chance = recall_at((text[queries] @ audio.T).cpu(), right, 10)
         figures |= {f"r10_{name}": recall, f"chance_{name}": chance, f"r10_over_chance_{name}": recall / chance}
     return figures
 
@@ -198,7 +198,8 @@ def main(cfg: Config) -> dict[str, float]:
 
     # 2. Go on where a stopped run was.
     step, elapsed_s = 0, 0.0
-    checkpoint = latest_training_state(cfg.out)
+    parents = {"tokens_sha256": corpus.sha256, "codec_sha256": corpus.codec_sha256}
+    checkpoint = latest_training_state(cfg.out, parents)
     if checkpoint is not None:
         step, tensors, states, extra = load_training_state(checkpoint)
         try:
@@ -216,9 +217,9 @@ def main(cfg: Config) -> dict[str, float]:
     bar = tqdm(total=cfg.steps, initial=step, desc="contrastive", unit="step", disable=not accelerator.is_main_process)
     model.train()
     while step < cfg.steps:
-        elapsed_s = time.monotonic() - started
+        elapsed_s = agreed(time.monotonic() - started, accelerator)
         share = max(step / cfg.steps, elapsed_s / (60 * cfg.max_minutes) if cfg.max_minutes > 0 else 0)
-        if accelerator.reduce(torch.tensor(float(share >= 1), device=accelerator.device)).item() > 0:
+        if share >= 1:
             break
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
         for group in optimizer.param_groups:
@@ -242,22 +243,23 @@ def main(cfg: Config) -> dict[str, float]:
             append_jsonl(cfg.out / "metrics.jsonl", row)
             bar.set_postfix(loss=f"{row['loss']:.3f}")
         if accelerator.is_main_process and step % cfg.checkpoint_every == 0:
-            _save_state(cfg, step, tower, optimizer, elapsed_s)
+            _save_state(cfg, step, tower, optimizer, elapsed_s, parents)
     bar.close()
 
     # 5. The model's folder and its recall.
+    if accelerator.is_main_process:
+        _save_state(cfg, step, tower, optimizer, elapsed_s, parents)
+        tower.save(cfg.out / "contrastive", torch.float16 if cfg.half_precision_folder else torch.float32)
     figures = evaluate(tower, heldout)
     if accelerator.is_main_process:
-        _save_state(cfg, step, tower, optimizer, elapsed_s)
-        tower.save(cfg.out / "contrastive", torch.float16 if cfg.half_precision_folder else torch.float32)
         write_json(cfg.out / "figures.json", figures)
     accelerator.end_training()
     return figures
 
 
-def _save_state(cfg: Config, step: int, model: AudioTextModel, optimizer, elapsed_s: float) -> None:
+def _save_state(cfg: Config, step: int, model: AudioTextModel, optimizer, elapsed_s: float, parents: dict[str, str]) -> None:
     states = {"optimizer": optimizer.state_dict()}
-    save_training_state(cfg.out, step, {"model": model.state_dict()}, states, {"elapsed_s": elapsed_s})
+    save_training_state(cfg.out, step, {"model": model.state_dict()}, states, {"elapsed_s": elapsed_s, **parents})
 
 
 if __name__ == "__main__":

@@ -38,14 +38,15 @@ from base_models.checkpoint import (
     append_jsonl,
     latest_training_state,
     load_training_state,
+    refuse_another_run,
     save_training_state,
     write_json,
 )
-from base_models.codec import load_codec
+from base_models.codec import Codec, load_codec
 from base_models.conditions import Conditions, encode_prompts, parse_tempo
 from base_models.corpus.tokens import TokenisedCorpus, load_tokens, synthetic_tokens
 from base_models.errors import UserError
-from base_models.launch import check_sharding, open_accelerator
+from base_models.launch import agreed, check_sharding, open_accelerator
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.sampling import generate
 from base_models.settings import run, to_mapping
@@ -139,7 +140,8 @@ class Data:
 
     codes: Tensor
     captions: list[list[int]]
-    stated: list[bool]
+    stated: list[float]
+    """BPM that each caption of the bank states; NaN where it states none."""
     tempo_bpm: Tensor
     bank: CaptionBank
 
@@ -148,14 +150,19 @@ class Data:
         pick = torch.rand(len(rows), generator=generator)
         chosen = [self.captions[r][int(p * len(self.captions[r]))] for r, p in zip(rows.tolist(), pick.tolist())]
         text, mask = self.bank.batch(chosen)
-        told = torch.tensor([self.stated[c] for c in chosen])
+        told = torch.zeros(len(rows), dtype=torch.bool)
         if cfg is not None:
-            told |= torch.rand(len(rows), generator=generator) < cfg.tempo_given
-        tempo = torch.where(told, self.tempo_bpm[rows], torch.full_like(self.tempo_bpm[rows], float("nan")))
-        cond = Conditions(text, mask, tempo)
+            told = torch.rand(len(rows), generator=generator) < cfg.tempo_given
+        cond = Conditions(text, mask, self.tempo_of(rows, chosen, told))
         if cfg is not None:
             cond = cond.drop(torch.rand(len(rows), generator=generator) < cfg.drop_conditions)
         return self.codes[rows].long(), cond
+
+    def tempo_of(self, rows: Tensor, captions: list[int], told: Tensor) -> Tensor:
+        """[B] BPM: the row's where its caption states one or it is told all the same, the caption's own where the row has none (as prompts
+        are read); else NaN."""
+        stated, own = torch.tensor([self.stated[c] for c in captions]), self.tempo_bpm[rows]
+        return torch.where(told | ~stated.isnan(), torch.where(own.isnan(), stated, own), torch.full_like(own, float("nan")))
 
 
 def load_data(corpus: TokenisedCorpus, encoder: TextEncoder, cache: Path) -> dict[str, Data]:
@@ -165,7 +172,7 @@ def load_data(corpus: TokenisedCorpus, encoder: TextEncoder, cache: Path) -> dic
         for caption in row["captions"]:
             texts.setdefault(caption, len(texts))
     bank = build_caption_bank(list(texts), encoder, cache)
-    stated = [parse_tempo(text) is not None for text in texts]
+    stated = [math.nan if (bpm := parse_tempo(text)) is None else bpm for text in texts]
     splits = {}
     for split in ("train", "val"):
         rows = [i for i, row in enumerate(corpus.rows) if row["split"] == split]
@@ -199,7 +206,7 @@ def evaluate(lm: MusicLM, data: Data, device: torch.device, batch_size: int = 32
 def learning_rate(cfg: Config, step: int, progress: float) -> float:
     """Linear warm-up, then a cosine down to a fiftieth of the peak at progress 1."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0))
-    return cfg.lr * min(1.0, (step + 1) / cfg.warmup) * (0.02 + 0.98 * cosine)
+    return cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.02 + 0.98 * cosine)
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -212,6 +219,7 @@ def main(cfg: Config) -> dict[str, float]:
 
     # 1. Data: codes and encoded captions.
     corpus = load_tokens(cfg.tokens) if cfg.tokens else synthetic_tokens()
+    codec = codec_to_hear_by(cfg, corpus)
     encoder = load_text_encoder(cfg.text_encoder).to(device)
     with accelerator.main_process_first():
         data = load_data(corpus, encoder, cfg.cache)
@@ -225,14 +233,19 @@ def main(cfg: Config) -> dict[str, float]:
     )  # fmt: skip
     lm, averaged = MusicLM(shape), MusicLM(shape).eval()
     averaged.load_state_dict(lm.state_dict())
-    checkpoint = latest_training_state(cfg.out)
-    if checkpoint is not None and not cfg.resume:
-        raise UserError(f"{cfg.out}, which holds a run", "a new folder, or --resume", "add --resume, or choose another --out")
+    refuse_another_run(cfg.out, cfg.resume)
+    parents = {"tokens_sha256": corpus.sha256, "codec_sha256": corpus.codec_sha256, "text_encoder": cfg.text_encoder}
+    checkpoint = latest_training_state(cfg.out, parents)
     step, elapsed, moments = 0, 0.0, None
     if checkpoint is not None:
         step, tensors, states, extra = load_training_state(checkpoint)
-        lm.load_state_dict(tensors["lm"])
-        averaged.load_state_dict(tensors["averaged"])
+        try:
+            lm.load_state_dict(tensors["lm"])
+            averaged.load_state_dict(tensors["averaged"])
+        except RuntimeError as error:
+            raise UserError(
+                f"a run of another shape in {cfg.out}", "its own settings", "resume with them, or choose another --out"
+            ) from error
         moments, elapsed = states["optimizer"], float(extra["elapsed_s"])
         logger.info("resumed %s at step %d", cfg.out, step)
     for network in (lm, averaged):
@@ -266,9 +279,8 @@ def main(cfg: Config) -> dict[str, float]:
         elapsed = time.monotonic() - began
         progress = step / cfg.steps
         if cfg.max_minutes is not None:
-            progress = max(progress, elapsed / (60 * cfg.max_minutes))
-            stop = accelerator.reduce(torch.tensor(float(progress >= 1), device=device))
-            if stop > 0:
+            progress = max(progress, agreed(elapsed, accelerator) / (60 * cfg.max_minutes))
+            if progress >= 1:
                 break
         lr = learning_rate(cfg, step, progress)
         for group in optimizer.param_groups:
@@ -304,11 +316,12 @@ def main(cfg: Config) -> dict[str, float]:
             groups_of = {"lm": whole(lm.state_dict()), "averaged": whole(averaged.state_dict())}
             states = {"optimizer": whole(optimizer.state_dict())}
             if accelerator.is_main_process:
-                save_training_state(cfg.out, step, groups_of, states, {"elapsed_s": time.monotonic() - began})
+                save_training_state(cfg.out, step, groups_of, states, {"elapsed_s": time.monotonic() - began, **parents})
         if cfg.sample_every and step % cfg.sample_every == 0:
             played = whole_copy(averaged) if sharded else averaged  # the sampler reads whole weights
             if accelerator.is_main_process:
-                _samples(cfg, played, encoder, step)
+                assert codec is not None
+                _samples(cfg, played, codec, encoder, step)
         accelerator.wait_for_everyone()
     bar.close()
 
@@ -342,13 +355,22 @@ def _report(accelerator, cfg: Config, lm: MusicLM, data: Data, board, step: int,
     return metrics
 
 
-def _samples(cfg: Config, lm: MusicLM, encoder: TextEncoder, step: int) -> None:
-    """Decode a few guided samples, so that a run can be heard while it goes on."""
+def codec_to_hear_by(cfg: Config, corpus: TokenisedCorpus) -> Codec | None:
+    """The codec that decodes samples; None where none are wanted. Raises: UserError without it, or for another than the tokens'."""
+    if not cfg.sample_every:
+        return None
     if cfg.codec is None:
         raise UserError("--sample-every without --codec", "the codec that decodes the samples", "add --codec DIR")
     codec = load_codec(cfg.codec)
+    if cfg.tokens is not None and codec.sha256() != corpus.codec_sha256:
+        raise UserError(f"codec {codec.sha256()[:12]}", f"codec {corpus.codec_sha256[:12]}, which made the tokens", "name that one")
+    return codec
+
+
+def _samples(cfg: Config, lm: MusicLM, codec: Codec, encoder: TextEncoder, step: int) -> None:
+    """Decode a few guided samples, so that a run can be heard while it goes on."""
     cond = encode_prompts(SAMPLE_PROMPTS, encoder).to(next(lm.parameters()).device)
-    codes = generate(lm, cond, 150, seeds=range(len(SAMPLE_PROMPTS)), cfg_coef=2.5, temperature=0.9, top_k=60).codes
+    codes = generate(lm, cond, 150, seeds=range(len(SAMPLE_PROMPTS)), cfg_coef=2.5, temperature=0.9, top_k=min(60, lm.config.card)).codes
     for i, wav in enumerate(codec.decode(codes)):
         write_audio(cfg.out / "samples" / f"{step:08d}_{i}.wav", wav.numpy(), codec.sample_rate)
 

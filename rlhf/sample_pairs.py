@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,9 @@ def sample(
         where they are not all 1.
     Raises UserError when `out` holds samples that were made otherwise.
     """
+    if settings.n < 1 or settings.batch_size < 1 or not (0 < settings.duration_s < math.inf):
+        got = f"-n {settings.n}, --duration {settings.duration_s:g}, --batch-size {settings.batch_size}"
+        raise UserError(got, "1 clip or more of more than 0 s", "correct the settings")
     out = Path(out)
     weighed = {"adapter_weights": list(weights)} if weights is not None and any(weight != 1 for weight in weights) else {}
     plan = {

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import EncodecConfig, MusicgenConfig, MusicgenForConditionalGeneration, T5Config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import EncodecConfig, MusicgenConfig, MusicgenForConditionalGeneration, PreTrainedTokenizerFast, T5Config
 from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
 
 from base_models.conditions import Conditions
@@ -11,6 +12,7 @@ from base_models.errors import UserError
 from base_models.lm import MusicLM, MusicLMConfig, codes_of_steps, disable_functional_dropout, load_lm, sum_by_step
 from base_models.patterns import delay_mask
 from base_models.sampling import generate
+from base_models.text_encoder import load_text_encoder
 
 
 @pytest.fixture
@@ -145,6 +147,19 @@ def musicgen_folder(tmp_path):
             parameter.normal_(0, 0.2)
     model.save_pretrained(tmp_path)
     return tmp_path, model
+
+
+def test_the_text_encoder_of_a_musicgen_folder_is_its_t5(musicgen_folder):
+    folder, model = musicgen_folder
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "sad", "piano"])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **tokens).save_pretrained(folder)
+    encoder = load_text_encoder(load_lm(folder).config.text_encoder)
+    states, mask = encoder.encode(["sad piano"])
+    with torch.no_grad():
+        wanted = model.text_encoder(input_ids=torch.tensor([[3, 4]])).last_hidden_state
+    torch.testing.assert_close(states[:, mask[0]], wanted)
 
 
 def test_musicgen_folder_gives_the_greedy_codes_of_transformers(musicgen_folder, monkeypatch):

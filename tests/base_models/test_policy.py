@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from transformers import EncodecConfig, EncodecModel
 
 from base_models.checkpoint import save_tensors
 from base_models.codec import CodecConfig, MagnitudeCodec, load_codec
@@ -36,6 +37,24 @@ def test_assembled_policy_plays_and_has_one_hash(parts):
     assert codes.shape == (2, 4, 25)
     assert again.decode(codes).shape == (2, 1, 16000)
     assert torch.isfinite(again.contrastive.embed_codes(codes)).all()
+
+
+def test_a_shared_space_over_a_transformers_codec_is_assembled_too(tmp_path):
+    torch.manual_seed(0)
+    small = {"num_filters": 4, "hidden_size": 8, "codebook_dim": 8, "codebook_size": 16, "upsampling_ratios": [8, 5, 4, 2]}
+    model = EncodecModel(EncodecConfig(target_bandwidths=[6.0], sampling_rate=16000, num_lstm_layers=1, **small)).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("embed"):
+            buffer.normal_()
+    model.save_pretrained(tmp_path / "codec")
+    codec = load_codec(tmp_path / "codec")
+    of_it = {"n_q": codec.n_q, "card": codec.card, "codec_sha256": codec.sha256()}
+    MusicLM(MusicLMConfig(d_model=32, n_layers=1, n_heads=2, d_ff=64, **of_it)).save(tmp_path / "lm")
+    shared = AudioTextModel(ContrastiveConfig(latent_dim=codec.codebooks.shape[-1], width=16, blocks=1, embed_dim=8, **of_it))
+    shared.set_codebooks(codec.codebooks)
+    shared.save(tmp_path / "contrastive")
+    policy = assemble(tmp_path / "lm", tmp_path / "codec", tmp_path / "contrastive", tmp_path / "policy")
+    assert torch.equal(policy.contrastive.codebooks, shared.codebooks)
 
 
 def test_parts_of_two_codecs_are_not_put_together(parts):

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import base_models
-from base_models import settings
+from base_models import settings, train_contrastive
 from base_models.checkpoint import load_tensors
 from base_models.contrastive import load_contrastive
 from base_models.corpus.tokens import synthetic_tokens
 from base_models.errors import UserError
 from base_models.text_encoder import load_text_encoder
-from base_models.train_contrastive import PRESETS, Config, draw, load_split, main
+from base_models.train_contrastive import PRESETS, Config, draw, evaluate, load_split, main
+from tests.rlhf.elsewhere import Away
 
 SCRIPT = Path(base_models.__file__).parent / "train_contrastive.py"
 SMOKE = settings.from_mapping(Config, PRESETS["smoke"])
@@ -54,6 +55,29 @@ def test_noise_replaces_about_its_share_of_codes_and_none_at_zero(split):
     assert {tuple(row.flatten().tolist()) for row in clean} <= {tuple(row.flatten().tolist()) for row in split.codes}
     noisy, _, _ = draw(split, dataclasses.replace(cfg, noise=0.5), 32, np.random.default_rng(0))
     assert 0.35 < (noisy != clean).float().mean() < 0.6
+
+
+def test_recall_is_told_where_the_model_lies_on_another_device(split):
+    class Elsewhere:
+        def eval(self):
+            pass
+
+        def embed_codes(self, codes):
+            return Away(torch.nn.functional.normalize(codes.float().flatten(1)[:, :8], dim=-1))
+
+        def embed_pooled(self, pooled):
+            assert pooled.device.type == "meta"  # brought to where the model lies
+            return Away(torch.nn.functional.normalize(torch.rand(len(pooled), 8), dim=-1))
+
+    assert 0 <= evaluate(Elsewhere(), split)["r10_all"] <= 1
+
+
+def test_a_run_does_not_go_on_with_other_tokens(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    other = dataclasses.replace(synthetic_tokens(), sha256="other")
+    monkeypatch.setattr(train_contrastive, "synthetic_tokens", lambda: other)
+    with pytest.raises(UserError, match=r"of tokens_sha256 .*, now other"):
+        main(dataclasses.replace(SMOKE, out=tmp_path / "run"))
 
 
 def test_training_teaches_which_text_belongs_to_which_clip(run):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from base_models import train_lm
 from base_models.caption_bank import build_caption_bank
 from base_models.checkpoint import load_tensors
 from base_models.corpus.tokens import synthetic_tokens
 from base_models.distil_guidance import Config as DistilConfig
-from base_models.distil_guidance import distillation_loss, guided_target
+from base_models.distil_guidance import caption_of, distillation_loss, guided_samples, guided_target
 from base_models.errors import UserError
 from base_models.evaluate_base import nearest_training_clip, ngram_bits
-from base_models.lm import load_lm
+from base_models.lm import MusicLM, MusicLMConfig, load_lm
 from base_models.train_lm import PRESETS, Config, learning_rate, load_data, main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "base_models" / "train_lm.py"
@@ -102,6 +105,59 @@ def test_batches_tell_the_tempo_that_the_caption_states(cache):
     _, dropped = data.batch(torch.arange(30), generator, Config(drop_conditions=1.0))
     assert not dropped.mask.any()
     assert torch.isnan(dropped.tempo_bpm).all()
+
+
+def test_a_tempo_that_the_caption_alone_states_is_told_as_prompts_are_read(cache):
+    from base_models.text_encoder import load_text_encoder
+
+    corpus = synthetic_tokens()
+    bare = [{key: value for key, value in row.items() if key != "tempo_bpm"} | {"captions": ["techno, 130 BPM"]} for row in corpus.rows]
+    data = load_data(dataclasses.replace(corpus, rows=bare), load_text_encoder(), cache)["train"]
+    _, cond = data.batch(torch.arange(4), torch.Generator().manual_seed(0), None)
+    assert cond.tempo_bpm.tolist() == [130.0] * 4
+    assert caption_of(data, torch.arange(4)).tempo_bpm.tolist() == [130.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [({"sample_every": 3}, "--sample-every without --codec"), ({"d_model": 64, "resume": True}, "a run of another shape")],
+)
+def test_settings_that_cannot_work_are_refused_before_the_first_step(changes, match, tmp_path, cache, monkeypatch):
+    main(smoke(tmp_path / "run", cache, steps=1, save_every=1))
+    monkeypatch.setattr(train_lm, "nll", None)
+    out = tmp_path / ("run" if "resume" in changes else "other")
+    with pytest.raises(UserError, match=match):
+        main(smoke(out, cache, **changes))
+
+
+def test_a_run_does_not_go_on_with_other_tokens(tmp_path, cache, monkeypatch):
+    main(smoke(tmp_path / "run", cache, steps=1, save_every=1))
+    other = dataclasses.replace(synthetic_tokens(), sha256="other")
+    monkeypatch.setattr(train_lm, "synthetic_tokens", lambda: other)
+    with pytest.raises(UserError, match=r"of tokens_sha256 .*, now other"):
+        main(smoke(tmp_path / "run", cache, steps=2, resume=True))
+
+
+def test_without_a_warm_up_the_rate_begins_at_its_peak():
+    assert learning_rate(Config(warmup=0), 0, 0.0) == Config().lr
+
+
+def test_the_teachers_clips_are_kept_for_the_same_teacher_and_settings_alone(tmp_path, cache):
+    from base_models.text_encoder import load_text_encoder
+
+    torch.manual_seed(0)
+    shape = MusicLMConfig(card=32, d_model=32, n_layers=1, n_heads=2, d_ff=64, text_dim=384)
+    teacher, other = MusicLM(shape).eval(), MusicLM(shape).eval()
+    data = load_data(synthetic_tokens(), load_text_encoder(), cache)["train"]
+    cfg = DistilConfig(out=tmp_path, clips=2, top_k=0)
+    accelerator = Accelerator(cpu=True)
+    first, rows = guided_samples(teacher, data, cfg, accelerator)
+    again, _ = guided_samples(teacher, data, cfg, accelerator)
+    assert torch.equal(first, again)
+    assert len(list(tmp_path.glob("guided-*"))) == 1
+    assert len(guided_samples(teacher, data, dataclasses.replace(cfg, clips=3), accelerator)[1]) == 3
+    assert not torch.equal(guided_samples(other, data, cfg, accelerator)[0], first)
+    assert len(rows) == 2
 
 
 def test_caption_bank_is_read_back_from_its_cache(cache):

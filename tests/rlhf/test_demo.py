@@ -131,6 +131,13 @@ def test_a_changed_label_of_a_prompt_reaches_the_rows_and_samples_nothing_anew(p
     assert json.loads(sample(policy, asked, tmp_path / "a", settings, "base").read_text().splitlines()[2])["split"] == "test"  # it has none
 
 
+@pytest.mark.parametrize("changes", [{"n": 0}, {"duration_s": -3.0}, {"duration_s": float("nan")}])
+def test_clips_without_length_or_number_are_refused(changes, policy_dir, prompts, tmp_path):
+    with pytest.raises(UserError, match=r"expected 1 clip or more of more than 0 s"):
+        sample(load_policy(policy_dir), read_prompts(prompts), tmp_path / "a", Settings(**changes), "base")
+    assert not (tmp_path / "a").exists()
+
+
 def test_another_seed_does_not_overwrite_samples(policy_dir, prompts, tmp_path):
     policy = load_policy(policy_dir)
     settings = {"n": 1, "duration_s": 1.0}
