@@ -69,13 +69,15 @@ class Counts:
             np.array(list(cells.values()), dtype=np.float64).reshape(-1, 3),
         )
 
-    def connected(self) -> bool:
-        """Whether every system can be compared with every other, if only by way of third ones."""
-        if len(self.systems) < 2:
-            return True
+    def groups(self) -> NDArray[np.int32]:
+        """[S] the group of each system: those of one group can be compared, if only by way of third ones."""
         size = len(self.systems)
         met = coo_array((np.ones(len(self.a)), (self.a, self.b)), shape=(size, size))
-        return int(connected_components(met, directed=False)[0]) == 1
+        return connected_components(met, directed=False)[1] if size else np.zeros(0, dtype=np.int32)
+
+    def connected(self) -> bool:
+        """Whether all systems are of one group."""
+        return len(set(self.groups().tolist())) < 2
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _standings(
     if model is None:
         return ()
     number = {system: i for i, system in enumerate(counts.systems)}
-    n_raters, n_votes = len(counts.raters), int(counts.n.sum())
+    n_raters, n_votes, group = len(counts.raters), int(counts.n.sum()), counts.groups()
     half = None if covariance is None else davidson.half_widths(covariance, n_raters)
     standings = []
     for place, system in enumerate(order):
@@ -157,7 +157,8 @@ def _standings(
         separate, needed = None, None
         if covariance is not None and place + 1 < len(order):
             i, j = number[system], number[order[place + 1]]
-            needed = davidson.votes_needed(strength - model.strengths[order[place + 1]], covariance, i, j, n_votes, n_raters)
+            if group[i] == group[j]:  # strengths of two groups say nothing of each other, and no more votes of the same would
+                needed = davidson.votes_needed(strength - model.strengths[order[place + 1]], covariance, i, j, n_votes, n_raters)
             separate = needed == 0
         won, lost, tied = int(wins[place].sum()), int(wins[:, place].sum()), int(ties[place].sum())
         standings.append(

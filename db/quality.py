@@ -385,6 +385,7 @@ def refresh_quality(store: Store, campaign: str, clock: Callable[[], datetime] =
         for quality in qualities.values()
     ]
     with store.write() as session:
+        session.execute(select(Campaign.id).where(Campaign.id == found.id).with_for_update())  # of two who look at once, one waits
         session.execute(delete(RaterQuality).where(RaterQuality.campaign_id == found.id))
         if rows:
             session.execute(insert(RaterQuality), rows)

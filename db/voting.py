@@ -134,7 +134,7 @@ TAKE_SLOT = update(Pair).where(Pair.id == _pair, Pair.n_open < Pair.target_votes
 FREE_SLOT = update(Pair).where(Pair.id == _pair).values(n_open=Pair.n_open - 1)
 RENEW_LEASE = (
     update(Assignment)
-    .where(Assignment.id == _assignment)
+    .where(Assignment.id == _assignment, Assignment.status == "expired")
     .values(status="leased", expires_at=bindparam("until"), policy=bindparam("by"), propensity=bindparam("p"))
 )
 FINISH = update(Assignment).where(Assignment.id == _assignment).values(status=bindparam("now_status"), note=bindparam("now_note"))
@@ -248,8 +248,11 @@ def _lease(connection: Connection, campaign: AnyRow, rater_id: int, now: datetim
             continue  # another rater was faster
         if drawn.own_id is not None:
             renewed = {"assignment": drawn.own_id, "until": now + lease, "by": drawn.policy, "p": drawn.propensity}
-            connection.execute(RENEW_LEASE, renewed)
-            return drawn.own_id
+            if connection.execute(RENEW_LEASE, renewed).rowcount:
+                return drawn.own_id
+            if drawn.kind == "normal":
+                connection.execute(FREE_SLOT, {"pair": drawn.pair_id})
+            continue  # a vote for it has come meanwhile, from another tab
         assignment_id = uuid.uuid4().hex
         row = {
             "id": assignment_id,

@@ -144,7 +144,8 @@ function drawBoard(found) {
   const agreement = found.agreement ? table([], [['Two raters agree', `${percent(found.agreement.rate)} of ${found.agreement.n} couples`],
     ['Ceiling for a reward model', `${percent(found.agreement.ceiling)} (95 %: ${found.agreement.ci.map(percent).join(' to ')})`],
     ['Krippendorff’s alpha', found.alpha === null ? '–' : found.alpha.toFixed(2)]]) : make('p', { class: 'fine' }, 'Two raters must hear one pair first.');
-  find('.plots').replaceChildren(card('Rating, with 95 % intervals', ratingPlot(found)), card('Who beat whom', winMatrix(found)),
+  const apart = found.connected ? [] : [make('p', { class: 'fine' }, 'Not all systems have met, if only by way of third ones: ratings of different groups cannot be compared.')];
+  find('.plots').replaceChildren(...apart, card('Rating, with 95 % intervals', ratingPlot(found)), card('Who beat whom', winMatrix(found)),
     card('Votes over time', dayPlot(found.votes_by_day)), card('Agreement', agreement),
     card('Kept, but not counted', table(['Reason', 'Votes'], excluded)),
     card('Raters', table(['Rater', 'Votes', 'Gold right', 'Repeats alike', 'Side A', 'Heard', 'Reliability'], found.raters.map((rater) => [rater.handle, rater.n_votes,

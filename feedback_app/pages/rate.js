@@ -95,6 +95,7 @@ async function nextPair() {
   if (answer.status === 403) {
     const { detail } = await answer.json();
     checkDue = detail.step === 'check';
+    if (!checkDue && me) me.consent_due = true; // it may have become due while this page was open
     return openStep(checkDue ? 'check' : 'consent');
   }
   if (answer.status === 204) {
@@ -212,7 +213,8 @@ function askToSignIn(text) {
 async function signIn(handle, token) {
   const answer = await call('/login', { method: 'POST', body: JSON.stringify({ handle, token }) });
   if (answer === null) return void (find('.view-signin .problem').textContent = 'The server does not answer. Try again in a moment.');
-  if (!answer.ok) return void (find('.view-signin .problem').textContent = 'That name and code do not match. Check both, or ask for a new code.');
+  const unknown = 'That name and code do not match. Check both, or ask for a new code.';
+  if (!answer.ok) return void (find('.view-signin .problem').textContent = answer.status === 401 ? unknown : `That did not work. ${await reason(answer)}.`);
   localStorage.setItem(NAME_KEY, (await answer.json()).handle);
   find('.signin').reset();
   find('.view-signin .problem').textContent = '';

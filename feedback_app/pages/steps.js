@@ -48,6 +48,7 @@ async function offerInvitation(token) {
 
 async function openStep(step, aspects = []) {
   player.stop();
+  keepDraft();
   hushTone();
   if (step === 'practice') {
     rehearsal = Number(sessionStorage.getItem('encore.rehearsal') || 0) % REHEARSAL.length;
@@ -140,7 +141,10 @@ function hushTone() {
 async function playTone() {
   hushTone();
   const context = player.audio();
+  const asked = trial && trial.index;
   if (context.state !== 'running') await context.resume();
+  hushTone(); // a second press may have come first
+  if (page.dataset.view !== 'check' || asked !== (trial && trial.index)) return;
   const source = context.createBufferSource();
   source.buffer = trial ? trial.sounds[trial.index] : levelTone(context);
   source.loop = !trial;

@@ -92,6 +92,27 @@ def test_the_board_orders_systems_and_counts_each_vote_once(store: Store, campai
     assert 0 < board.alpha < 1
 
 
+def test_systems_that_never_met_are_not_told_apart(store: Store, make_rows: Callable, tmp_path: Path, add_raters: Callable) -> None:
+    rows = make_rows(12, SYSTEMS) + make_rows(12, ("w", "z"), salt="2")
+    by_prompt = {i: [row["sha256"] for row in rows if row["prompt_id"] == f"p{i}"] for i in range(12)}
+    pairs = [pair for shas in by_prompt.values() for pair in (shas[:2], shas[3:])]
+    store.create_campaign("c", rows, tmp_path / "clips", target_votes=20, min_listen_ms=0, pairs=pairs)
+    rng = random.Random(0)
+    for rater in add_raters(6):
+        while (offer := store.next_assignment(rater, rng=rng)) is not None:
+            key = offer.assignment_id
+            name = Path(store.audio_file(key, "a", rater).uri).stem.split("_")[1]
+            first = name.startswith((SYSTEMS[0], "w"))
+            choice = "a" if first == (rng.random() < 0.9) else "b"
+            store.submit_vote(rater, key, choice, idempotency_key=key, listen_a_ms=0, listen_b_ms=0)
+    board = leaderboard(store, "c")
+    assert not board.connected
+    group = {SYSTEMS[0]: 0, SYSTEMS[1]: 0, "w": 1, "z": 1}
+    for row, after in zip(board.standings, board.standings[1:]):
+        met = group[row.system] == group[after.system]
+        assert (row.separate, row.votes_needed) == ((True, 0) if met else (False, None))
+
+
 def test_an_aspect_and_a_tag_have_boards_of_their_own(store: Store, campaign: str, add_raters: Callable) -> None:
     rng = random.Random(1)
     for rater in add_raters(4):

@@ -11,8 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import Connection, func, select, update
 
+from db.choice import Draw, draw
 from db.errors import ConflictError, NotFoundError, RefusedError, ScreenDueError
 from db.people import record_screen
 from db.schema import Assignment, Campaign, Pair, SpanMark, Vote, VoteAspect, utc_now
@@ -192,6 +193,30 @@ class TestALease:
             store.submit_vote(rater, offer.assignment_id, "tie", idempotency_key=offer.assignment_id, clock=lambda: later)
         assert len(mine) == 4
         assert count_votes(store) == 4
+
+    def test_that_was_voted_for_in_another_tab_meanwhile_is_not_renewed(
+        self, store: Store, campaign: str, add_raters: Callable, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (rater,) = add_raters(1)
+        first = store.next_assignment(rater, lease_s=60).assignment_id
+        later = utc_now() + timedelta(seconds=61)
+
+        def drawn_while_a_vote_comes(connection: Connection, *given: object) -> Draw | None:
+            found = draw(connection, *given)
+            if found is not None and found.own_id == first:
+                connection.execute(update(Assignment).where(Assignment.id == first).values(status="voted"))
+            return found
+
+        monkeypatch.setattr("db.voting.draw", drawn_while_a_vote_comes)
+        offers = []
+        while (offer := store.next_assignment(rater, clock=lambda: later)) is not None and len(offers) < 9:
+            offers.append(offer.assignment_id)
+            store.submit_vote(rater, offer.assignment_id, "tie", idempotency_key=offer.assignment_id, clock=lambda: later)
+        assert len(offers) == 3  # of four pairs
+        assert first not in offers
+        with store.read() as session:
+            assert session.scalar(select(Assignment.status).where(Assignment.id == first)) == "voted"
+            assert session.scalar(select(func.sum(Pair.n_open))) == 3  # nothing was taken for it a second time
 
     def test_votes_after_it_ran_out_take_a_free_slot_or_are_kept_as_late(self, store: Store, add_raters: Callable) -> None:
         slow, slower, *others = add_raters(2 + 12)
