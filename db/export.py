@@ -75,7 +75,7 @@ def export_snapshot(store: Store, campaign: str, out_dir: str | Path, name: str,
                 "rules": asdict(rules),
                 "n_votes": told.n_votes,
                 "n_excluded": dict(sorted(told.excluded.items())),
-                "n_raters": len(told.by_rater),
+                "n_raters": sum(n > 0 for n in told.by_rater.values()),
                 "schema": SCHEMA_VERSION,
             }
 
@@ -211,6 +211,7 @@ def _votes(session: Session, campaign: Campaign, rules: Rules, out: Mapping[int,
             told.clip_ids |= {row.clip_x_id, row.clip_y_id}
             if reason:
                 told.excluded[reason] += 1
+                told.by_rater[row.rater_id] += 0  # the row is in the file all the same, with what its rater wrote
             else:
                 told.n_votes += 1
                 told.by_rater[row.rater_id] += 1

@@ -320,7 +320,7 @@ def trained_on(store: Store, handle: str) -> list[TrainedOn]:
     """The frozen snapshots that hold a rater's votes, oldest first. Raises NotFoundError."""
     rater_id = rater_id_of(store, handle)
     with store.read() as session:
-        return _trained_on(session, rater_id)
+        return [held for held in _trained_on(session, rater_id) if held.n_votes]
 
 
 def rater_id_of(store: Store, handle: str) -> int:

@@ -177,7 +177,10 @@ def standing(store: Store, rater_id: int, version: str, everyone: bool) -> Stand
             screen=screen,
             practised=practised_at is not None,
             votes=session.scalar(select(func.count()).select_from(Vote).where(Vote.rater_id == rater_id)) or 0,
-            snapshots=session.scalar(select(func.count()).select_from(SnapshotRater).where(SnapshotRater.rater_id == rater_id)) or 0,
+            snapshots=session.scalar(
+                select(func.count()).select_from(SnapshotRater).where(SnapshotRater.rater_id == rater_id, SnapshotRater.n_votes > 0)
+            )
+            or 0,
         )
 
 

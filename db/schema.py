@@ -374,7 +374,7 @@ class Snapshot(Base):
 
 
 class SnapshotRater(Base):
-    """A rater whose votes stand in a snapshot."""
+    """A rater whose votes stand in a snapshot; n_votes: of those that count, 0 where all are excluded."""
 
     __tablename__ = "snapshot_rater"
     snapshot_id: Mapped[int] = mapped_column(ForeignKey("snapshot.id"), primary_key=True)

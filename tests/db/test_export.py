@@ -224,7 +224,9 @@ def test_it_is_known_whose_votes_went_out(store: Store, campaign: str, add_rater
         (row,) = session.scalars(select(Snapshot)).all()
         raters = session.execute(select(SnapshotRater.rater_id, SnapshotRater.n_votes)).all()
     assert (row.name, row.sha256, row.n_votes) == ("one", snapshot["sha256"], 3)
-    assert raters == [(good, 3)]
+    assert raters == [(good, 3), (bad, 0)]  # the blocked one's rows are in the file, too
+    assert snapshot["n_raters"] == 1
+    assert [held.n_votes for held in owners.erase_rater(store, None, bad)] == [0]
 
 
 def test_a_trainer_gets_one_row_a_pair_with_ties_as_soft_labels(store: Store, campaign: str, add_raters: Callable, tmp_path: Path) -> None:
