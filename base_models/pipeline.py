@@ -51,6 +51,8 @@ def check_prompt(prompt: str) -> str:
             f"at most {MAX_PROMPT_CHARACTERS:,}",
             "say it in fewer words; one sentence is plenty",
         )
+    if any("\ud800" <= character <= "\udfff" for character in text):  # half an emoji, or a byte that is no UTF-8
+        raise UserError(f"a prompt that is no text: {text[:20]!a}", "characters of Unicode", "take out what is broken, or save it as UTF-8")
     if not any(character.isalpha() for character in text):
         shown = text if len(text) <= 20 else text[:20] + "..."
         raise UserError(f"a prompt without a letter: {shown!r}", "words", 'write something like "sad piano, slow"')

@@ -79,6 +79,7 @@ def test_a_policy_that_is_already_loaded_goes_through_the_same_door(folder: Path
         ("a" * 5_000, "5,000 characters"),
         ("\N{MUSICAL NOTE}\N{FIRE}", "without a letter"),
         ("123 ...", "without a letter"),
+        ("sad piano \ud83c", "that is no text: 'sad piano "),  # half an emoji
     ],
 )
 def test_a_prompt_that_says_nothing_or_too_much_is_refused(pipeline: MusicPipeline, prompt: str, got: str) -> None:
