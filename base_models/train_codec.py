@@ -168,6 +168,8 @@ def main(cfg: Config) -> Path:
     with accelerator.main_process_first():
         waves = load_data(cfg, codec.sample_rate)
     length = round(cfg.crop_s * codec.sample_rate)
+    parents = {"corpus_sha256": file_sha256(cfg.corpus / "metadata.jsonl") if cfg.corpus is not None else "synthetic"}
+    checkpoint = latest_training_state(cfg.out, parents)  # before anything of another run is written over
     if accelerator.is_main_process:
         cfg.out.mkdir(parents=True, exist_ok=True)
         write_json(cfg.out / "config.json", settings.to_mapping(cfg))
@@ -176,8 +178,6 @@ def main(cfg: Config) -> Path:
 
     # 2. Go on where a stopped run was, or start.
     step, elapsed_s = 0, 0.0
-    parents = {"corpus_sha256": file_sha256(cfg.corpus / "metadata.jsonl") if cfg.corpus is not None else "synthetic"}
-    checkpoint = latest_training_state(cfg.out, parents)
     if checkpoint is not None:
         step, tensors, states, extra = load_training_state(checkpoint)
         try:

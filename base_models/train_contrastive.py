@@ -39,9 +39,8 @@ from base_models.checkpoint import (
     save_training_state,
     write_json,
 )
-from base_models.codec import load_codec
 from base_models.contrastive import AudioTextModel, ContrastiveConfig, contrastive_loss, recall_at
-from base_models.corpus.tokens import TokenisedCorpus, load_tokens, synthetic_tokens
+from base_models.corpus.tokens import TokenisedCorpus, codec_of, load_tokens, synthetic_tokens
 from base_models.errors import UserError
 from base_models.launch import agreed, open_accelerator
 from base_models.text_encoder import load_text_encoder
@@ -172,10 +171,7 @@ def main(cfg: Config) -> dict[str, float]:
     if cfg.tokens is not None:
         if cfg.codec is None:
             raise UserError("--tokens without --codec", "the codec that made the tokens", "add --codec DIR")
-        codec = load_codec(cfg.codec)
-        if codec.sha256() != corpus.codec_sha256:
-            raise UserError(f"codec {codec.sha256()[:12]}", f"codec {corpus.codec_sha256[:12]}, which made the tokens", "name that one")
-        codebooks = codec.codebooks
+        codebooks = codec_of(corpus, cfg.codec).codebooks
     encoder = load_text_encoder(cfg.text_encoder).to(accelerator.device)
     train, heldout = load_split(corpus, "train", encoder), load_split(corpus, cfg.heldout_split, encoder)
     shape = ContrastiveConfig(
@@ -192,14 +188,14 @@ def main(cfg: Config) -> dict[str, float]:
     tower.set_codebooks(codebooks)
     tower.to(accelerator.device)
     optimizer = torch.optim.AdamW(tower.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    parents = {"tokens_sha256": corpus.sha256, "codec_sha256": corpus.codec_sha256}
+    checkpoint = latest_training_state(cfg.out, parents)  # before anything of another run is written over
     if accelerator.is_main_process:
         cfg.out.mkdir(parents=True, exist_ok=True)
         write_json(cfg.out / "config.json", {**settings.to_mapping(cfg), "tokens_sha256": corpus.sha256})
 
     # 2. Go on where a stopped run was.
     step, elapsed_s = 0, 0.0
-    parents = {"tokens_sha256": corpus.sha256, "codec_sha256": corpus.codec_sha256}
-    checkpoint = latest_training_state(cfg.out, parents)
     if checkpoint is not None:
         step, tensors, states, extra = load_training_state(checkpoint)
         try:

@@ -44,7 +44,7 @@ from base_models.checkpoint import (
 )
 from base_models.codec import Codec, load_codec
 from base_models.conditions import Conditions, encode_prompts, parse_tempo
-from base_models.corpus.tokens import TokenisedCorpus, load_tokens, synthetic_tokens
+from base_models.corpus.tokens import TokenisedCorpus, codec_of, load_tokens, synthetic_tokens
 from base_models.errors import UserError
 from base_models.launch import agreed, check_sharding, open_accelerator
 from base_models.lm import MusicLM, MusicLMConfig
@@ -361,10 +361,7 @@ def codec_to_hear_by(cfg: Config, corpus: TokenisedCorpus) -> Codec | None:
         return None
     if cfg.codec is None:
         raise UserError("--sample-every without --codec", "the codec that decodes the samples", "add --codec DIR")
-    codec = load_codec(cfg.codec)
-    if cfg.tokens is not None and codec.sha256() != corpus.codec_sha256:
-        raise UserError(f"codec {codec.sha256()[:12]}", f"codec {corpus.codec_sha256[:12]}, which made the tokens", "name that one")
-    return codec
+    return load_codec(cfg.codec) if cfg.tokens is None else codec_of(corpus, cfg.codec)
 
 
 def _samples(cfg: Config, lm: MusicLM, codec: Codec, encoder: TextEncoder, step: int) -> None:

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from rlhf.train_dpo import Config
 
 
+def steps_of_round(cfg: Config, n_rows: int) -> int:
+    """Optimiser steps of a round of `n_rows` rows."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return cfg.round_epochs * math.ceil(math.ceil(n_rows / (cfg.batch_size * world)) / cfg.accumulation)
+
+
 def training_arguments(cfg: Config, n_rows: int) -> DPOConfig:
     """TRL's settings. Never truncate (its default cuts at 1,024 ids silently), never phone, never pickle.
 
     Rounds are saved whole: within one, the policy that played its clips is gone."""
     in_rounds = cfg.reward is not None or (cfg.toy and cfg.toy_reward)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    a_round = cfg.round_epochs * math.ceil(math.ceil(n_rows / (cfg.batch_size * world)) / cfg.accumulation)
     cpu = not torch.cuda.is_available()
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_is_faster())
     pair_loss = "ipo" if cfg.loss == "ipo" else "sigmoid"
@@ -51,7 +56,7 @@ def training_arguments(cfg: Config, n_rows: int) -> DPOConfig:
         logging_steps=1,
         logging_first_step=True,
         save_strategy="steps",
-        save_steps=a_round if in_rounds else cfg.save_every,
+        save_steps=steps_of_round(cfg, n_rows) if in_rounds else cfg.save_every,
         report_to=[],
         dataloader_pin_memory=not cpu,
         seed=cfg.seed,

@@ -334,11 +334,12 @@ class FlatDPOTrainer(FlatCheckpoints, DPOTrainer):
         right = ((reward_chosen > reward_rejected) & decided).to(loss)
         drift, margin = -(reward_chosen + reward_rejected) / (2 * self.beta), reward_chosen - reward_rejected
         of_each = torch.stack([loss, hard, right, decided.to(loss), drift, torch.ones_like(drift), margin], 1).detach().double()
-        total = self.accelerator.reduce(of_each.sum(0), "sum")
         assert self.model is not None
         if not self.model.training:  # the last batch may be filled up with pairs that have been met, which are left out here
             told = self.accelerator.gather_for_metrics(of_each).sum(0)
             self.evaluated = told if self.evaluated is None else self.evaluated + told
+            return  # `log` tells of all batches
+        total = self.accelerator.reduce(of_each.sum(0), "sum")
         figures = self._figures()
         figures["dpo/loss"].append((total[0] / total[5]).item())
         figures["dpo/loss_hard_labels"].append((total[1] / total[5]).item())

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from adapters.library import read_adapter
+from adapters.library import Manifest, read_adapter
 from base_models.checkpoint import read_jsonl
 from base_models.errors import UserError
 from base_models.policy import PRETRAINED, load_policy
@@ -27,23 +27,23 @@ def trace(folder: str | Path, runs: str | Path = "runs") -> list[str]:
     """The lines for an adapter's folder, of a mix with those of its parts. Raises UserError where one of them is damaged."""
     runs = Path(runs)
     manifest = read_adapter(folder).manifest
-    return [*_adapter_lines(to_mapping(manifest), runs, ""), _base_line(manifest.base_sha256)]
+    return [*_adapter_lines(manifest, runs, ""), _base_line(manifest.base_sha256)]
 
 
-def _adapter_lines(manifest: dict[str, Any], runs: Path, indent: str) -> list[str]:
-    told = f"{manifest['method']}, {manifest['created_at']}, {manifest['licence']}"
-    lines = [f"{indent}adapter  {manifest['name']}  {manifest['adapter_sha256']}  ({told})"]
-    snapshots = [manifest["snapshot_sha256"]]
-    if manifest["reward_sha256"]:
-        reward = _find(runs, "manifest.json", "reward_sha256", manifest["reward_sha256"])
-        lines.append(f"{indent}  reward   {manifest['reward_sha256']}  {reward or 'not found below ' + str(runs)}")
+def _adapter_lines(manifest: Manifest, runs: Path, indent: str) -> list[str]:
+    told = f"{manifest.method}, {manifest.created_at}, {manifest.licence}"
+    lines = [f"{indent}adapter  {manifest.name}  {manifest.adapter_sha256}  ({told})"]
+    snapshots = [manifest.snapshot_sha256]
+    if manifest.reward_sha256:
+        reward = _find(runs, "manifest.json", "reward_sha256", manifest.reward_sha256)
+        lines.append(f"{indent}  reward   {manifest.reward_sha256}  {reward or 'not found below ' + str(runs)}")
         snapshots.append(_json(reward / "manifest.json").get("snapshot_sha256") if reward else None)  # its own, if it is another
     for snapshot in dict.fromkeys(filter(None, snapshots)):
         lines += [indent + line for line in _snapshot_lines(runs, snapshot)]
-    for sha256 in parts_of(manifest):
+    for sha256 in parts_of(to_mapping(manifest)):
         part = _find(runs, "manifest.json", "adapter_sha256", sha256, adapter=True)
         missing = [f"{indent}  adapter  {sha256}  not found below {runs}"]
-        lines += _adapter_lines(to_mapping(read_adapter(part).manifest), runs, indent + "  ") if part else missing
+        lines += _adapter_lines(read_adapter(part).manifest, runs, indent + "  ") if part else missing
     return lines
 
 
@@ -63,9 +63,11 @@ def descendants(snapshots: Iterable[str], runs: str | Path = "runs") -> list[str
         lines.append(f"snapshot {snapshot}  {found or 'not found below ' + str(runs)}")
         by = [(folder, content) for folder, content in rewards if content.get("snapshot_sha256") == snapshot]
         of_it = {content.get("reward_sha256") for _, content in by} - {None}
-        grown = [(f, c) for f, c in adapters if c.get("snapshot_sha256") == snapshot or c.get("reward_sha256") in of_it]
-        while more := [(f, c) for f, c in adapters if (f, c) not in grown and {x.get("adapter_sha256") for _, x in grown} & {*parts_of(c)}]:
-            grown += more  # a mix may be a part of another
+        grown, more = [], [(f, c) for f, c in adapters if c.get("snapshot_sha256") == snapshot or c.get("reward_sha256") in of_it]
+        while more:  # a mix may be a part of another
+            grown += more
+            known = {content.get("adapter_sha256") for _, content in grown}
+            more = [(f, c) for f, c in adapters if (f, c) not in grown and known & {*parts_of(c)}]
         lines += [f"  reward   {content.get('reward_sha256')}  {folder}" for folder, content in by]
         lines += [f"  adapter  {content.get('adapter_sha256')}  {folder}" for folder, content in grown]
         if not by and not grown:

@@ -265,12 +265,11 @@ class OwnPairs:
             with adapter_disabled(self.lm):
                 looks.append(self._marks(reward, self._play(*self._looked_at(number), {}, judged=False)))
         reward.measure(torch.cat(looks), words * len(looks), [*base.rows] * len(looks))
-        idle = [name for name in self.plan.held if name not in reward.scales]
-        told = [f"not held: {', '.join(idle)}, of which no clip of the held-out prompts tells anything"] if idle else []
-        if silent := ", ".join(reward.without_scale):
-            told.append(f"not trained on: {silent}, which no held-out prompt asks for; hold out more, or others")
-        for line in told if self.args.should_save else ():
-            print(line, flush=True)
+        silent = ", ".join(reward.without_scale)
+        not_trained = f"not trained on: {silent}, which no held-out prompt asks for; hold out more, or others" if silent else None
+        for line in (reward.not_held(self.plan.held), not_trained):
+            if line and self.args.should_save:
+                print(line, flush=True)
         return reward.judge(looks[0], words, stated=True).total.float().cpu()
 
     def _marks(self, reward: Reward, played: Judged) -> Tensor:

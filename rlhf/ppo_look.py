@@ -56,8 +56,8 @@ def look(run: Run) -> dict[str, float]:
         looks = 1 if run.reward.measured else cfg.base_looks
         every = [marks, *(_marks_of_base(run, rows, mine, number) for number in range(1, looks))]
         run.reward.measure(torch.cat(every), words * looks, rows * looks)
-        if idle := [name for name in run.held if name not in run.reward.scales]:
-            run.accelerator.print(f"not held: {', '.join(idle)}, of which no clip of the held-out prompts tells anything", flush=True)
+        if line := run.reward.not_held(run.held):
+            run.accelerator.print(line, flush=True)
     run.reward.hold(run.held, marks, words, cfg.hold_rate, cfg.hold_slack)
     now = Look(
         scores=run.reward.judge(marks, words, stated=True).total.cpu(),

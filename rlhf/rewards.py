@@ -231,6 +231,11 @@ class Reward:
         """Trained parts of which no clip of the base told anything: they are not trained on, beside others."""
         return tuple(name for name in self.trained if name not in self.scales) if len(self.trained) > 1 else ()
 
+    def not_held(self, names: Sequence[str]) -> str | None:
+        """What to say of held parts without a scale, whose weights never move; None where all have one."""
+        idle = ", ".join(name for name in names if name not in self.scales)
+        return f"not held: {idle}, of which no clip of the held-out prompts tells anything" if idle else None
+
     def figures(self, marks: Tensor) -> dict[str, float]:
         """For plots, of marks [B, P]: mean raw mark of each part that was judged, its mean z, and the share of clips that an `asked`
         part passed over."""

@@ -157,7 +157,10 @@ def sample(
         if read_json(out / "sample.json") != plan:
             raise UserError(f"{out}, which holds other samples", "an empty folder, or the same call", "choose another --out")
         if manifest.is_file():
-            _label(manifest, prompts, settings.n)
+            there = read_jsonl(manifest)
+            if (told := _labelled(there, prompts, settings.n)) != there:
+                logger.warning("%s: %s follow the prompts file, in which some have changed", manifest, ", ".join(LABELS))
+                write_prompts(manifest, told)
             return manifest
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -195,23 +198,18 @@ def sample(
                 done[row["file"]] = row
                 bar.update()
     ordered = [done[f"{i:06d}_{k}.wav"] for i in range(len(prompts)) for k in range(settings.n)]
-    write_prompts(manifest, ordered)
-    _label(manifest, prompts, settings.n)
+    write_prompts(manifest, _labelled(ordered, prompts, settings.n))
     partial.unlink()
     return manifest
 
 
-def _label(manifest: Path, prompts: Sequence[Prompt], n: int) -> None:
-    """Split, genre and mood of the rows follow the prompts file, where it has some: no sound depends on them, and a call with others
-    samples nothing anew."""
+def _labelled(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt], n: int) -> list[dict[str, Any]]:
+    """The rows, `n` a prompt, with split, genre and mood as the prompts file has them, where it has some: no sound depends on them, and a
+    call with others samples nothing anew."""
     if not any(prompt.genre or prompt.mood or prompt.split != "train" for prompt in prompts):
-        return
-    rows = read_jsonl(manifest)
+        return list(rows)
     labels = [{name: value for name in LABELS if (value := getattr(prompt, name)) is not None} for prompt in prompts]
-    told = [row | labels[place // n] for place, row in enumerate(rows)]
-    if told != rows:
-        logger.warning("%s: %s follow the prompts file, in which some have changed", manifest, ", ".join(LABELS))
-        write_prompts(manifest, told)
+    return [row | labels[place // n] for place, row in enumerate(rows)]
 
 
 def _won(won: Best, best: BestOf) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ from base_models.policy import PRETRAINED
 from base_models.settings import run, to_mapping
 from rlhf.average import check_decay
 from rlhf.controllers import check_power
-from rlhf.dpo_arguments import training_arguments
+from rlhf.dpo_arguments import steps_of_round, training_arguments
 from rlhf.dpo_pairs import learnt_and_held_out, parents_of
 from rlhf.dpo_report import NothingLeftError, Recorder
 from rlhf.dpo_task import load_task, toy_task
@@ -295,7 +295,7 @@ def main(cfg: Config) -> dict[str, Any]:
     newest = latest_training_state(cfg.out, parents) if cfg.resume else None
     first_step = 0 if newest is None else read_json(newest / "state.json")["step"]
     recorder = Recorder(cfg, "dpo", first_step, args.should_save, task.sound)
-    recorder.whole = int(args.save_steps) if task.own else 1
+    recorder.whole = steps_of_round(cfg, plan.n_rows) if task.own else 1
     doubted = doubt(cfg.reward)
     for line in (*(task.voted.notes if task.voted else ()), *([doubted] if doubted else [])):
         if args.should_save:

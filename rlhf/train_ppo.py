@@ -294,8 +294,8 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
         told.first_look(look(run), run.examples)
     unseen = [] if cfg.brake == "off" else run.brake.unseen
     if unseen:
-        remedy = "--heldout-clips 2" if task.heldout and cfg.heldout_clips < 2 else "" if task.heldout else "--heldout-prompts"
-        accelerator.print(f"the brake does not watch {', '.join(unseen)}: {'give ' + remedy if remedy else 'nobody can tell'}")
+        remedy = "nobody can tell" if cfg.heldout_clips > 1 else "give --heldout-clips 2"
+        accelerator.print(f"the brake does not watch {', '.join(unseen)}: {remedy if task.heldout else 'give --heldout-prompts'}")
 
     while run.step < cfg.steps and run.braked is None:
         seconds: dict[str, float] = {}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from base_models.atomic import atomic_folder
 from base_models.checkpoint import read_json, write_json
-from base_models.codec import Codec
+from base_models.codec import Codec, load_codec
 from base_models.corpus.waves import load_waves, read_rows
 from base_models.errors import UserError
 
@@ -123,6 +123,15 @@ def load_tokens(path: str | Path) -> TokenisedCorpus:
         raise UserError(f"{folder} that differs from its hash", "codes as tokenise wrote them", "delete it and tokenise again")
     rows = [json.loads(line) for line in lines.split("\n") if line]
     return TokenisedCorpus(codes, rows, info["sha256"], info["codec_sha256"], info["n_q"], info["card"], info["frame_rate"])
+
+
+def codec_of(corpus: TokenisedCorpus, folder: str | Path) -> Codec:
+    """The codec in a folder, which made these tokens. Raises: UserError for another one."""
+    codec = load_codec(folder)
+    found = codec.sha256()
+    if found != corpus.codec_sha256:
+        raise UserError(f"codec {found[:12]}", f"codec {corpus.codec_sha256[:12]}, which made the tokens", "name that one")
+    return codec
 
 
 def synthetic_tokens(n: int = 48, n_q: int = 4, card: int = 32, n_frames: int = 25, seed: int = 0) -> TokenisedCorpus:

@@ -78,6 +78,7 @@ def test_a_run_does_not_go_on_with_other_tokens(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train_contrastive, "synthetic_tokens", lambda: other)
     with pytest.raises(UserError, match=r"of tokens_sha256 .*, now other"):
         main(dataclasses.replace(SMOKE, out=tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tokens_sha256"] == synthetic_tokens().sha256  # as it was
 
 
 def test_training_teaches_which_text_belongs_to_which_clip(run):
