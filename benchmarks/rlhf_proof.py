@@ -47,7 +47,7 @@ TASTES = ("warm", "drive", "space")
 SEEDS = (40, 41, 42)
 """Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for drift and the unit of weights, on
 12, 13, 15 and 16; 9, 11, 14 and 17 to 27 were looked at before the last of them, 28 to 39 have been since, and settings of now were
-compared on 34. 40 and 41 have been run by PPO and DPO with these; a table of other settings takes others than 40 and 41."""
+compared on 34. These have been run by PPO and DPO with the settings of now; a table of other settings takes others."""
 EXPERIMENTS = ("main", "familiar", "curve", "over_optimisation", "controls")
 
 # ---- what each training script is given: tuned with --tuning, on prompts that the figures do not use ----------------------
