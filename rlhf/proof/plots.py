@@ -81,7 +81,7 @@ def plot_main(rows: Sequence[Row], path: Path) -> Path:
         colour = COLOURS[row["method"]]
         axes.plot([row["lowest"], row["highest"]], [y - 0.22] * 2, color=colour, linewidth=1, alpha=0.6)
         axes.errorbar(row["win_rate"], y, xerr=_error(row), fmt="o", color=colour, capsize=4, linewidth=2)
-        axes.annotate(f"{row['win_rate']:.2f}", (row["win_rate"], y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(f"{row['win_rate']:.3f}", (row["win_rate"], y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
     axes.axvline(0.5, color="#334155", linestyle="--", linewidth=1)
     axes.axvline(TARGET, color="#15803d", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['taste']}: {NAMES[row['method']]}" for row in reversed(rows)])
