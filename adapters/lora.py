@@ -22,6 +22,7 @@ from peft.functional import set_adapter
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from adapters.folded import FoldedLinear
 from base_models.errors import UserError
 from base_models.lm import LORA_TARGETS
 
@@ -31,7 +32,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def lora_config(r: int, alpha: float, targets: str = LORA_TARGETS) -> LoraConfig:
     """PEFT's configuration of a plain LoRA without dropout (dropout would make the policy differ from itself)."""
     scale: Any = alpha  # PEFT's annotation says int; it divides
-    return LoraConfig(r=r, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, bias="none")
+    config = LoraConfig(r=r, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, bias="none")
+    config._register_custom_module({nn.Linear: FoldedLinear})  # its public way to another layer class, whatever the name
+    return config
 
 
 def attach_lora(

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -18,7 +19,7 @@ from trl.trainer import utils as trl_utils
 if not hasattr(trl_utils, "FusedCausalLMOutput"):  # TRL 1.12 has no fused head yet; flat_policy names the class, PPO never asks for it
     trl_utils.FusedCausalLMOutput = CausalLMOutput
 
-from adapters.lora import LORA_TARGETS, lora_config
+from adapters.lora import LORA_TARGETS
 from base_models.lm import MusicLM
 from base_models.policy import Policy
 from benchmarks.ppo_turn import Turn, held, without_tempo
@@ -201,7 +202,7 @@ def trl_steps(args: argparse.Namespace, policy: Policy, prompts: list[str], mode
             reward_model=OddShare(),
             value_model=value,
             train_dataset=data,
-            peft_config=lora_config(Config.r, Config.alpha, targets),
+            peft_config=LoraConfig(r=Config.r, lora_alpha=int(Config.alpha), lora_dropout=0.0, target_modules=targets, bias="none"),
             callbacks=[Hands()],
         )
         trainer.train()
