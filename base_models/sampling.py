@@ -25,12 +25,14 @@ from base_models.patterns import delay_mask, n_steps, undelay
 @dataclass(frozen=True)
 class Generation:
     """codes [B, K, T]; code_logps [B, K, T] and logps [B, S] in nats, under exactly the distribution that was sampled;
-    hidden [B, S, d], the trunk states, indexed like MusicLM.hidden (of the conditional half under guidance)."""
+    hidden [B, S, d], the trunk states, indexed like MusicLM.hidden (of the conditional half under guidance); choice_logps [B, K, T, V] of
+    every code that could have stood there (V = 0 unless they were asked for)."""
 
     codes: Tensor
     code_logps: Tensor
     logps: Tensor
     hidden: Tensor
+    choice_logps: Tensor
 
 
 @torch.no_grad()
@@ -44,11 +46,13 @@ def generate(
     top_k: int = 0,
     cfg_coef: float = 1.0,
     greedy: bool = False,
+    with_choices: bool = False,
 ) -> Generation:
     """Sample codes [B, K, T] for B conditions.
 
     Args: n_frames: T. seeds: one int a row. temperature > 0. top_k: keep the k likeliest codes of each book (0 keeps all).
     cfg_coef: guidance, 1 is none and costs one pass a step, else two. greedy: take the likeliest code (temperature unused).
+    with_choices: keep the log-probs of all V choices, 4 B K T V bytes.
     Raises UserError where a policy or its settings leave no probabilities to draw by.
     """
     if len(seeds) != len(cond):
@@ -65,6 +69,7 @@ def generate(
     steps = torch.full((B, K, S), 0, dtype=torch.long, device=device)
     logps = torch.zeros((B, K, S), device=device)
     hidden = torch.empty((B, S, lm.config.d_model), device=device)
+    choices = torch.empty((B, K, n_frames, lm.card if with_choices else 0), device=device)
     for s in range(S):
         state = stepper.step(torch.cat([tokens, tokens]) if guided else tokens)
         hidden[:, s] = state[:B]
@@ -76,11 +81,14 @@ def generate(
         steps[:, :, s] = picked
         logps[:, :, s] = log_probs.gather(-1, picked[..., None])[..., 0]
         tokens = torch.where(valid[:, s], picked, lm.special)
+        if with_choices:
+            for k in range(max(0, s - n_frames + 1), min(K, s + 1)):
+                choices[:, k, s - k] = log_probs[:, k]
     code_logps = undelay(logps)
     if not bool(torch.isfinite(code_logps).all()):
         got = f"probabilities that are no numbers at temperature {temperature:g} and guidance {cfg_coef:g}"
         raise UserError(got, "finite weights and settings near 1", "ask for others, or look at the weights of policy and adapters")
-    return Generation(undelay(steps), code_logps, sum_by_step(code_logps), hidden)
+    return Generation(undelay(steps), code_logps, sum_by_step(code_logps), hidden, choices)
 
 
 def filtered_log_probs(logits: Tensor, temperature: float, top_k: int) -> Tensor:

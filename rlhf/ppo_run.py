@@ -107,6 +107,7 @@ class Run:
             temperature=cfg.temperature,
             cfg_coef=cfg.cfg_coef,
             bf16=self.bf16,
+            with_choices=self.credit == "codes",
         )
 
     def drift(self) -> float:
@@ -137,7 +138,7 @@ class Run:
         if slopes:
             mine = dataclasses.replace(mine, slope=torch.stack(slopes, 1).to(mine.logps))
         marks = self.reward.marks(mine.codes, prompts, known=known)
-        rollout = dataclasses.replace(mine, marks=marks).map(self.accelerator.gather)
+        rollout = dataclasses.replace(mine, marks=marks).gathered(self.accelerator.gather)
         everyone = self._words(rollout.prompt_ids)
         if self.step == 0:
             self.reward.measure(rollout.marks, everyone, rollout.prompt_ids.tolist())
@@ -230,17 +231,32 @@ class Run:
         return self.cfg.frame_weight / self.cfg.n_frames
 
     def _minibatches(self, n: int) -> list[Tensor]:
-        """Rows of each update, the same on every process; drawn from (seed, step), so that nothing has to be remembered."""
+        """Rows of each update, the same on every process; drawn from (seed, step), so that nothing has to be remembered.
+
+        Of each `minibatches` rows that follow one another a minibatch has one (n is a multiple): so all processes, whose clips do follow
+        one another, have as many of theirs in it, whatever their number; and a prompt's clips are spread over the minibatches.
+        """
         generator = torch.Generator().manual_seed(sample_seed(self.cfg.seed ^ 0xBA7C4, self.step))
-        passes = [torch.randperm(n, generator=generator) for _ in range(self.cfg.epochs)]
-        return [rows for order in passes for rows in order.chunk(self.cfg.minibatches)]
+        strata = torch.arange(n).view(-1, self.cfg.minibatches)
+        passes = [strata.gather(1, torch.rand(strata.shape, generator=generator).argsort(1)) for _ in range(self.cfg.epochs)]
+        return [rows for dealt in passes for rows in dealt.unbind(1)]
+
+    def own(self, n: int) -> range:
+        """Which of a global rollout's n rows this process played."""
+        share = n // self.accelerator.num_processes
+        return range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
+
+    def _mine(self, rows: Tensor, n: int) -> Tensor:
+        """Of an update's rows those that this process played, and learns from."""
+        own = self.own(n)
+        return rows[(rows >= own.start) & (rows < own.stop)]
 
     def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, heed: float) -> dict[str, float]:
         """One optimiser step on global rows: this process takes its share in microbatches; gradients and figures are summed."""
         cfg, device = self.cfg, self.accelerator.device
         rows = rows.to(device)
         count = rollout.mask[rows].sum().clamp(min=1)
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = self._mine(rows, len(rollout.codes))
         self.optimizer.zero_grad(set_to_none=False)
         totals: dict[str, Tensor] = {}
         for part in mine.split(cfg.microbatch):
@@ -266,45 +282,33 @@ class Run:
 
     def _learn_by_codes(self, rollout: Rollout, updates: list[Tensor]) -> dict[str, float]:
         """The same passes with credit for every choice of every code (rlhf.dense); the critic has nothing to add and rests."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        shares = [rows.to(rollout.codes.device)[rank::world] for rows in updates]
-        n = len(rollout.codes)
-        met = [torch.unique(torch.cat([*(rows[r::world] for rows in updates), torch.arange(r, n, world)])) for r in range(world)]
-        passes = max(-(-len(rows) // self.cfg.microbatch) for rows in met)
-        table = self.advantages_by_codes(rollout, torch.cat(shares), passes)
-        told = [self._update_by_codes(rollout, table, rows, mine) for rows, mine in zip(updates, shares)]
+        table = self.advantages_by_codes(rollout)
+        told = [self._update_by_codes(rollout, table, rows.to(rollout.codes.device)) for rows in updates]
         sums = {name: sum(stats[name] for stats in told) / len(told) for name in told[0]}
         sums |= {"lr": float(self.scheduler.get_last_lr()[0]), "ratio_first": told[0]["ratio"], "advantage_spread": table.scale}
         self.scheduler.step()
         return sums
 
-    def advantages_by_codes(self, rollout: Rollout, rows: Tensor, passes: int = 0) -> DenseTable:
-        """What each choice at these rows of a judged, global rollout is worth, on one scale for all processes. passes: of `dense_table`."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+    def advantages_by_codes(self, rollout: Rollout) -> DenseTable:
+        """What each choice in this process's clips of a judged, global rollout is worth, on one scale for all; to be asked once."""
         assert self.task.codebooks is not None
         return dense_table(
-            self.lm,
-            self._logits,
             rollout,
-            lambda rows: self.table.index(rollout.prompt_ids[rows]),
-            rows,
-            torch.arange(rank, len(rollout.codes), world, device=rows.device),
+            self.own(len(rollout.codes)).start,
             self.task.codebooks.to(rollout.slope),
             self.normalizer.std,
             self.price,
-            self.cfg.microbatch,
-            passes,
             lambda x: self.accelerator.reduce(x, "sum"),
         )
 
-    def _update_by_codes(self, rollout: Rollout, table: DenseTable, rows: Tensor, mine: Tensor) -> dict[str, float]:
-        """One optimiser step on global rows, of which this process takes `mine`."""
+    def _update_by_codes(self, rollout: Rollout, table: DenseTable, rows: Tensor) -> dict[str, float]:
+        """One optimiser step on global rows, of which this process takes those that it played."""
         device = rollout.codes.device
-        mask = rollout.mask[rows.to(device)]
+        mask = rollout.mask[rows]
         n_steps, n_codes = mask.sum().clamp(min=1), codes_of_steps(mask, rollout.codes.shape[1]).sum().clamp(min=1)
         self.optimizer.zero_grad(set_to_none=False)
         totals: dict[str, Tensor] = {}
-        for part in mine.split(self.cfg.microbatch):
+        for part in self._mine(rows, len(rollout.codes)).split(self.cfg.microbatch):
             codes = rollout.codes[part]
             logits = self._logits(codes, self.table.index(rollout.prompt_ids[part]))
             loss, stats, logps = table.loss(logits, codes, part, self.cfg.cliprange, n_codes)

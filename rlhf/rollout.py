@@ -39,7 +39,9 @@ class Rollout:
     log-ratio; marks [B, P] of the reward's parts (P = 0 until it was asked); slope [B, D, T] of the score along the codec's latents
     (of the total and perhaps of the frames, [B, 1 or 2, D, T], until it was judged; D = 0 where credit is not given code by code);
     frames [B, S], what a step's frames are worth beside the rest of the clip, in nats, 0 where nobody asked; score [B] as
-    judged, NaN until `judge`.
+    judged, NaN until `judge`. choice_logps, choice_ref_logps [b, K, T, V]: log-probs of every code that could have stood there, of the
+    policy that played and of the reference (V = 0 unless credit is given code by code): as large as all else together, so they
+    stay with the process that played the clips, and b are its own.
     """
 
     codes: Tensor
@@ -54,10 +56,18 @@ class Rollout:
     frames: Tensor
     score: Tensor
     rewards: Tensor
+    choice_logps: Tensor
+    choice_ref_logps: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Rollout:
         """The same with every tensor passed through a function (index rows, gather over ranks, move to a device)."""
         return Rollout(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def gathered(self, gather: Callable[[Tensor], Tensor]) -> Rollout:
+        """All processes' clips, by a function that gathers a tensor over them; the choices are this process's own as before."""
+        own = {"choice_logps": self.choice_logps, "choice_ref_logps": self.choice_ref_logps}
+        nothing = {name: tensor[..., :0] for name, tensor in own.items()}
+        return dataclasses.replace(dataclasses.replace(self, **nothing).map(gather), **own)
 
 
 class Critic(nn.Module):
@@ -115,12 +125,11 @@ def prompt_of(indices: Sequence[int], n_prompts: int, samples_per_prompt: int, s
 
 @dataclass(frozen=True)
 class StepScores:
-    """logps [B, S] in nats; hidden [B, S, d]; entropy [B, S] in nats, zeros unless it was asked for; code_logps [B, K, T]."""
+    """logps [B, S] in nats; hidden [B, S, d]; entropy [B, S] in nats, zeros unless it was asked for."""
 
     logps: Tensor
     hidden: Tensor
     entropy: Tensor
-    code_logps: Tensor
 
 
 def code_logits(
@@ -157,7 +166,7 @@ def score_steps(
     picked = -F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view_as(codes)
     logps = sum_by_step(picked)
     spread = sum_by_step(entropy(logits)) if with_entropy else torch.zeros_like(logps)
-    return StepScores(logps, hidden, spread, picked)
+    return StepScores(logps, hidden, spread)
 
 
 # ---- play and judge --------------------------------------------------------------------------------------------------
@@ -175,6 +184,7 @@ def play(
     temperature: float = 1.0,
     cfg_coef: float = 1.0,
     bf16: bool = False,
+    with_choices: bool = False,
 ) -> Rollout:
     """Sample one clip for each of the B conditions and note what policy, reference and critic think of each step.
 
@@ -182,29 +192,35 @@ def play(
     them by rounding (measured on the shipped base, 16 clips of 100 frames: .023 nats rms a step, .09 at most, and .09 +- .04 nats of KL
     a clip where there is none), far below the clip range and the budget; one more pass would only make the figure tidier.
 
-    Args: cond: B conditions. prompt_ids, seeds: one a row. bf16: how the reference scores.
+    Args: cond: B conditions. prompt_ids, seeds: one a row. bf16: how the reference scores. with_choices: note what they think of every
+        choice, too.
     Returns: a Rollout that `judge` has still to complete (score NaN, rewards 0).
     """
     device = next(lm.parameters()).device
     cond = cond.to(device)
     with gathered(lm):
-        made = generate(lm, cond, n_frames, seeds=seeds, temperature=temperature, cfg_coef=cfg_coef)
+        made = generate(lm, cond, n_frames, seeds=seeds, temperature=temperature, cfg_coef=cfg_coef, with_choices=with_choices)
     with adapter_disabled(lm):
-        ref = score_steps(lm, made.codes, cond, temperature=temperature, cfg_coef=cfg_coef, bf16=bf16)
+        ref, _ = code_logits(lm, made.codes, cond, temperature=temperature, cfg_coef=cfg_coef, bf16=bf16)
+    for clip in ref:  # one by one, so that what is needed in between stays in the cache
+        clip.copy_(clip.log_softmax(-1))
+    ref_code_logps = ref.gather(-1, made.codes[..., None])[..., 0]
     mask = delay_mask(lm.n_q, n_frames, device).any(0).expand_as(made.logps)
     return Rollout(
         codes=made.codes,
         prompt_ids=torch.as_tensor(prompt_ids, device=device),
         mask=mask.clone(),
         logps=made.logps,
-        ref_logps=ref.logps,
+        ref_logps=sum_by_step(ref_code_logps),
         values=critic(made.hidden),
-        book_kl=kl_k1(made.code_logps, ref.code_logps).sum(-1),
+        book_kl=kl_k1(made.code_logps, ref_code_logps).sum(-1),
         marks=made.logps.new_zeros((len(cond), 0)),
         slope=made.logps.new_zeros((len(cond), 0, n_frames)),
         frames=torch.zeros_like(made.logps),
         score=torch.full((len(cond),), float("nan"), device=device),
         rewards=torch.zeros_like(made.logps),
+        choice_logps=made.choice_logps,
+        choice_ref_logps=ref if with_choices else made.choice_logps,
     )
 
 

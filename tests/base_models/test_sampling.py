@@ -15,6 +15,17 @@ def test_sampler_and_teacher_forcing_give_one_log_prob(tiny_lm, tiny_conditions)
     torch.testing.assert_close(made.hidden, hidden, atol=1e-5, rtol=1e-5)
 
 
+def test_what_every_choice_had_is_kept_where_it_is_asked_for(tiny_lm, tiny_conditions):
+    how = {"seeds": [1, 2, 3], "temperature": 0.8}
+    made = generate(tiny_lm, tiny_conditions, 11, **how, with_choices=True)
+    logits = tiny_lm(made.codes, tiny_conditions) / 0.8
+    torch.testing.assert_close(made.choice_logps, logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
+    without = generate(tiny_lm, tiny_conditions, 11, **how)
+    assert torch.equal(without.codes, made.codes)
+    assert without.choice_logps.numel() == 0
+    assert without.choice_logps.shape[:3] == made.codes.shape
+
+
 @pytest.mark.parametrize("how", [{"temperature": 1e-40}, {"cfg_coef": 1e39}])
 def test_nothing_is_drawn_by_probabilities_that_are_no_numbers(tiny_lm, tiny_conditions, how):
     """Each code would be the codebook's last, and the clip mastered like any other."""

@@ -138,7 +138,21 @@ def rollout_of(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Rollout:
     codes = torch.zeros(B, 1, logps.shape[1], dtype=torch.int64)
     none = torch.zeros(B, 0)
     score = torch.full((B,), float("nan"))
-    return Rollout(codes, torch.arange(B), mask, logps, ref_logps, nothing, none, none, none[:, :, None], nothing, score, nothing)
+    return Rollout(
+        codes,
+        torch.arange(B),
+        mask,
+        logps,
+        ref_logps,
+        nothing,
+        none,
+        none,
+        none[:, :, None],
+        nothing,
+        score,
+        nothing,
+        *2 * [none[..., None, None]],
+    )
 
 
 def row(*numbers: float) -> Tensor:

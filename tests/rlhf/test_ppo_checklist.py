@@ -202,7 +202,7 @@ def test_07_code_by_code_credit_prices_the_enumerated_kl_to_the_base_where_it_pl
             nn.init.normal_(parameter, std=0.3)
     rollout, _ = run.judge(run.play())
     rollout = dataclasses.replace(rollout, slope=torch.zeros_like(rollout.slope))
-    table = run.advantages_by_codes(rollout, torch.arange(4))
+    table = run.advantages_by_codes(rollout)
     cond, temperature, guidance = run.table.index(rollout.prompt_ids), settings.get("temperature", 1.0), settings.get("cfg_coef", 1.0)
 
     def log_probs() -> Tensor:
@@ -324,18 +324,19 @@ def test_09_whitening_uses_the_mean_and_variance_of_all_ranks(tmp_path: Path) ->
 def test_09_code_by_code_credit_is_scaled_over_all_ranks(tmp_path: Path) -> None:
     def work(run: Run) -> tuple[float, Tensor]:
         rollout, _ = run.judge(run.play())
-        table = run.advantages_by_codes(rollout, torch.arange(8))
-        return table.scale, table.advantages[[table.place[row] for row in range(8)]]
+        table = run.advantages_by_codes(rollout)
+        return table.scale, table.advantages
 
     def alone(run: Run) -> float:
         rollout, _ = run.judge(run.play())
+        rollout = dataclasses.replace(rollout, choice_logps=rollout.choice_logps[:4], choice_ref_logps=rollout.choice_ref_logps[:4])
         run.accelerator = SimpleNamespace(process_index=0, num_processes=2, reduce=lambda x, how: x)  # type: ignore[assignment]
-        return run.advantages_by_codes(rollout, torch.arange(8)).scale
+        return run.advantages_by_codes(rollout).scale
 
     scale, want = work(unfair(tmp_path, **CODES))
-    for scale_there, got in on_two_ranks(lambda: unfair(tmp_path, **CODES), work):
-        assert scale_there == pytest.approx(scale, rel=1e-6)
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    ranks = on_two_ranks(lambda: unfair(tmp_path, **CODES), work)
+    assert [there for there, _ in ranks] == pytest.approx([scale, scale], rel=1e-6)
+    torch.testing.assert_close(torch.cat([got for _, got in ranks]), want, atol=1e-5, rtol=1e-5)
     assert alone(unfair(tmp_path, **CODES)) != pytest.approx(scale, rel=0.02)  # what a rank's own clips would have given
 
 

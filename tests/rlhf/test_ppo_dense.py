@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rlhf.dense import limited
 from rlhf.ppo_run import Run
 from rlhf.rewards import HUMAN, spread_within
 from rlhf.train_ppo import main
-from tests.rlhf.ppo_toys import CODES, config, judged_by, two_slopes
+from tests.rlhf.ppo_toys import CODES, config, judged_by, toy_task, two_slopes
 
 
 def test_a_tenth_of_the_clips_teach_what_scores_alone_hardly_do(tmp_path: Path) -> None:
@@ -56,3 +57,36 @@ def test_the_first_round_weighs_slopes_by_the_spreads_of_its_own_clips_where_no_
         total += weight / spread * torch.nan_to_num(slope)
         assert figures[f"reward_{name}"] == pytest.approx(float(there.mean()))
     torch.testing.assert_close(judged.slope, limited(total))
+
+
+def test_a_round_is_learnt_from_once_since_its_advantages_take_the_references_place(tmp_path: Path) -> None:
+    run = Run(config(tmp_path, batch_size=8, **CODES), toy_task(0), Accelerator(cpu=True))
+    rollout, _ = run.judge(run.play())
+    assert rollout.choice_ref_logps.shape == (*rollout.codes.shape, run.lm.card)
+    table = run.advantages_by_codes(rollout)
+    assert table.advantages.data_ptr() == rollout.choice_ref_logps.data_ptr()
+    with pytest.raises(AssertionError, match="learnt from once"):
+        run.learn(rollout)
+
+
+def test_a_run_that_gives_credit_by_score_keeps_no_choices(tmp_path: Path) -> None:
+    run = Run(config(tmp_path, batch_size=8, credit="score"), toy_task(0), Accelerator(cpu=True))
+    rollout, _ = run.judge(run.play())
+    assert rollout.choice_logps.numel() == rollout.choice_ref_logps.numel() == 0
+
+
+@pytest.mark.parametrize("minibatches", [1, 2, 4])
+def test_every_process_meets_as_many_of_its_own_clips_in_each_update_and_all_clips_once_a_pass(minibatches: int, tmp_path: Path) -> None:
+    run = Run(config(tmp_path, batch_size=16, minibatches=minibatches, epochs=2, **CODES), toy_task(0), Accelerator(cpu=True))
+    updates = run._minibatches(16)
+    assert len(updates) == 2 * minibatches
+    for updates_of_pass in (updates[:minibatches], updates[minibatches:]):
+        assert sorted(torch.cat(updates_of_pass).tolist()) == list(range(16))
+    first, again, run.step = [rows.tolist() for rows in updates], [rows.tolist() for rows in run._minibatches(16)], 1
+    assert first == again
+    assert minibatches == 1 or first != [rows.tolist() for rows in run._minibatches(16)]
+    for world in (1, 2, 4):
+        for rank in range(world):
+            run.accelerator = SimpleNamespace(process_index=rank, num_processes=world)  # type: ignore[assignment]
+            if 16 // world % minibatches == 0:
+                assert {len(run._mine(rows, 16)) for rows in updates} == {16 // world // minibatches}

@@ -29,9 +29,9 @@ def test_a_judge_that_is_watched_is_asked_at_looks_alone_and_moves_neither_weigh
         asked.append(len(codes))
         return -1e3 * len(asked) + torch.arange(len(codes))
 
-    how: dict[str, Any] = {"steps": 4, "look_every": 2, "patience": 1}
+    how: dict[str, Any] = {"steps": 4, "look_every": 2, "patience": 1, "seed": 1}
     main(config(tmp_path / "alone", **how))
-    figures = main(config(tmp_path / "watched", **how), dataclasses.replace(toy_task(0), watched=horrified))
+    figures = main(config(tmp_path / "watched", **how), dataclasses.replace(toy_task(1), watched=horrified))
     assert asked == [16, 16, 16]  # at steps 0, 2 and 4
     assert largest_difference(weights(tmp_path / "watched"), weights(tmp_path / "alone")) == 0
     assert figures["stopped"] == "steps"
