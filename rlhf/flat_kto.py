@@ -5,7 +5,8 @@
 A pair orders two clips; a "both bad" orders nothing, but says that neither is any good, which only an unpaired loss can use. What
 differs from the stock trainer: ids pass through, examples are weighted (the difference to `rlhf.losses.kto_loss` is added to TRL's
 loss), the reference has spoken before the adapter exists, and checkpoints hold no pickle. As in TRL the point of reference `kl` is
-estimated on clips under the prompts of their neighbours in the batch, so the order of the rows is fixed once.
+estimated on clips under the prompts of their neighbours in the batch, so the order of the rows is fixed once. A clip that is alone in
+the last batch, which TRL would measure against itself, has its neighbour in the batch before.
 
 Ethayarajh et al. 2024, arXiv:2402.01306.
 """
@@ -81,7 +82,8 @@ def judgements(pairs: Sequence[Preference], table_rows: Sequence[int], bad: Sequ
 
 
 def judgement_rows(flat: FlatCausalLM, found: Sequence[Judgement], batch_size: int, seed: int) -> list[dict[str, Any]]:
-    """Judgements -> the trainer's rows, in an order drawn once; each with its neighbour's clip in its batch for `kl`."""
+    """Judgements -> the trainer's rows, in an order drawn once; each with its neighbour's clip in its batch for `kl`, one that is alone in
+    the last batch with the one before it: its own would be its reward, and no reference."""
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = []
     for place in order:
@@ -91,7 +93,7 @@ def judgement_rows(flat: FlatCausalLM, found: Sequence[Judgement], batch_size: i
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         for i, row in enumerate(part):
-            row["KL_completion_ids"] = part[i - 1]["completion_ids"]
+            row["KL_completion_ids"] = (part[i - 1] if len(part) > 1 else rows[start - 1])["completion_ids"]
     return rows
 
 

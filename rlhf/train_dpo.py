@@ -407,6 +407,9 @@ def check(cfg: Config) -> None:
         raise UserError(
             "--loss kto with --marks mask, --sft-weight or --kl-weight", "a loss over pairs for those", "leave them out, or choose another"
         )
+    if cfg.loss == "kto" and cfg.batch_size < 2:
+        got = f"--loss kto with --batch-size {cfg.batch_size}"
+        raise UserError(got, "2 or more: KL is estimated by clips of a batch that change prompts", "raise it")
     check_hold(cfg.hold, parse_weights(cfg.weights), cfg.hold_rate, cfg.hold_slack)
     if cfg.hold and cfg.reward is None and not cfg.toy_reward:
         raise UserError(f"--hold {cfg.hold} without --reward", "a reward of several parts", "give --reward and --prompts, or leave it out")

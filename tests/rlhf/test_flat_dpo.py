@@ -157,6 +157,16 @@ def test_both_bad_votes_are_learnt_from(tmp_path):
     assert sum(row["logps/rejected"] for row in told[-5:]) < sum(row["logps/rejected"] for row in told[:5]) - 1
 
 
+@pytest.mark.parametrize("n_pairs", [4, 2])
+def test_a_clip_meets_another_ones_codes_for_kl_also_where_it_is_alone_in_the_last_batch(n_pairs):
+    """A clip that met itself would be measured against its own reward: its loss would stay 1/2, whatever was learnt."""
+    task = toy_task(Config(), n_pairs=n_pairs)
+    found = judgements(task.pairs, range(n_pairs), [(9, np.ones((K, T), dtype=np.int64), 1.0)])
+    assert len(found) % 4 == 1
+    rows = judgement_rows(FlatCausalLM(task.lm, task.table).eval(), found, 4, 0)
+    assert all(row["KL_completion_ids"] != row["completion_ids"] for row in rows)
+
+
 def test_both_bad_votes_of_a_snapshot_become_bad_clips(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((K, T), dtype=np.int16))
     common = {"prompt_id": "p", "prompt": "x", "policy_sha256": "0", "codes_uri": "a.npy"}
@@ -308,3 +318,5 @@ def test_kto_refuses_what_only_pairs_can_do(tmp_path):
         train_dpo.main(config(tmp_path, loss="kto", marks="mask"))
     with pytest.raises(UserError, match="--loss kto with --reward"):
         train_dpo.main(Config(out=tmp_path, loss="kto", reward=tmp_path, prompts=tmp_path))
+    with pytest.raises(UserError, match="--loss kto with --batch-size 1; expected 2 or more"):
+        train_dpo.main(config(tmp_path, loss="kto", batch_size=1))
