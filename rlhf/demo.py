@@ -5,7 +5,7 @@
     -> clips of all of them on held-out prompts -> the hidden taste judges, in its own process -> report.html, report.json, tracks
 
 Each stage leaves a stamp when it is whole: a second call does only what is missing, and an interrupted one goes on. The seconds
-that each stage took are kept, so the report tells the whole time also after an interruption.
+that each stage took in all its starts are kept, so the report tells the whole time also after an interruption; after a kill it is unknown.
 """
 
 from __future__ import annotations
@@ -231,13 +231,14 @@ class Demo:
         reward = read_json(self.out / "reward" / "figures.json")
         snapshot = stages["snapshot"]
         moved = stages["heldout"]["systems"]
+        took = {name: stage["seconds"] for name, stage in stages.items()}
         systems = {}
         for name in SYSTEMS:
             won = stages["judge"]["comparisons"][name]
             systems[name] = {**won, **{k: moved[name][k] for k in ("kl", "kl_ci", "diversity", "diversity_ratio")}}
         return {
-            "seconds": sum(stage["seconds"] for stage in stages.values()),
-            "stages": {name: stage["seconds"] for name, stage in stages.items()},
+            "seconds": None if None in took.values() else sum(took.values()),
+            "stages": took,
             "votes": snapshot["n_votes"],
             "raters": snapshot["n_raters"],
             "excluded": snapshot["n_excluded"],
@@ -267,9 +268,11 @@ class Demo:
 
 def main(cfg: DemoConfig) -> int:
     """Run the demo and say what came of it."""
+    from rlhf.report import whole_time
+
     page = Demo(cfg).run()
     figures = read_json(cfg.out / "report.json")
-    print(f"\n{figures['votes']} votes by {figures['raters']} raters, {figures['seconds'] / 60:.1f} minutes in all")
+    print(f"\n{figures['votes']} votes by {figures['raters']} raters, {whole_time(figures)} in all")
     accuracy, ceiling = figures["reward"]["accuracy"], figures["reward"]["ceiling"]
     print(f"reward model: {accuracy:.3f} of unseen votes ({figures['reward']['ci']}), the raters' ceiling is {ceiling}")
     for name, row in figures["systems"].items():

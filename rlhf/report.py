@@ -68,6 +68,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def whole_time(figures: dict[str, Any]) -> str:
+    """The minutes of all stages; unknown where one of their starts was killed."""
+    return "unknown time" if figures["seconds"] is None else f"{figures['seconds'] / 60:.1f} min"
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +164,7 @@ def _page(out: Path, figures: dict[str, Any]) -> str:
         (f"{figures['votes']}", f"votes by {figures['raters']} simulated raters, over HTTP"),
         (f"{reward['accuracy']:.3f}", told),
         *won,
-        (f"{figures['seconds'] / 60:.1f} min", "for all of it on this machine"),
+        (whole_time(figures), "for all of it on this machine"),
     ]
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>",

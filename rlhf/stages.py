@@ -1,8 +1,8 @@
 """Work in stages that can be interrupted at any moment: what `encore demo` and `encore loop` share.
 
 Each stage leaves a stamp when it is whole; a second call does only what is missing. A stage that was cut off is called again, so it
-has to go on where it stopped, or begin anew. Programs of ours that stand beside this package (the rating app, the training scripts)
-are started, never imported.
+has to go on where it stopped, or begin anew; its seconds are those of all its starts. Programs of ours that stand beside this package
+(the rating app, the training scripts) are started, never imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def stamp_path(folder: Path, name: str) -> Path:
 
 
 def stamp(folder: Path, name: str) -> dict[str, Any]:
-    """What a finished stage returned, and its `seconds`."""
+    """What a finished stage returned, and its `seconds`: of all its starts together, None where one was killed, whose time nobody knows."""
     found: dict[str, Any] = read_json(stamp_path(folder, name))
     return found
 
@@ -53,18 +53,40 @@ def run_stages(folder: Path, stages: Sequence[Stage]) -> None:
             continue
         left = sum(s.weight for s in stages[number - 1 :])
         print(f"{place} ...  (about {minutes(left * _pace(folder, stages))} left)", flush=True)
-        start = time.monotonic()
-        result = stage.run() or {}
-        seconds = time.monotonic() - start
+        spent = folder / "stages" / f".{stage.name}.spent"
+        seconds, result = _timed(stage, spent)
         write_json(stamp_path(folder, stage.name), {"seconds": seconds, **result})
-        print(f"        {seconds:.0f} s", flush=True)
+        spent.unlink()
+        print(f"        {'unknown time, as a start was killed' if seconds is None else f'{seconds:.0f} s'}", flush=True)
+
+
+def _timed(stage: Stage, spent: Path) -> tuple[float | None, dict[str, Any]]:
+    """The seconds of all starts of a stage, and what it returned. `spent` keeps those of starts that were cut off: None while one runs,
+    which is what a kill leaves."""
+    before = read_json(spent)["seconds"] if spent.is_file() else 0.0
+    write_json(spent, {"seconds": None})
+    start = time.monotonic()
+
+    def so_far() -> float | None:
+        return None if before is None else before + time.monotonic() - start
+
+    try:
+        result = stage.run() or {}
+    except BaseException:
+        with suppress(OSError):  # no room: the time stays unknown, and what the stage says is heard
+            write_json(spent, {"seconds": so_far()})
+        raise
+    seconds = so_far()
+    write_json(spent, {"seconds": seconds})
+    return seconds, result
 
 
 def _pace(folder: Path, stages: Sequence[Stage]) -> float:
-    """Seconds per unit of weight, from the stages that are done (1 where none is)."""
-    done = [(s.weight, stamp(folder, s.name)) for s in stages if stamp_path(folder, s.name).is_file()]
-    weight = sum(w for w, _ in done)
-    return sum(told["seconds"] for _, told in done) / weight if weight > 20 else 1.0
+    """Seconds per unit of weight, from the stages that are done in a known time (1 where none is)."""
+    done = [(s.weight, stamp(folder, s.name)["seconds"]) for s in stages if stamp_path(folder, s.name).is_file()]
+    known = [(weight, seconds) for weight, seconds in done if seconds is not None]
+    weight = sum(w for w, _ in known)
+    return sum(seconds for _, seconds in known) / weight if weight > 20 else 1.0
 
 
 def minutes(seconds: float) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from base_models.checkpoint import read_jsonl, write_json
+from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.lm import MusicLM
 from base_models.policy import load_policy
@@ -65,10 +65,13 @@ def test_the_loop_closes(policy_dir, tmp_path):
     before = page.read_bytes()
     Demo(cfg).run()
     assert page.read_bytes() == before
-    # After the loss of one stage, that stage alone is done again.
+    # After the loss of one stage, that stage alone is done again. The time of one that was killed on its way is unknown.
     (tmp_path / "demo" / "stages" / "report.json").unlink()
     page.unlink()
-    assert Demo(cfg).run().is_file()
+    votes = tmp_path / "demo" / "stages" / "votes.json"
+    write_json(votes, read_json(votes) | {"seconds": None})
+    assert "<b>unknown time</b>" in Demo(cfg).run().read_text()
+    assert read_json(tmp_path / "demo" / "report.json")["seconds"] is None
     # The chain from adapter to votes can be walked.
     from rlhf.lineage import trace
 

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import urllib.request
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -543,6 +544,41 @@ def test_stages_cut_off_at_any_moment_are_done_once_and_in_order(tmp_path, monke
     stages.run_stages(tmp_path, [stage(name) for name in names])
     assert done == [name for name in names for _ in range(2)]
     assert [stages.stamp(tmp_path, name)["made"] for name in names] == names
+
+
+def test_a_stages_seconds_are_those_of_all_its_starts_and_unknown_once_one_was_killed(tmp_path, monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now)
+
+    def starts(name: str, *takes: tuple[float, BaseException | None]) -> None:
+        for seconds, cut in takes:
+
+            def work(seconds=seconds, cut=cut) -> None:
+                nonlocal now
+                now += seconds
+                if cut is not None:
+                    raise cut
+
+            with nullcontext() if cut is None else pytest.raises(type(cut)):
+                stages.run_stages(tmp_path, [Stage(name, name, 30, work)])
+
+    starts("train", (40.0, KeyboardInterrupt()), (20.0, UserError("exit code 1", "0", "mend it")), (5.0, None))
+    assert stamp(tmp_path, "train")["seconds"] == 65.0
+    assert "65 s" in capsys.readouterr().out
+    real = stages.write_json
+
+    def full(path, value):
+        if now > 65.0:  # from when the work has begun nothing more is written, as after a kill or on a full disk
+            raise OSError(28, "No space left on device")
+        real(path, value)
+
+    monkeypatch.setattr(stages, "write_json", full)
+    starts("votes", (30.0, RuntimeError("what the stage itself says")))
+    monkeypatch.setattr(stages, "write_json", real)
+    starts("votes", (10.0, KeyboardInterrupt()), (7.0, None))
+    assert stamp(tmp_path, "votes")["seconds"] is None
+    assert "unknown time" in capsys.readouterr().out
+    assert stages._pace(tmp_path, [Stage(name, name, 30, dict) for name in ("train", "votes")]) == 65.0 / 30
 
 
 @pytest.mark.parametrize(
