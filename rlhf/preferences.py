@@ -86,9 +86,8 @@ def training_pairs(
     Raises: UserError when no ordered pair is left, or for codes that are not of this codec.
     """
     groups: dict[tuple[str, str, str], list[Vote]] = defaultdict(list)
-    for vote in snapshot.votes:
-        if not vote.gold:
-            groups[(vote.pair_id, min(vote.clip_x, vote.clip_y), max(vote.clip_x, vote.clip_y))].append(vote)
+    for vote in snapshot.judged:
+        groups[(vote.pair_id, min(vote.clip_x, vote.clip_y), max(vote.clip_x, vote.clip_y))].append(vote)
     marks = clip_marks(snapshot, reliability)
 
     codes = dict(known or {})
@@ -169,7 +168,7 @@ def _winner(vote: Vote) -> str:
 
 def both_bad(snapshot: Snapshot) -> list[BothBad]:
     """The absolute judgements, kept apart from the preferences. Gold questions are left out: one of their clips is bad on purpose."""
-    said = [vote for vote in snapshot.votes if vote.choice == BOTH_BAD and not vote.gold]
+    said = [vote for vote in snapshot.judged if vote.choice == BOTH_BAD]
     return [BothBad(vote.prompt_id, vote.pair_id, vote.rater, vote.clip_x, vote.clip_y) for vote in said]
 
 
@@ -231,7 +230,7 @@ def prompt_folds(prompt_ids: Iterable[str], n_folds: int, seed: int = 0) -> dict
 
 def prompt_groups(snapshot: Snapshot) -> dict[str, str]:
     """prompt_id -> the group it is held out with: prompts whose clips share an artist, or are the same clip, stand together. Else each
-    alone."""
+    alone. What gold questions share links nothing, as nothing is learnt from them."""
     parent = {vote.prompt_id: vote.prompt_id for vote in snapshot.votes} | {
         clip.prompt_id: clip.prompt_id for clip in snapshot.clips.values()
     }
@@ -241,8 +240,9 @@ def prompt_groups(snapshot: Snapshot) -> dict[str, str]:
             parent[name] = name = parent[parent[name]]
         return name
 
-    by_artist = [(f"artist {clip.artist}", clip.prompt_id) for clip in snapshot.clips.values() if clip.artist]
-    by_clip = [(f"clip {sha256}", vote.prompt_id) for vote in snapshot.votes for sha256 in (vote.clip_x, vote.clip_y)]
+    heard = [(sha256, vote.prompt_id) for vote in snapshot.judged for sha256 in (vote.clip_x, vote.clip_y)]
+    by_artist = [(f"artist {clip.artist}", clip.prompt_id) for clip in (snapshot.clips[sha256] for sha256, _ in heard) if clip.artist]
+    by_clip = [(f"clip {sha256}", prompt_id) for sha256, prompt_id in heard]
     first: dict[str, str] = {}
     for shared, prompt_id in sorted({*by_artist, *by_clip}):
         one, other = root(first.setdefault(shared, prompt_id)), root(prompt_id)

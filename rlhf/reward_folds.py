@@ -29,7 +29,7 @@ class Clips:
     """The clips that votes are about (gold questions left out), as rows of a table in the order of their hashes."""
 
     def __init__(self, snapshot: Snapshot, n_q: int, card: int) -> None:
-        votes = [vote for vote in snapshot.votes if not vote.gold]
+        votes = snapshot.judged
         named = sorted({clip for vote in votes for clip in (vote.clip_x, vote.clip_y)})
         self.row = {sha256: index for index, sha256 in enumerate(named)}
         self.known: dict[str, Codes] = {sha256: checked_codes(snapshot, sha256, n_q, card) for sha256 in named}

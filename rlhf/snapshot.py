@@ -98,7 +98,7 @@ class Clip:
 @dataclass(frozen=True)
 class Snapshot:
     """A verified snapshot. `votes` are the usable ones (gold questions and repeats included); `n_excluded` counts the
-    rest by reason."""
+    rest by reason. The clips of gold questions may be anything that can be heard: they tell who listens, and teach nothing."""
 
     folder: Path
     name: str
@@ -108,9 +108,14 @@ class Snapshot:
     n_excluded: Mapping[str, int]
 
     @property
+    def judged(self) -> tuple[Vote, ...]:
+        """The votes that are learnt from: those on no gold question."""
+        return tuple(vote for vote in self.votes if not vote.gold)
+
+    @property
     def policy_sha256(self) -> str:
-        """The base that all clips were made with."""
-        return next(iter(self.clips.values())).policy_sha256
+        """The base that all clips were made with from which is learnt."""
+        return self.clips[self.judged[0].clip_x].policy_sha256
 
     @property
     def raters(self) -> list[str]:
@@ -133,8 +138,8 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
 
     Votes on prompts of another split than "train" are left out, and counted as `split_<name>`: what is held out is never learnt from.
     Args: policy_sha256: the base that is to be trained; its codes are the only ones that mean anything to it.
-    Raises: UserError when files are missing, cut or changed after the export, when no usable vote is left, when votes
-        name unknown clips, or when clips come from another base."""
+    Raises: UserError when files are missing, cut or changed after the export, when no usable vote is left beside gold questions,
+        when votes name unknown clips, or when clips that are learnt from come from another base, or from none."""
     folder = Path(folder)
     for name in ("snapshot.json", *FILES):
         if not (folder / name).is_file():
@@ -155,10 +160,12 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
     why = [row.get("excluded_reason") or _of_other_split(row) for row in vote_rows]
     excluded: Counter[str] = Counter(reason for reason in why if reason)
     votes = tuple(_vote(row) for row, reason in zip(vote_rows, why) if not reason)
-    if not votes:
+    snapshot = Snapshot(folder, str(meta.get("name", folder.name)), found, votes, clips, dict(excluded))
+    if not snapshot.judged:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(excluded.items())) or "none was given"
+        gold = f"{len(votes)} on gold questions; " if votes else ""
         raise UserError(
-            f"snapshot {meta.get('name', folder.name)!r} without a usable vote (excluded: {reasons})",
+            f"snapshot {snapshot.name!r} without a usable vote ({gold}excluded: {reasons})",
             "at least one vote",
             "collect votes in the app, or look at why they were excluded",
         )
@@ -168,12 +175,14 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
         for side in (vote.clip_x, vote.clip_y):
             if side not in clips:
                 raise UserError(f"vote {vote.vote_id} on clip {side[:12]}, which is not in clips.jsonl", "every clip", "export again")
-    bases = {clips[side].policy_sha256 for vote in votes for side in (vote.clip_x, vote.clip_y)}
+    made_by = {vote.pair_id: {clips[side].policy_sha256 for side in (vote.clip_x, vote.clip_y)} for vote in snapshot.judged}
+    bases = set[str]().union(*made_by.values())
     if None in bases:
+        n = sum(None in of_pair for of_pair in made_by.values())
         raise UserError(
-            f"snapshot {meta.get('name', folder.name)!r} with clips that no base has made",
-            "clips that `encore sample` made, with their codes",
-            "recordings can be rated, but a policy learns from what it can play: sample and rate clips of it",
+            f"snapshot {snapshot.name!r} with {n} of {len(made_by)} pairs on clips that no base has made",
+            "clips that `encore sample` made, with their codes; recordings in gold questions alone",
+            "recordings can be rated, but a policy learns from what it can play: sample its clips and rate them in a campaign of their own",
         )
     wanted = policy_sha256 or min(bases)
     if bases != {wanted}:
@@ -182,7 +191,7 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
             f"clips of base {wanted[:12]} only",
             "train the base that the clips were sampled from, or sample and rate clips of this one",
         )
-    return Snapshot(folder, str(meta.get("name", folder.name)), found, votes, clips, dict(excluded))
+    return snapshot
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from base_models.errors import UserError
-from rlhf.preferences import training_pairs
+from rlhf.preferences import prompt_groups, training_pairs
+from rlhf.raters import reliability
 from rlhf.snapshot import Mark, content_sha256, load_snapshot
 from tests.rlhf.vote_toys import BASE, write_snapshot
 
@@ -76,6 +77,48 @@ def test_clips_that_were_rated_but_never_sampled_are_refused_in_plain_words(snap
     (folder / "snapshot.json").write_text(json.dumps(meta | {"sha256": content_sha256(folder)}))
     with pytest.raises(UserError, match=match):
         training_pairs(load_snapshot(folder, BASE))
+
+
+def recorded(folder, pairs, **more):
+    """The same snapshot, with recordings as the clips of these pairs: made by no base, without codes."""
+    rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
+    for pair in pairs:
+        for row in rows[2 * pair : 2 * pair + 2]:
+            row.update({"policy_sha256": None, "codes_uri": None, **more})
+    (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    meta = json.loads((folder / "snapshot.json").read_text())
+    (folder / "snapshot.json").write_text(json.dumps(meta | {"sha256": content_sha256(folder)}))
+    return folder
+
+
+def test_gold_questions_about_recordings_judge_raters_and_do_not_stand_in_the_way(snapshot_of):
+    """Nothing is learnt from a gold question, so that nothing need be known of its clips; its answer tells who listens."""
+    answers = [(0, rater, "x", {"gold": "x"}) for rater in ("ada", "bo")] + [(0, "cy", "y", {"gold": "x"})]
+    folder = recorded(snapshot_of([*answers, (2, "ada", "x", {}), (3, "ada", "y", {})]), [0])
+    snapshot = load_snapshot(folder, BASE)
+    assert snapshot.policy_sha256 == load_snapshot(folder).policy_sha256 == BASE
+    assert [pair.pair_id for pair in training_pairs(snapshot)] == ["2", "3"]
+    found = reliability(snapshot.votes)
+    assert found["ada"].accuracy > found["cy"].accuracy
+
+
+def test_gold_questions_alone_teach_nothing_and_that_is_said(snapshot_of):
+    folder = recorded(snapshot_of([(0, "ada", "x", {"gold": "x"}), (2, "ada", "x", {"excluded_reason": "late"})]), [0])
+    for base in (BASE, None):
+        with pytest.raises(UserError, match=r"without a usable vote \(1 on gold questions; excluded: 1 late\)"):
+            load_snapshot(folder, base)
+
+
+def test_one_artist_in_the_gold_questions_of_all_prompts_does_not_hold_them_out_together(snapshot_of):
+    votes = [(pair, "ada", "x", {"gold": "x"} if pair % 2 else {}) for pair in range(6)]
+    groups = prompt_groups(load_snapshot(recorded(snapshot_of(votes, n_pairs=6), [1, 3, 5], artist="bo"), BASE))
+    assert groups == {"p0": "p0", "p1": "p1", "p2": "p2"}
+
+
+def test_pairs_of_recordings_are_counted_where_they_are_refused(snapshot_of):
+    folder = recorded(snapshot_of([(0, "a", "x", {}), (0, "b", "y", {}), (1, "a", "x", {}), (2, "a", "x", {})]), [0, 1])
+    with pytest.raises(UserError, match="with 2 of 3 pairs on clips that no base has made"):
+        load_snapshot(folder, BASE)
 
 
 def test_codes_of_another_codec_are_refused(snapshot_of):
