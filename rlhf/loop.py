@@ -160,6 +160,17 @@ def _as_heard(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
+def ab_campaign(campaign: str, number: int) -> str:
+    """The campaign in which champion and challenger of a round are compared."""
+    return f"{campaign}-ab-{number:02d}"
+
+
+def is_of(name: str, campaign: str) -> bool:
+    """Whether a campaign of this name is that of a loop, or of one of its rounds' comparisons."""
+    number = re.search(r"\d+$", name)
+    return name == campaign or (number is not None and name == ab_campaign(campaign, int(number[0])))
+
+
 def same_adapter(folder: str, sha256: str) -> Manifest:
     """The manifest of the adapter in a folder. UserError where it is another one than the loop met there."""
     manifest = read_adapter(folder).manifest
@@ -247,9 +258,8 @@ class Loop:
 
     def _check_campaign(self) -> None:
         """A loop begins with campaigns of its own: the votes of all that is in them are learnt from, and decide."""
-        name = self.cfg.campaign
         with open_store(self.db) as store:
-            there = [c.name for c in store.stats().campaigns if c.name == name or re.fullmatch(rf"{re.escape(name)}-ab-\d\d+", c.name)]
+            there = [c.name for c in store.stats().campaigns if is_of(c.name, self.cfg.campaign)]
         if there:
             got = f"campaign {there[0]!r} in {self.db}, which is not this loop's"
             raise UserError(got, "a name that is free: votes on others' clips would count", "choose another --campaign, or another --db")
@@ -285,7 +295,7 @@ class Round:
 
     def __init__(self, loop: Loop, number: int, folder: Path) -> None:
         self.loop, self.cfg, self.number, self.folder = loop, loop.cfg, number, folder
-        self.ab = f"{self.cfg.campaign}-ab-{number:02d}"
+        self.ab = ab_campaign(self.cfg.campaign, number)
         self.method = METHODS[self.cfg.method]
 
     def stages(self) -> list[Stage]:

@@ -643,11 +643,17 @@ def test_two_loops_on_one_database_do_not_share_campaigns(files, policy_dir, cli
     }
     Loop(settings({**given, "out": tmp_path / "first"}), Collecting()).run(0)
     with open_store(db) as store:
-        register_campaign(store, "loop-ab-01", clips, target_votes=1, min_listen_ms=0)
-    Loop(settings({"out": tmp_path / "first"}), Collecting()).run(0)  # it is the first one's own
-    with pytest.raises(UserError, match=r"campaign 'loop-ab-01' in .*, which is not this loop's"):
-        Loop(settings({**given, "out": tmp_path / "second"}), Collecting()).run(0)
-    Loop(settings({**given, "out": tmp_path / "second", "campaign": "again"}), Collecting()).run(0)
+        for name in ("loop-ab-1", "loop-ab-001", "loop-ab-x", "looped-ab-01"):  # which no round of the campaign "loop" will have
+            register_campaign(store, name, clips, target_votes=1, min_listen_ms=0)
+    Loop(settings({**given, "out": tmp_path / "second"}), Collecting()).run(0)
+    for number, campaign in ((100, "a.b"), (1, "loop")):
+        rival = settings({**given, "out": tmp_path / f"third-{number}", "campaign": campaign})
+        with open_store(db) as store:
+            register_campaign(store, Loop(rival, Collecting()).round(number).ab, clips, target_votes=1, min_listen_ms=0)
+        with pytest.raises(UserError, match=rf"campaign '{campaign}-ab-{number:02d}' in .*, which is not this loop's"):
+            Loop(rival, Collecting()).run(0)
+    Loop(settings({"out": tmp_path / "first"}), Collecting()).run(0)  # they are its own
+    Loop(settings({**given, "out": tmp_path / "fourth", "campaign": "again"}), Collecting()).run(0)
 
 
 @pytest.mark.parametrize(
