@@ -215,7 +215,8 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--duration", dest="duration_s", type=float, metavar="S", help="seconds a clip; default 6")
     more = 'more options for the training script, quoted: --train-args "--steps 30"; may change between rounds; --train is the old name'
     g.add_argument("--train-args", "--train", dest="train", metavar="OPTIONS", help=more)
-    more = "more options for train_reward.py, quoted: --reward-args=--strict ends a round whose gates fail; --reward is the old name"
+    more = "more options for train_reward.py, quoted: by --reward-args=--strict nothing is learnt from a reward model that fails a gate"
+    more = f"{more}; the round ends, and the next one collects more votes; --reward is the old name"
     g.add_argument("--reward-args", "--reward", dest="reward", metavar="OPTIONS", help=more)
     g.add_argument("--licence", help="licence of the adapters, for their cards; default unspecified")
     g.add_argument("--seed", type=int, help="seed of clips and training, another one each round from it; default 0")

@@ -40,6 +40,7 @@ from db.store import open_store
 from rlhf.apart import write_furthest
 from rlhf.collecting import Collecting, admit, collect, freeze
 from rlhf.evaluate_models import BASE, evaluate
+from rlhf.reward_gates import Gate, GateError, missed
 from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
 from rlhf.stages import ROOT, Stage, only_one, resume_flag, run_python, run_stages, stamp, stamp_path
 from rlhf.verdict import MIN_PROMPTS, comparisons, decide, read_outcomes, rule
@@ -299,10 +300,16 @@ class Round:
         self.method = METHODS[self.cfg.method]
 
     def stages(self) -> list[Stage]:
-        return [
+        collected = [
             Stage("samples", "the champion plays what will be rated", 100, self.samples),
             Stage("votes", "votes on pairs of its clips", 60, self.votes),
             Stage("snapshot", "freezing the votes of all rounds", 1, self.snapshot),
+        ]
+        refused = self.refused()
+        if refused is not None and shlex.split(refused["reward_args"]) == shlex.split(self.cfg.reward):
+            return [*collected, Stage("verdict", "the verdict, without a challenger", 1, self.verdict)]
+        return [
+            *collected,
             *([Stage("reward", "training the reward model", 30, self.reward)] if self.method.by_reward else []),
             Stage("train", f"training the challenger by {self.cfg.method}", 200, self.train),
             Stage("ab_samples", "champion and challenger play held-out prompts", 60, self.ab_samples),
@@ -329,10 +336,43 @@ class Round:
         return freeze(self.loop.db, self.cfg.campaign, self.folder, "snapshot")
 
     def reward(self) -> dict[str, Any]:
-        common = ["--snapshot", self.folder / "snapshot", "--policy", self.cfg.policy, "--out", self.folder / "reward"]
-        run_python([ROOT / "rlhf" / "train_reward.py", *common, *shlex.split(self.cfg.reward)])
+        """Train it. One that its gates refuse (--strict) is noted: the votes are frozen, so that the same training would be refused again.
+
+        Raises: GateError, once; the next call ends the round, unless it has other options for the training.
+        """
+        out = self.folder / "reward"
+        (out / "figures.json").unlink(missing_ok=True)  # of a start before: what stands there afterwards is of this one
+        common = ["--snapshot", self.folder / "snapshot", "--policy", self.cfg.policy, "--out", out]
+        try:
+            run_python([ROOT / "rlhf" / "train_reward.py", *common, *shlex.split(self.cfg.reward)])
+        except UserError as error:
+            if not (out / "figures.json").is_file() or not read_json(out / "config.json")["strict"]:
+                raise
+            found = self._figures()
+            if (short := missed([Gate(**gate) for gate in found["gates"]])) is None:
+                raise
+            write_json(self.folder / "refused.json", {"reward_args": self.cfg.reward, "missed": short[0], **found})
+            got = f"round {self.number}'s reward model, by {stamp(self.folder, 'snapshot')['n_votes']} votes: {short[0]}"
+            raise GateError(got, short[1], self.after_refusal) from error
+        return self._figures()
+
+    def _figures(self) -> dict[str, Any]:
         found = read_json(self.folder / "reward" / "figures.json")
         return {key: found[key] for key in ("accuracy", "ci", "ceiling", "gates")}
+
+    def refused(self) -> dict[str, Any] | None:
+        """The figures of a reward model that its gates refused, what they `missed`, and the options it was trained with; None where there
+        is none, or another one was taken."""
+        note = self.folder / "refused.json"
+        return read_json(note) if note.is_file() and not stamp_path(self.folder, "reward").is_file() else None
+
+    @property
+    def after_refusal(self) -> str:
+        """What the owner can do."""
+        return (
+            f"call again with --rounds {self.number + 1} or more: round {self.number} ends without a challenger, and the next one asks "
+            "about new clips, whose votes add to these; or give --reward-args without --strict, to learn from this reward all the same"
+        )
 
     def train(self) -> dict[str, Any]:
         out = self.folder / "train"
@@ -413,6 +453,8 @@ class Round:
 
     def _compare(self) -> tuple[bool, dict[str, Any]]:
         nothing: dict[str, Any] = {"win_rate": None, "ci": None, "decided": 0, "ties": 0}
+        if (refused := self.refused()) is not None:
+            return False, nothing | {"why": f"the reward model did not pass its gates: {refused['missed']}"}
         if not stamp(self.folder, "ab_votes")["votes"]:
             return False, nothing | {"why": "the challenger plays what the champion plays"}
         try:

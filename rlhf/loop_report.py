@@ -73,7 +73,7 @@ def _cells(made: Round) -> list[str]:
     def told(stage: str) -> Mapping[str, Any]:
         return stamp(made.folder, stage) if stamp_path(made.folder, stage).is_file() else {}
 
-    snapshot, reward, verdict = told("snapshot"), told("reward"), told("verdict")
+    snapshot, reward, verdict = told("snapshot"), told("reward") or made.refused() or {}, told("verdict")
     moved = told("ab_samples").get(CHALLENGER, {})
     asked = [gate["passed"] for gate in reward.get("gates", ()) if gate["passed"] is not None]
     before = _name(verdict.get("champion_sha256") if verdict else told("samples").get("adapter_sha256"))
@@ -113,6 +113,8 @@ def _now(made: Round) -> list[str]:
         return ["", f"Round {made.number}: {'promoted' if told['promoted'] else 'the champion stays'}: {told['why']}."]
     now = next(stage for stage in stages if stage.name not in done)
     lines = ["", f"Round {made.number}: {len(done)} of {len(stages)} stages done; now: {now.what}."]
+    if (refused := made.refused()) is not None:
+        lines.append(f"Its reward model did not pass its gates: {refused['missed']}. To go on, {made.after_refusal}.")
     if now.name in ("votes", "ab_votes"):
         votes, wanted = counted(made.loop.db, made.cfg.campaign if now.name == "votes" else made.ab)
         lines.append(f"{votes} of {wanted} votes are there.")

@@ -101,13 +101,17 @@ def doubt(reward: Path | None) -> str | None:
     )
 
 
+def missed(asked: Sequence[Gate]) -> tuple[str, str] | None:
+    """What the gates that failed got, and what they asked; None where none failed."""
+    failed = [gate for gate in asked if gate.passed is False]
+    got = "; ".join(f"{gate.name} {'unknown' if gate.value is None else f'{gate.value:.3f}'}" for gate in failed)
+    return (got, "; ".join(gate.asked for gate in failed)) if failed else None
+
+
 def demand(asked: Sequence[Gate]) -> None:
     """Raises: GateError naming what failed."""
-    failed = [gate for gate in asked if gate.passed is False]
-    if failed:
-        got = "; ".join(f"{gate.name} {'unknown' if gate.value is None else f'{gate.value:.3f}'}" for gate in failed)
-        wanted = "; ".join(gate.asked for gate in failed)
-        raise GateError(got, wanted, "collect more votes, or look at figures.json; the model was written all the same")
+    if (short := missed(asked)) is not None:
+        raise GateError(*short, "collect more votes, or look at figures.json; the model was written all the same")
 
 
 def as_json(asked: Sequence[Gate]) -> list[dict[str, Any]]:

@@ -134,6 +134,61 @@ def test_a_round_of_ppo_learns_from_a_reward_and_is_watched_on_rated_prompts_tha
     assert read_json(folder / "stages" / "verdict.json")["why"]
 
 
+def test_a_reward_that_its_gates_refuse_ends_the_round_and_the_next_one_collects_more_votes(files, policy_dir, tmp_path, capfd):
+    """--strict: the first call says so, by its exit code too; the next one asks about new clips, unless the owner takes the reward."""
+    (tmp_path / "train.txt").write_text("".join(f"{mood} {genre}\n" for mood in ("sad", "calm") for genre in ("folk", "rock", "jazz")))
+    out = tmp_path / "run"
+    argv = arguments(files, policy_dir, out)
+    argv[argv.index("--prompts") + 1] = str(tmp_path / "train.txt")
+    argv[argv.index("--method") + 1] = "ppo"
+    argv[argv.index("--train") + 1] = "--steps 0"
+    first = out / "rounds" / "01"
+    assert cli.main([*argv, "--reward-args=--one-rater --strict"]) == 1
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "error: got round 1's reward model, by 6 votes: accuracy, lower end of its interval" in said
+    assert "--rounds 2 or more" in said
+    assert "--reward-args without --strict" in said
+    told = "\n".join(status(out))
+    assert "Its reward model did not pass its gates: accuracy, lower end of its interval" in told
+    kept = {path: path.read_bytes() for name in ("snapshot", "reward", "samples") for path in (first / name).glob("*.json*")}
+
+    raters = argv[argv.index("--raters") :]
+    assert cli.main(["loop", "--out", str(out), "--rounds", "2", *raters]) == 1  # round 1 is over, and round 2 has its own reward refused
+    verdict = stamp(first, "verdict")
+    assert (verdict["promoted"], verdict["decided"]) == (False, 0)
+    assert verdict["why"].startswith("the reward model did not pass its gates: accuracy, lower end")
+    assert Loop(settings({"out": out}), Collecting()).champion()["round"] == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    before, after = (
+        {row["vote_id"] for row in read_jsonl(out / "rounds" / number / "snapshot" / "votes.jsonl")} for number in ("01", "02")
+    )
+    assert before < after
+    assert len(after) == 2 * len(before) == 12
+
+    # The owner's word: without --strict the same snapshot's reward is trained, told, and learnt from.
+    mine = Loop(settings({"out": out, "reward": "--one-rater"}), Collecting()).round(2)
+    assert [stage.name for stage in mine.stages()][3:5] == ["reward", "train"]
+    write_json(mine.folder / "stages" / "reward.json", {"seconds": 0.0, **mine.reward()})
+    assert not all(gate["passed"] for gate in stamp(mine.folder, "reward")["gates"])
+    strict = Loop(settings({"out": out}), Collecting()).round(2)
+    assert "train" in [stage.name for stage in strict.stages()]  # what was taken stays taken
+    told = "\n".join(status(out))
+    assert "Round 1: the champion stays: the reward model did not pass its gates" in told
+    assert "Its reward model" not in told
+
+
+def test_a_reward_training_that_breaks_is_not_taken_for_one_that_its_gates_refused(files, policy_dir, tmp_path, capfd):
+    out = tmp_path / "run"
+    argv = arguments(files, policy_dir, out)
+    argv[argv.index("--method") + 1] = "ppo"
+    figures = out / "rounds" / "01" / "reward" / "figures.json"
+    write_json(figures, {"gates": [{"name": "accuracy", "value": 0.4, "asked": "above .5", "passed": False}]})  # of a start before
+    write_json(figures.parent / "config.json", {"strict": True})
+    assert cli.main([*argv, "--reward-args=--one-rater --strict --folds 2"]) == 2
+    assert "exit code 2 of" in capfd.readouterr().err
+    assert "reward" in [stage.name for stage in Loop(settings({"out": out}), Collecting()).round(1).stages()]
+
+
 def test_ppo_needs_prompts_to_watch_and_others_to_play(files, policy_dir, tmp_path):
     few = tmp_path / "few.txt"
     given = {"prompts": few, "heldout": files / "heldout.txt", "policy": policy_dir, "out": tmp_path / "run"}
