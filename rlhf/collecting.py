@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import select
+
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
 from db.errors import ConflictError
 from db.export import export_snapshot, is_recorded
-from db.schema import LATE
+from db.schema import LATE, Clip
 from db.store import CampaignStats, open_store
 from rlhf.stages import accounts_file, minutes, python_environment, rating_app, run_together
 
@@ -149,6 +151,12 @@ def counted(db: str, campaign: str) -> tuple[int, int]:
     else by then, who is waited for."""
     found, _ = _campaign(db, campaign)
     return found.votes - found.excluded.get(LATE, 0), found.votes_wanted
+
+
+def places(db: str, clip_sha256: str) -> list[str]:
+    """Where the database knows a clip to lie; nowhere, if it was not put up."""
+    with open_store(db) as store, store.read() as session:
+        return list(session.scalars(select(Clip.uri).where(Clip.sha256 == clip_sha256)))
 
 
 def freeze(db: str, campaign: str, folder: Path, name: str) -> dict[str, Any]:

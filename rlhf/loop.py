@@ -36,9 +36,10 @@ from base_models.errors import UserError
 from base_models.policy import PRETRAINED, Policy, load_policy
 from base_models.settings import from_mapping, to_mapping
 from db.errors import NoVotesError
+from db.storage import is_file
 from db.store import open_store
 from rlhf.apart import write_furthest
-from rlhf.collecting import Collecting, admit, collect, freeze
+from rlhf.collecting import Collecting, admit, collect, freeze, places
 from rlhf.evaluate_models import BASE, evaluate
 from rlhf.reward_gates import Gate, GateError, missed
 from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
@@ -219,6 +220,8 @@ class Loop:
             if first is not None:
                 write_json(self.out / "champion.json", first)
             missing = [number for number in range(1, rounds + 1) if not stamp_path(self.round(number).folder, "verdict").is_file()]
+            if missing:
+                self._check_place()
             if missing and self.collecting.serve:
                 admit(self.db, self.collecting.people)
             for number in missing:
@@ -230,15 +233,22 @@ class Loop:
         return Round(self, number, self.out / "rounds" / f"{number:02d}")
 
     def champion(self) -> dict[str, Any]:
+        """The champion's record as it stands in champion.json."""
         record: dict[str, Any] = read_json(self.out / "champion.json")
         return record
 
+    def adapter_of(self, champion: dict[str, Any]) -> str | None:
+        """Where a champion's adapter lies: a promoted one in its round's folder, wherever the loop is; the first one where it was given."""
+        return self.round(champion["round"]).challenger if champion["round"] else champion["adapter"]
+
     def standing(self) -> dict[str, Any]:
-        """The champion's record, once its folder was found to hold what was promoted: it may be anywhere, and trained into since."""
+        """The champion's record, with the place of its adapter, once that was found to hold what was promoted: the first one may be
+        anywhere, and any may be trained into since."""
         record = self.champion()
-        if record["adapter"]:
-            same_adapter(record["adapter"], record["adapter_sha256"])
-        return record
+        adapter = self.adapter_of(record)
+        if adapter:
+            same_adapter(adapter, record["adapter_sha256"])
+        return record | {"adapter": adapter}
 
     def _rated(self) -> list[str]:
         """The prompts of all rounds' clips, as they were put up: the file of prompts may have changed since."""
@@ -264,6 +274,18 @@ class Loop:
         if there:
             got = f"campaign {there[0]!r} in {self.db}, which is not this loop's"
             raise UserError(got, "a name that is free: votes on others' clips would count", "choose another --campaign, or another --db")
+
+    def _check_place(self) -> None:
+        """The database and every snapshot name clips by their place. A folder that was moved is refused before somebody is asked to listen
+        to clips that cannot be played."""
+        for manifest in sorted(self.out.glob("rounds/*/samples/manifest.jsonl")):
+            first = read_jsonl(manifest)[0]
+            known = places(self.db, first["sha256"])
+            if known and (manifest.parent / first["file"]).is_file() and not any(map(is_file, known)):
+                old = Path(known[0]).parents[3]  # rounds, 01, samples, the file
+                got = f"{self.out}, whose clips are known at {old}"
+                remedy = f"move the folder back, or leave a link at its old place: ln -s {self.out.resolve()} {old}"
+                raise UserError(got, "the place where they were put up, by which the database and snapshots name them", remedy)
 
     def _first_champion(self) -> dict[str, Any]:
         record: dict[str, Any] = {"round": 0, "adapter": None, "adapter_sha256": None, "policy_sha256": self.policy.sha256, "votes": None}
@@ -470,7 +492,7 @@ class Round:
         manifest = same_adapter(self.challenger, stamp(self.folder, "train")["adapter_sha256"])
         return {
             "round": self.number,
-            "adapter": self.challenger,
+            "adapter": str(Path(self.challenger).relative_to(self.loop.out)),
             "adapter_sha256": manifest.adapter_sha256,
             "policy_sha256": manifest.base_sha256,
             "parents": {

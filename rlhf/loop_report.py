@@ -52,7 +52,7 @@ def status(out: Path) -> list[str]:
     if (out / "champion.json").is_file():
         champion = loop.champion()
         since = f"round {champion['round']}, {champion['votes'].get('at', 'undated')}" if champion["votes"] else "the start"
-        lines += ["", f"Champion: {champion['adapter'] or 'the base'}, since {since}."]
+        lines += ["", f"Champion: {loop.adapter_of(champion) or 'the base'}, since {since}."]
     if rounds:
         lines += ["", *table(HEADS, [_cells(made) for made in rounds]), "", *NOTES]
     for made in rounds:

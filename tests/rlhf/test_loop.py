@@ -103,7 +103,7 @@ def test_a_round_goes_from_clips_to_a_verdict(played):
     assert told["promoted"] == (told["ci"][0] > 0.5)
     assert champion["round"] == int(told["promoted"])
     if told["promoted"]:
-        assert champion["adapter_sha256"] == read_adapter(champion["adapter"]).manifest.adapter_sha256
+        assert champion["adapter_sha256"] == read_adapter(played / champion["adapter"]).manifest.adapter_sha256
     assert read_adapter(played / "rounds" / "01" / "train" / "adapter").manifest.snapshot_sha256
     lines = "\n".join(status(played))
     assert told["why"] in lines
@@ -292,7 +292,7 @@ def test_a_round_plays_the_champion_and_trains_from_the_base(played, tmp_path):
     assert {tuple(clip["adapters"]) for clip in clips} == {(champion["adapter_sha256"],)}
     shutil.copytree(made.folder / "snapshot", second.folder / "snapshot")
     second.train()
-    theirs, ours = (read_adapter(path).lora.tensors for path in (champion["adapter"], second.challenger))
+    theirs, ours = (read_adapter(path).lora.tensors for path in (made.challenger, second.challenger))
     assert any(tensor.any() for name, tensor in theirs.items() if "lora_B" in name)
     assert not any(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
     assert sum("lora_B" in name for name in ours) == sum("lora_B" in name for name in theirs) > 0
@@ -319,6 +319,40 @@ def test_a_champion_or_challenger_that_was_exchanged_on_disk_is_refused(played, 
     shutil.copytree(tmp_path / "other", made.challenger)
     with pytest.raises(UserError, match="as the loop met it"):
         made.loop.round(2).samples()
+
+
+@pytest.mark.parametrize("record", ["relative to the loop", "an old one, of the place where it was promoted"])
+def test_a_promoted_champion_moves_with_the_folder_of_its_loop(record, played, tmp_path):
+    made = promoted_round(played, tmp_path, won=36, lost=4)
+    made.verdict()
+    champion = made.loop.champion()
+    assert champion["adapter"] == "rounds/01/train/adapter"
+    if record != "relative to the loop":
+        write_json(made.loop.out / "champion.json", champion | {"adapter": made.challenger})
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    made.loop.out.rename(moved)
+    standing = Loop(settings({"out": moved}), Collecting()).standing()
+    assert standing["adapter"] == str(moved / "rounds" / "01" / "train" / "adapter")
+    assert f"Champion: {standing['adapter']}, since round 1" in "\n".join(status(moved))
+
+
+def test_a_moved_loop_says_where_its_clips_are_known_and_goes_on_behind_a_link(files, policy_dir, tmp_path, capfd):
+    """The database and frozen snapshots name clips by their place; listeners would be asked about clips that cannot be played."""
+    old, new = tmp_path / "old", tmp_path / "shelf" / "new"
+    assert cli.main(arguments(files, policy_dir, old, n_votes=2)) == 2
+    new.parent.mkdir()
+    old.rename(new)
+    raters = arguments(files, policy_dir, new)[-4:]
+    capfd.readouterr()
+    assert cli.main(["loop", "--out", str(new), "--rounds", "1", *raters]) == 2
+    said = capfd.readouterr().err
+    assert f"error: got {new}, whose clips are known at {old}; expected" in said
+    assert f"ln -s {new} {old}" in said
+    assert "2 of 4 votes are there" in "\n".join(status(new))
+    old.symlink_to(new)
+    assert cli.main(["loop", "--out", str(new), "--rounds", "1", *raters]) == 0
+    assert stamp(new / "rounds" / "01", "verdict")["n_votes"] == 2
 
 
 def test_the_rule_promotes_half_of_equal_rivals_in_few_of_a_hundred_campaigns():
