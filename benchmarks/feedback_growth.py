@@ -89,6 +89,8 @@ def fill_votes(store: Store, n_votes: int, n_raters: int = 200, target_votes: in
             **who,
             "policy": "least-voted-24",
             "propensity": 1.0,
+            "min_listen_ms": 0,
+            "aspects": [],
             "status": "voted",
             "expires_at": now + timedelta(hours=1),
         }

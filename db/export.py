@@ -201,7 +201,7 @@ def _votes(session: Session, campaign: Campaign, rules: Rules, out: Mapping[int,
         Rater.status,
         clip_x.sha256.label("x"),
         clip_y.sha256.label("y"),
-        quality.vote_reason(campaign, rules).label("reason"),
+        quality.vote_reason(rules).label("reason"),
     )
     statement = quality.of_campaign(wanted, campaign).join(Prompt, Prompt.id == Pair.prompt_id).order_by(Vote.id)
     for rows in session.execute(statement.execution_options(yield_per=CHUNK)).partitions():

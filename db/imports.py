@@ -137,6 +137,7 @@ def _take_in(
         if rep and asked["kind"] == "normal":  # a snapshot's rows bring their kind: of another campaign, where it was her first
             asked["kind"] = "repeat"
         asked |= {"id": uuid.uuid4().hex, "pair_id": pair_id, "rater_id": rater_id, "rep": rep, "swapped": a.id > b.id}
+        asked |= {"min_listen_ms": 0, "aspects": list(row.aspects)}  # elsewhere votes are given under rules of their own
         assignments.append(asked | {"status": "voted", "expires_at": row.at})
         vote = {"events": [], "choice": row.choice, "created_at": row.at, **row.columns, "source": row.columns.get("source") or source}
         votes.append(vote | {"assignment_id": asked["id"], "rater_id": rater_id, "idempotency_key": key[1]})

@@ -153,7 +153,8 @@ def set_status(store: Store, actor_id: int | None, campaign_id: int, status: str
 def change_rules(store: Store, actor_id: int | None, campaign_id: int, **changes: Any) -> Rules:
     """Changes some of a campaign's rules and returns all of them.
 
-    A lower target takes no vote or lease back: a pair that has more already is simply full.
+    They hold for pairs handed out from now on: a vote that is being given, or counts, is judged by what it was asked for. A lower
+    target takes no vote or lease back: a pair that has more already is simply full.
     Raises: NotFoundError; StoreError for rules that cannot be.
     """
     with store.write() as session:

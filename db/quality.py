@@ -203,18 +203,18 @@ def alpha(answers: Sequence[Sequence[int]]) -> float | None:
 clip_x, clip_y = aliased(Clip), aliased(Clip)
 
 
-def vote_reason(campaign: Campaign, rules: Rules) -> ColumnElement[str | None]:
+def vote_reason(rules: Rules) -> ColumnElement[str | None]:
     """SQL for the reason that excludes a vote by itself, whoever gave it: stored, blocked, or too little heard.
 
-    Listening is asked of votes that were given here; those from elsewhere were given under rules of their own."""
+    The listening is what the vote was asked for at its lease, whatever the campaign asks for by now."""
 
     def short_of(heard: Any) -> ColumnElement[bool]:
-        return and_(heard < campaign.min_listen_ms, heard < clip_x.duration_ms, heard < clip_y.duration_ms)
+        return and_(heard < Assignment.min_listen_ms, heard < clip_x.duration_ms, heard < clip_y.duration_ms)
 
     return case(
         (Vote.excluded_reason.is_not(None), Vote.excluded_reason),
         (Rater.status == "blocked", literal(BLOCKED)),
-        (and_(Vote.source.is_(None), or_(short_of(Vote.listen_a_ms), short_of(Vote.listen_b_ms))), literal(LISTENED_TOO_LITTLE)),
+        (or_(short_of(Vote.listen_a_ms), short_of(Vote.listen_b_ms)), literal(LISTENED_TOO_LITTLE)),
         (or_(Vote.coverage_a < rules.min_coverage, Vote.coverage_b < rules.min_coverage), literal(HEARD_TOO_LITTLE)),
         else_=null(),
     )
@@ -279,7 +279,7 @@ def tally(session: Session, campaign: Campaign, rules: Rules, aspect: str | None
     swapped = Assignment.swapped
     a, b = case((swapped, clip_y.system), else_=clip_x.system), case((swapped, clip_x.system), else_=clip_y.system)
     right = case((Pair.gold.is_(None), null()), else_=stored_choice(choice=choice) == Pair.gold)
-    keys = [Vote.rater_id, a, b, Assignment.kind, choice, right, vote_reason(campaign, rules)]
+    keys = [Vote.rater_id, a, b, Assignment.kind, choice, right, vote_reason(rules)]
     labelled: Any = select(*(key.label(f"k{i}") for i, key in enumerate(keys)), heard.label("heard"))
     votes = about(labelled, campaign, aspect, tag)[0].subquery()
     groups = [votes.c[f"k{i}"] for i in range(len(keys))]
@@ -296,7 +296,7 @@ def answers_by_pair(
     """pair -> how many first answers that count said x, y, tie, both bad. `out`: raters who do not count. Gold pairs are left out."""
     _, choice = about(select(), campaign, aspect, tag)
     said = stored_choice(choice=choice).label("said")
-    statement, _ = about(select(Pair.id.label("pair"), vote_reason(campaign, rules).label("reason"), said), campaign, aspect, tag)
+    statement, _ = about(select(Pair.id.label("pair"), vote_reason(rules).label("reason"), said), campaign, aspect, tag)
     votes = statement.where(Assignment.kind == "normal", Pair.gold.is_(None), Vote.rater_id.not_in(list(out))).subquery()
     counted = select(votes.c.pair, votes.c.said, func.count()).where(votes.c.reason.is_(None)).group_by(votes.c.pair, votes.c.said)
     by_pair: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0, 0])

@@ -7,7 +7,8 @@ Two rules carry the rest. A vote belongs to exactly one assignment (a unique con
 database and not in a race). And `pair.n_open` counts leases plus counted votes, so that one conditional UPDATE both
 claims a slot and keeps every pair at or below its target. Gold pairs and blind repeats take no slots: they tell of the rater.
 
-Sides are stored as they were shown; `db.export` turns them back. Audio stays outside: `uri`, `sha256`, `size_bytes`.
+Sides are stored as they were shown; `db.export` turns them back. What a vote is asked for stands with its assignment, so that rules
+may change while a campaign runs. Audio stays outside: `uri`, `sha256`, `size_bytes`.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Setting(Base):
 
 
 class Campaign(Base):
-    """A named set of pairs with one question and one rule for how often and how long to listen."""
+    """A named set of pairs with one question and one rule for how often and how long to listen, which later leases follow."""
 
     __tablename__ = "campaign"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -256,7 +257,8 @@ class Pair(Base):
 
 
 class Assignment(Base):
-    """One pair in front of one rater, with the sides as shown. A lease holds a slot; time or a skip frees it."""
+    """One pair in front of one rater, with the sides as shown and what a vote is asked for. A lease holds a slot; time or a skip
+    frees it."""
 
     __tablename__ = "assignment"
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -268,6 +270,10 @@ class Assignment(Base):
     swapped: Mapped[bool]
     policy: Mapped[str] = mapped_column(String(32))
     propensity: Mapped[float]
+    min_listen_ms: Mapped[int]
+    """Listening asked for on each side, as far as the clips last: the campaign's rule at the lease. It judges the vote for good."""
+    aspects: Mapped[list[str]]
+    """Which of ASPECTS the vote may answer: the campaign's rule at the lease."""
     status: Mapped[str] = mapped_column(String(8), default="leased")
     note: Mapped[str | None] = mapped_column(Text)
     issued_at: Mapped[datetime] = mapped_column(default=utc_now)
@@ -276,6 +282,7 @@ class Assignment(Base):
         UniqueConstraint("pair_id", "rater_id", "rep"),
         CheckConstraint("status in ('leased','voted','skipped','expired')", name="status"),
         CheckConstraint("kind in ('normal','gold','repeat')", name="kind"),
+        CheckConstraint("min_listen_ms >= 0", name="min_listen"),
         Index("ix_assignment_rater", "rater_id", "status"),
         Index("ix_assignment_lease", "status", "expires_at"),
     )

@@ -251,7 +251,7 @@ class Store:
         A vote whose lease ran out takes a free slot if there is one; else it is kept, excluded as `late`.
 
         Args:
-            aspects: score by aspect, -2 (A much better) to 2 (B much better), as shown; only those the campaign asks for.
+            aspects: score by aspect, -2 (A much better) to 2 (B much better), as shown; only those that the pair was handed out with.
             marks: stretches of a side, as shown, inside its clip.
             coverage_a, coverage_b: share of each side that was heard at least once, 0 to 1.
             client_ms: the client's own clock, Unix ms.

@@ -2,6 +2,7 @@
 
 The statements are built once, at import, and run without the ORM: building them afresh cost three times as much CPU as running them.
 `db.choice` says which pair; here it is leased. A gold pair or a blind repeat takes no slot and looks like any other pair.
+What the campaign asks for is copied into the lease, and a vote is held to that copy: rules may change while somebody listens.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Mark:
 class Offer:
     """A pair in front of a rater. Says nothing of what made the clips.
 
-    `aspects`: what the campaign asks for beside the vote. `practice`: whether it wants new raters to rehearse first.
+    `aspects`: what is asked for beside the vote. `practice`: whether it wants new raters to rehearse first.
     """
 
     assignment_id: str
@@ -108,6 +109,8 @@ _offers = (
         Assignment.swapped,
         Assignment.kind,
         Assignment.expires_at,
+        Assignment.min_listen_ms,
+        Assignment.aspects,
         Pair.campaign_id,
         Pair.gain_x_db,
         Pair.gain_y_db,
@@ -135,7 +138,14 @@ FREE_SLOT = update(Pair).where(Pair.id == _pair).values(n_open=Pair.n_open - 1)
 RENEW_LEASE = (
     update(Assignment)
     .where(Assignment.id == _assignment, Assignment.status == "expired")
-    .values(status="leased", expires_at=bindparam("until"), policy=bindparam("by"), propensity=bindparam("p"))
+    .values(
+        status="leased",
+        expires_at=bindparam("until"),
+        policy=bindparam("by"),
+        propensity=bindparam("p"),
+        min_listen_ms=bindparam("listen_ms"),
+        aspects=bindparam("asked"),
+    )
 )
 FINISH = update(Assignment).where(Assignment.id == _assignment).values(status=bindparam("now_status"), note=bindparam("now_note"))
 COUNT_VOTES = select(func.count()).select_from(Vote).where(Vote.rater_id == _rater)
@@ -157,13 +167,12 @@ ASKED = (
         Assignment.pair_id,
         Assignment.swapped,
         Assignment.kind,
-        Campaign.min_listen_ms,
-        Campaign.aspects,
+        Assignment.min_listen_ms,
+        Assignment.aspects,
         _x.duration_ms.label("x_ms"),
         _y.duration_ms.label("y_ms"),
     )
     .join(Pair, Pair.id == Assignment.pair_id)
-    .join(Campaign, Campaign.id == Pair.campaign_id)
     .join(_x, _x.id == Pair.clip_x_id)
     .join(_y, _y.id == Pair.clip_y_id)
     .where(Assignment.id == _assignment, Assignment.rater_id == _rater)
@@ -242,12 +251,13 @@ def _campaigns_in_scope(connection: Connection, rater_id: int, name: str | None)
 
 
 def _lease(connection: Connection, campaign: AnyRow, rater_id: int, now: datetime, lease: timedelta, rng: random.Random) -> str | None:
-    """Draws a pair and leases it to the rater; the assignment's id, or None if nothing waits."""
+    """Draws a pair and leases it to the rater under the campaign's rules of now; the assignment's id, or None if nothing waits."""
     while drawn := draw(connection, campaign, rater_id, rng):
         if drawn.kind == "normal" and not _changed(connection, TAKE_SLOT, pair=drawn.pair_id):
             continue  # another rater was faster
         if drawn.own_id is not None:
             renewed = {"assignment": drawn.own_id, "until": now + lease, "by": drawn.policy, "p": drawn.propensity}
+            renewed |= {"listen_ms": campaign.min_listen_ms, "asked": campaign.aspects}
             if connection.execute(RENEW_LEASE, renewed).rowcount:
                 return drawn.own_id
             if drawn.kind == "normal":
@@ -263,6 +273,8 @@ def _lease(connection: Connection, campaign: AnyRow, rater_id: int, now: datetim
             "swapped": drawn.swapped,
             "policy": drawn.policy,
             "propensity": drawn.propensity,
+            "min_listen_ms": campaign.min_listen_ms,
+            "aspects": campaign.aspects,
             "status": "leased",
             "issued_at": now,
             "expires_at": now + lease,
@@ -281,10 +293,10 @@ def _offer(connection: Connection, campaign: AnyRow, rater_id: int, row: AnyRow)
         gain_a_db=round(gains[0], 3),
         gain_b_db=round(gains[1], 3),
         duration_ms=max(row.x_ms, row.y_ms),
-        min_listen_ms=min(campaign.min_listen_ms, row.x_ms, row.y_ms),
+        min_listen_ms=min(row.min_listen_ms, row.x_ms, row.y_ms),
         expires_at=row.expires_at,
         progress=_progress(connection, campaign, rater_id, row.kind == "normal"),
-        aspects=tuple(campaign.aspects),
+        aspects=tuple(row.aspects),
         practice=campaign.practice,
     )
 
@@ -355,10 +367,10 @@ def submit(connection: Connection, vote: dict[str, Any], aspects: Mapping[str, i
 
 
 def check_aspects(aspects: Mapping[str, int], asked_for: Sequence[str]) -> None:
-    """Raises RefusedError for an aspect the campaign does not ask for, or a score outside -2 to 2."""
+    """Raises RefusedError for an aspect that is not asked for, or a score outside -2 to 2."""
     for aspect, score in aspects.items():
         if aspect not in asked_for:
-            expected = f"only {', '.join(asked_for)}" if asked_for else "none in this campaign"
+            expected = f"only {', '.join(asked_for)}" if asked_for else "none with this pair"
             raise RefusedError(f"aspect {aspect!r}", expected, "leave it out")
         if not -2 <= score <= 2:
             raise RefusedError(f"{aspect} {score}", "a whole number from -2 (A is better) to 2 (B is better)", "correct it")

@@ -361,7 +361,7 @@ def set_status(request: Request, owner: Owner, campaign_id: Id, change: StatusCh
 
 @router.patch("/campaigns/{campaign_id}/rules")
 def change_rules(request: Request, owner: Owner, campaign_id: Id, change: RulesChange) -> RulesView:
-    """Changes some rules and answers with all of them."""
+    """Changes some rules, for pairs handed out from now on, and answers with all of them."""
     wanted = change.model_dump(exclude_none=True)
     if "aspects" in wanted:
         wanted["aspects"] = tuple(wanted["aspects"])

@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("open", "hand out its pairs again"), ("pause", "hand out no more for now"), ("close", "hand out no more")):
         command(name, set_status, f"{name} a campaign: {text}").add_argument("campaign", help=campaign)
 
-    p = command("rules", rules, "show a campaign's rules, or change those that are named", shows=True)
+    p = command("rules", rules, "show a campaign's rules, or change those that are named, for pairs handed out from then on", shows=True)
     p.add_argument("campaign", help=campaign)
     for rule, (kind, text) in RULES.items():
         p.add_argument(f"--{rule.replace('_', '-')}", type=kind, help=f"{text}; default: as it is")

@@ -15,6 +15,7 @@ from db.errors import ConflictError, NotFoundError, StoreError
 from db.export import export_preferences, export_snapshot, snapshot_sha256
 from db.imports import import_votes
 from db.leaderboard import leaderboard
+from db.quality import refresh_quality
 from db.schema import Campaign, Pair, Snapshot, SnapshotRater
 from db.store import Store, open_store
 from db.voting import Mark
@@ -153,6 +154,20 @@ def test_excluded_votes_are_kept_and_counted_by_reason(store: Store, campaign: s
     assert (snapshot["n_votes"], snapshot["n_excluded"], snapshot["n_raters"]) == (3, {"rater_blocked": 2}, 1)
     reasons = [vote["excluded_reason"] for vote in read_lines(tmp_path / "out/one/votes.jsonl")]
     assert reasons == [None, None, None, "rater_blocked", "rater_blocked"]
+
+
+def test_a_rule_that_is_raised_leaves_votes_that_were_counted(store: Store, campaign: str, add_raters: Callable, tmp_path: Path) -> None:
+    """Snapshot, dataset, board, quality and what raters agree in: all of them judge a vote by what it was asked for."""
+    (rater,) = add_raters(1)
+    vote_for_base(store, rater, 5)  # 300 ms of one side
+    before = export_snapshot(store, campaign, tmp_path / "out", "before")
+    owners.change_rules(store, None, 1, min_listen_ms=5000)
+    after = export_snapshot(store, campaign, tmp_path / "out", "after")
+    assert (after["n_votes"], after["n_excluded"], after["sha256"]) == (5, {}, before["sha256"])
+    assert export_preferences(store, campaign, tmp_path / "out", "trl")["n_votes"] == 5
+    board = leaderboard(store, campaign)
+    assert (board.n_votes, board.excluded) == (5, {})
+    assert refresh_quality(store, campaign)[rater].n_votes == 5
 
 
 def test_a_blocked_raters_votes_alone_are_no_snapshot(store: Store, campaign: str, add_raters: Callable, tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def fill(url: str, votes: list[dict[str, Any]], prompts: list[str], gold: list[s
             kind = "repeat" if rep else "gold" if gold[vote["pair"]] else "normal"
             given_at = at + timedelta(milliseconds=i)
             asked = {"rep": rep, "kind": kind, "policy": "random-256", "propensity": vote["propensity"], "swapped": vote["swapped"]}
+            asked |= {"min_listen_ms": 3000, "aspects": list(ASPECTS)}
             when = {"issued_at": given_at - timedelta(seconds=vote["waited_s"]), "expires_at": at}
             session.add(Assignment(id=f"{i}", pair_id=met[0] + 1, rater_id=met[1] + 1, status="voted", **asked, **when))
             session.flush()

@@ -202,7 +202,7 @@ def test_a_repeat_agrees_when_the_same_clip_won(store: Store, campaign: str, add
         for i, (first, said) in enumerate(firsts[:4]):
             again = Assignment(
                 id=f"again{i}", pair_id=first.pair_id, rater_id=rater, rep=1, kind="repeat", swapped=not first.swapped, policy="repeat",
-                propensity=0.1, status="voted", expires_at=first.expires_at,
+                propensity=0.1, min_listen_ms=0, aspects=[], status="voted", expires_at=first.expires_at,
             )  # fmt: skip
             session.add(again)
             session.flush()

@@ -10,12 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
+from db import migrations
 from db.errors import StoreError, UnavailableError
+from db.quality import Rules, tally
 from db.schema import Assignment, Base, Campaign, Rater, Vote
 from db.session import make_engine, parse_url, upgrade
 from db.store import Store, open_store
@@ -85,6 +89,87 @@ def test_votes_of_the_first_schema_come_through_the_second(db_url: str) -> None:
         assert session.scalars(select(Campaign)).one().chooser == "least_voted"
     with open_store(db_url) as store, pytest.raises(IntegrityError), store.write() as session:
         session.execute(text("delete from rater where id = 1"))  # the vote points to it: foreign keys hold after the rebuild
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Takes a database back to an older schema, as `upgrade` brings it to a newer one."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.set_main_option("path_separator", "os")
+    engine = make_engine(url, foreign_keys=False)
+    with engine.execution_options(writes=True).begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
+    engine.dispose()
+
+
+def shape(url: str) -> dict:
+    engine = make_engine(url)
+    found = constraints(engine)
+    engine.dispose()
+    return found
+
+
+def run(url: str, *statements: str) -> list:
+    """The rows of the last statement."""
+    engine = make_engine(url)
+    with engine.begin() as connection:
+        rows = [connection.execute(text(statement)) for statement in statements][-1]
+        found = rows.all() if rows.returns_rows else []
+    engine.dispose()
+    return found
+
+
+AT = "'2026-01-01 00:00:00'"
+TWO_CLIPS = (
+    "insert into prompt values (1, 'p', 'sad piano', 'h', 'train')",
+    *(
+        "insert into clip (id, prompt_id, sha256, uri, size_bytes, duration_ms, sample_rate, system, adapters, gen, created_at) "
+        f"values ({i}, 1, 's{i}', 'u', 1, 6000, 16000, '{system}', '[]', '{{}}', {AT})"
+        for i, system in ((1, "base"), (2, "dpo"))
+    ),
+)
+
+
+def test_old_assignments_are_given_what_they_asked_for_and_lose_it_again(db_url: str) -> None:
+    upgrade(db_url, "0005")
+    before = shape(db_url)
+    heard = {1: None, 2: (5000, 4000, "null"), 3: (300, 700, "null"), 4: (0, 0, "'import:v.csv'")}
+    run(
+        db_url,
+        *TWO_CLIPS,
+        f"insert into campaign (id, name, target_votes, min_listen_ms, status, aspects, created_at) "
+        f"values (1, 'c', 9, 3000, 'open', '[\"musicality\"]', {AT})",
+        "insert into pair (id, campaign_id, prompt_id, clip_x_id, clip_y_id, gain_x_db, gain_y_db, target_votes, n_open) "
+        "values (1, 1, 1, 1, 2, 0, 0, 9, 4)",
+        *(
+            f"insert into rater (id, handle, token_sha256, role, status, session_epoch, created_at) "
+            f"values ({i}, 'rater {i}', '{i}', 'rater', 'active', 0, {AT})"
+            for i in heard
+        ),
+        *(
+            "insert into assignment (id, pair_id, rater_id, rep, swapped, policy, propensity, status, issued_at, expires_at) "
+            f"values ('as{i}', 1, {i}, 0, true, 'least-voted-24', 1.0, '{'voted' if said else 'leased'}', {AT}, {AT})"
+            for i, said in heard.items()
+        ),
+        *(
+            "insert into vote (id, assignment_id, rater_id, idempotency_key, choice, listen_a_ms, listen_b_ms, source, events, created_at) "
+            f"values ({i}, 'as{i}', {i}, 'k{i}', 'a', {said[0]}, {said[1]}, {said[2]}, '[]', {AT})"
+            for i, said in heard.items()
+            if said
+        ),
+    )
+    kept = run(db_url, "select * from assignment order by id"), run(db_url, "select * from vote order by id")
+    for _ in range(2):
+        with open_store(db_url) as store, store.read() as session:
+            asked = [(row.min_listen_ms, row.aspects) for row in session.scalars(select(Assignment).order_by(Assignment.id))]
+            # The third was taken under a lower rule, which nobody wrote down; the fourth was given elsewhere.
+            assert asked == [(least, ["musicality"]) for least in (3000, 3000, 300, 0)]
+            campaign = session.scalars(select(Campaign)).one()
+            assert [cell.reason for cell in tally(session, campaign, Rules())] == [None] * 3
+        downgrade(db_url, "0005")
+        assert shape(db_url) == before
+        assert (run(db_url, "select * from assignment order by id"), run(db_url, "select * from vote order by id")) == kept
 
 
 def test_a_database_of_a_newer_encore_is_refused(db_url: str) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, func, select, update
 
+from db import owners
 from db.choice import Draw, draw
 from db.errors import ConflictError, NotFoundError, RefusedError, ScreenDueError
 from db.people import record_screen
 from db.schema import Assignment, Campaign, Pair, SpanMark, Vote, VoteAspect, utc_now
 from db.store import Store
-from db.voting import Mark
+from db.voting import Mark, Receipt
 
 
 @pytest.fixture
@@ -299,6 +300,53 @@ class TestListening:
         (rater,) = add_raters(1)
         offer = store.next_assignment(rater)
         assert (offer.min_listen_ms, offer.duration_ms) == (1500, 6000)
+
+
+class TestRulesThatChangeMeanwhile:
+    @pytest.fixture
+    def rater(self, store: Store, make_rows: Callable, tmp_path: Path, add_raters: Callable) -> int:
+        """One rater of a campaign that asks for 3 s and for musicality."""
+        store.create_campaign("c", make_rows(2), tmp_path / "clips", min_listen_ms=3000)
+        owners.change_rules(store, None, 1, aspects=("musicality",))
+        return add_raters(1)[0]
+
+    def vote(self, store: Store, rater: int, assignment_id: str, heard_ms: int, **said: object) -> Receipt:
+        then = utc_now() + timedelta(hours=1)
+        heard = {"listen_a_ms": heard_ms, "listen_b_ms": heard_ms}
+        return store.submit_vote(rater, assignment_id, "a", idempotency_key=assignment_id, clock=lambda: then, **heard, **said)
+
+    def test_ask_no_more_of_a_pair_that_was_handed_out_before(self, store: Store, rater: int) -> None:
+        offer = store.next_assignment(rater)
+        owners.change_rules(store, None, 1, min_listen_ms=5000, aspects=())
+        assert store.next_assignment(rater) == offer
+        assert self.vote(store, rater, offer.assignment_id, 3000, aspects={"musicality": 1}).excluded_reason is None
+        after = store.next_assignment(rater)
+        assert (after.min_listen_ms, after.aspects) == (5000, ())
+        with pytest.raises(RefusedError, match="5000 ms"):
+            self.vote(store, rater, after.assignment_id, 3000)
+        with pytest.raises(RefusedError, match="none with this pair"):
+            self.vote(store, rater, after.assignment_id, 5000, aspects={"musicality": 1})
+
+    def test_ask_no_less_of_it_either(self, store: Store, rater: int) -> None:
+        offer = store.next_assignment(rater)
+        owners.change_rules(store, None, 1, min_listen_ms=0)
+        with pytest.raises(RefusedError, match="3000 ms"):
+            self.vote(store, rater, offer.assignment_id, 0)
+
+    def test_leave_a_late_vote_to_the_rule_it_was_handed_out_under(self, store: Store, rater: int) -> None:
+        offer = store.next_assignment(rater, lease_s=60)
+        owners.change_rules(store, None, 1, min_listen_ms=5000)
+        store._expire(utc_now() + timedelta(minutes=2))
+        assert self.vote(store, rater, offer.assignment_id, 3000).excluded_reason is None
+
+    def test_hold_for_a_pair_that_is_handed_out_again(self, store: Store, rater: int) -> None:
+        held = {store.next_assignment(rater, lease_s=60).assignment_id}
+        owners.change_rules(store, None, 1, min_listen_ms=5000)
+        again = store.next_assignment(rater, clock=lambda: utc_now() + timedelta(minutes=2), rng=random.Random(0))
+        with store.read() as session:
+            asked = dict(session.execute(select(Assignment.id, Assignment.min_listen_ms)).all())
+        assert again.min_listen_ms == asked[again.assignment_id] == 5000
+        assert held == asked.keys()  # the same assignment, leased anew
 
 
 @pytest.mark.usefixtures("campaign")
