@@ -65,10 +65,11 @@ def fill_campaign(store: Store, n_pairs: int, target_votes: int, n_open: Callabl
 
     def clip(i: int) -> dict[str, Any]:
         said = {"uri": "clip.wav", "size_bytes": 1, "duration_ms": 6000, "sample_rate": 16000, "adapters": [], "gen": {}}
-        return said | {"prompt_id": i // 2 % n_prompts + 1, "sha256": f"{i:064}", "system": SYSTEMS[rng.randrange(len(SYSTEMS))]}
+        return said | {"prompt_id": i // 2 % n_prompts + 1, "sha256": f"{i:064}", "system": SYSTEMS[0]}
 
     def pair(i: int) -> dict[str, Any]:
         clips = {"clip_x_id": 2 * i + 1, "clip_y_id": 2 * i + 2, "gain_x_db": 0.0, "gain_y_db": 0.0}
+        clips |= {f"system_{side}": SYSTEMS[rng.randrange(len(SYSTEMS))] for side in "xy"}
         return clips | {"campaign_id": 1, "prompt_id": i % n_prompts + 1, "target_votes": target_votes, "n_open": n_open(i)}
 
     add_rows(store, Clip, 2 * n_pairs, clip)

@@ -100,6 +100,8 @@ class CampaignSummary:
     """Without gold pairs."""
     n_new_pairs: int
     n_gold: int = 0
+    n_named: int = 0
+    """Pairs that had one name on both sides, and so ranked nothing, and have this call's names now."""
 
 
 class ClipKey(NamedTuple):
@@ -298,8 +300,9 @@ def create(
         owner_id: who does this; None on the server's command line.
         keep_rules: whether a campaign of that name keeps its own rules, but for target_votes and min_listen_ms.
 
-    Raises: StoreError for a pair that cannot be, nothing to pair, or a campaign of that name with other rules.
-        Nothing is stored then.
+    A pair's systems are those of these rows, whatever its clips are called in other campaigns.
+    Raises: StoreError for a pair that cannot be, nothing to pair, or a campaign of that name with other rules, or with a pair that
+        ranks two systems of other names. Nothing is stored then.
     """
     if not name or len(name) > 128 or not name.isprintable() or name != name.strip():
         raise StoreError(f"campaign name {name!r}", "1 to 128 printable characters", "choose another name")
@@ -319,6 +322,7 @@ def create(
             _same_rules(campaign, rules, keep_rules)
         summary = _register(session, campaign, rows, columns, pairs, gold)
         detail = {"campaign_id": campaign.id, "n_clips": summary.n_clips, "n_new_pairs": summary.n_new_pairs, "n_gold": summary.n_gold}
+        detail["n_named"] = summary.n_named
         session.add(Audit(actor_id=owner_id, action="campaign.fill", detail=detail))
         return summary
 
@@ -342,6 +346,8 @@ def _register(
     clips = _clips(session, rows, columns)
     here = select(Pair.clip_x_id, Pair.clip_y_id, Pair.gold).where(Pair.campaign_id == campaign.id)
     have = {(x_id, y_id): answer for x_id, y_id, answer in session.execute(here)}
+    systems = {clips[key].id: str(row.fields["system"]) for key, row in rows.items()}
+    n_named = _name(session, campaign, systems)
     known_answers = named_pairs(clips, gold)
     if pairs is None:
         paired = {clip_id for pair, answer in have.items() if answer is None for clip_id in pair}
@@ -349,14 +355,34 @@ def _register(
         wanted = choose_pairs(key for key, clip in clips.items() if clip.id not in paired and key not in spoiled)
     else:
         wanted = named_pairs(clips, pairs)
-    fresh = [pair for x, y in wanted if (pair := _new_pair(campaign, clips[x], clips[y], have, known=False))]
-    answered = [pair for x, y in known_answers if (pair := _new_pair(campaign, clips[x], clips[y], have, known=True))]
+    fresh = [pair for x, y in wanted if (pair := _new_pair(campaign, clips[x], clips[y], systems, have, known=False))]
+    answered = [pair for x, y in known_answers if (pair := _new_pair(campaign, clips[x], clips[y], systems, have, known=True))]
     add(session, Pair, fresh + answered)
     answers = [answer for answer in have.values() if answer is not None]
     if len(answers) == len(have):
         expected = "at least one prompt with two different clips"
         raise StoreError(f"no pair among {len(rows)} clips", expected, "sample with -n 2 or more")
-    return CampaignSummary(campaign.name, len(clips), len(have) - len(answers), len(fresh), len(answers))
+    return CampaignSummary(campaign.name, len(clips), len(have) - len(answers), len(fresh), len(answers), n_named)
+
+
+def _name(session: Session, campaign: Campaign, systems: Mapping[int, str]) -> int:
+    """Gives a call's names to the campaign's pairs that had one on both sides, and so ranked nothing; how many changed.
+
+    Args: systems: of a call's clips by id. Raises: ConflictError for other names than those under which a pair is ranked.
+    """
+    named = []
+    stored = select(Pair.id, Pair.clip_x_id, Pair.clip_y_id, Pair.system_x, Pair.system_y).where(Pair.campaign_id == campaign.id)
+    for pair_id, x_id, y_id, *have in session.execute(stored):
+        asked = [systems.get(x_id), systems.get(y_id)]
+        if None in asked or asked == have:
+            continue
+        if have[0] != have[1]:
+            got = f"a pair of {asked[0]!r} against {asked[1]!r}, which campaign {campaign.name!r} ranks as {have[0]!r} against {have[1]!r}"
+            raise ConflictError(got, "the names that it has there", "repeat them, or choose another name for the campaign")
+        named.append({"id": pair_id, "system_x": asked[0], "system_y": asked[1]})
+    if named:
+        session.execute(update(Pair), named)
+    return len(named)
 
 
 def _clips(session: Session, rows: Mapping[ClipKey, Row], columns: Mapping[ClipKey, dict[str, Any]]) -> dict[ClipKey, _Clip]:
@@ -385,7 +411,9 @@ def _clips(session: Session, rows: Mapping[ClipKey, Row], columns: Mapping[ClipK
     return {key: have[wanted[key]] for key in rows}
 
 
-def _new_pair(campaign: Campaign, one: _Clip, two: _Clip, have: dict[tuple[int, int], str | None], *, known: bool) -> dict[str, Any] | None:
+def _new_pair(
+    campaign: Campaign, one: _Clip, two: _Clip, systems: Mapping[int, str], have: dict[tuple[int, int], str | None], *, known: bool
+) -> dict[str, Any] | None:
     """The pair's columns unless it is there; `known`: `one` is the right answer. Raises ConflictError for two answers."""
     x, y = sorted((one, two), key=lambda clip: clip.id)
     answer = ("x" if one is x else "y") if known else None
@@ -401,6 +429,8 @@ def _new_pair(campaign: Campaign, one: _Clip, two: _Clip, have: dict[tuple[int, 
         "prompt_id": x.prompt_id,
         "clip_x_id": x.id,
         "clip_y_id": y.id,
+        "system_x": systems[x.id],
+        "system_y": systems[y.id],
         "gain_x_db": gain_x_db,
         "gain_y_db": gain_y_db,
         "gold": answer,

@@ -27,7 +27,7 @@ from sqlalchemy import BindParameter, Connection, Integer, Row, and_, bindparam,
 from sqlalchemy.orm import aliased
 
 from db.errors import NotFoundError, StoreError
-from db.schema import Assignment, Campaign, Clip, Pair, Vote
+from db.schema import Assignment, Campaign, Pair, Vote
 
 if TYPE_CHECKING:
     from db.store import Store
@@ -233,12 +233,8 @@ _counted = (
     .where(Pair.campaign_id == _campaign, Assignment.kind == "normal", Vote.excluded_reason.is_(None), Vote.choice != "both_bad")
     .group_by(Assignment.pair_id, Assignment.swapped, Vote.choice)
 )
-_x, _y = aliased(Clip), aliased(Clip)
-_systems = (
-    select(Pair.id, Pair.priority, _x.system, _y.system, Pair.n_open < Pair.target_votes)
-    .join(_x, _x.id == Pair.clip_x_id)
-    .join(_y, _y.id == Pair.clip_y_id)
-    .where(Pair.campaign_id == _campaign, Pair.gold.is_(None))
+_systems = select(Pair.id, Pair.priority, Pair.system_x, Pair.system_y, Pair.n_open < Pair.target_votes).where(
+    Pair.campaign_id == _campaign, Pair.gold.is_(None)
 )
 _newest = select(func.max(Vote.id)).scalar_subquery()
 NEWEST_VOTES = select(Campaign.name, _newest).where(Campaign.status == "open", Campaign.chooser == "informative")

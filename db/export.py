@@ -32,9 +32,10 @@ from db.quality import Rules, clip_x, clip_y
 from db.schema import Assignment, Campaign, Clip, Pair, Prompt, Rater, Snapshot, SnapshotRater, SpanMark, Vote, VoteAspect, utc_now
 from db.store import Store
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """1 had no aspects, marks, coverage, kind, propensity, policy, side shown first, comment, source and page version; 2 no events, rep
-and time of issue; 3 no hashes of codes. Readers take all. The client's clock, idempotency keys and ends of leases stay in the database."""
+and time of issue; 3 no hashes of codes; 4 no systems with the votes, only those under which the clips were first registered. Readers
+take all. The client's clock, idempotency keys and ends of leases stay in the database."""
 CHUNK = 2000
 """Votes held in memory at a time."""
 
@@ -194,6 +195,8 @@ def _votes(session: Session, campaign: Campaign, rules: Rules, out: Mapping[int,
         Pair.gold,
         Pair.clip_x_id,
         Pair.clip_y_id,
+        Pair.system_x,
+        Pair.system_y,
         Prompt.key,
         Prompt.text,
         Prompt.split,
@@ -233,6 +236,8 @@ def _vote(row: Row[Any], reason: str | None, salt: str, aspects: Sequence[Any], 
         "choice": side.get(row.choice, row.choice),
         "clip_x": row.x,
         "clip_y": row.y,
+        "system_x": row.system_x,
+        "system_y": row.system_y,
         "listen_x_ms": listen_x_ms,
         "listen_y_ms": listen_y_ms,
         "coverage_x": coverage_x,

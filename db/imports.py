@@ -115,7 +115,7 @@ def _take_in(
         else:
             shown.append((row, sides[0], sides[1]))
     raters = _raters(session, rows, told, added)
-    pairs = _pairs(session, campaign, shown, added)
+    pairs = _pairs(session, campaign, shown, told, added)
     keys = [(raters[row.rater], _idempotency(campaign.name, row)) for row, _, _ in shown]
     named = (Vote.rater_id, Vote.idempotency_key)
     known = {tuple(row) for row in find(session, named, named, keys)}
@@ -203,7 +203,7 @@ def _clips(session: Session, wanted: Sequence[tuple[int, Mapping[str, Any]]], ma
     keys = dict.fromkeys((prompt_id, clip["sha256"]) for prompt_id, clip in wanted)
 
     def look() -> dict[tuple[int, str], Row[Any]]:
-        told = (Clip.id, Clip.prompt_id, Clip.sha256, Clip.lufs, Clip.true_peak_dbfs)
+        told = (Clip.id, Clip.prompt_id, Clip.sha256, Clip.system, Clip.lufs, Clip.true_peak_dbfs)
         return {(row.prompt_id, row.sha256): row for row in find(session, told, (Clip.prompt_id, Clip.sha256), keys)}
 
     have = look()
@@ -253,35 +253,43 @@ def _raters(session: Session, rows: Sequence[VoteRow], told: Told, added: Counte
 
 
 def _pairs(
-    session: Session, campaign: Campaign, shown: Sequence[tuple[VoteRow, Row[Any], Row[Any]]], added: Counter[str]
+    session: Session, campaign: Campaign, shown: Sequence[tuple[VoteRow, Row[Any], Row[Any]]], told: Told, added: Counter[str]
 ) -> dict[tuple[int, int], int]:
-    """(clip x, clip y) -> the campaign's pair; those that are new are added in order."""
+    """(clip x, clip y) -> the campaign's pair; those that are new are added in order. A pair of other systems is told as wrong."""
     keys = dict.fromkeys(_ends(a, b) for _, a, b in shown)
 
-    def look() -> dict[tuple[int, int], int]:
+    def look() -> dict[tuple[int, int], Row[Any]]:
         named = (Pair.campaign_id, Pair.clip_x_id, Pair.clip_y_id)
-        found = find(session, (*named[1:], Pair.id), named, [(campaign.id, *ends) for ends in keys])
-        return {(x, y): id for x, y, id in found}
+        told = (Pair.clip_x_id, Pair.clip_y_id, Pair.id, Pair.system_x, Pair.system_y)
+        return {(row[0], row[1]): row for row in find(session, told, named, [(campaign.id, *ends) for ends in keys])}
 
     have = look()
     fresh: dict[tuple[int, int], dict[str, Any]] = {}
-    prompts: dict[int, int] = {}
     for row, a, b in shown:
         if (ends := _ends(a, b)) in have or ends in fresh:
             continue
         x, y = sorted((a, b), key=lambda clip: clip.id)
-        prompts[x.id] = x.prompt_id
+        # Snapshots of before schema 5 do not say the systems of a pair.
+        systems = {end.id: clip.get("system") or end.system for clip, end in zip(row.clips, (a, b))}
         gold = None if row.gold is None else ("x" if (a, b)["ab".index(row.gold)].id == x.id else "y")
         gain_x_db, gain_y_db = pair_gains_db(x.lufs, x.true_peak_dbfs, y.lufs, y.true_peak_dbfs)
         fresh[ends] = {
-            "campaign_id": campaign.id, "prompt_id": x.prompt_id, "clip_x_id": x.id, "clip_y_id": y.id, "gain_x_db": gain_x_db,
+            "campaign_id": campaign.id, "prompt_id": x.prompt_id, "clip_x_id": x.id, "clip_y_id": y.id,
+            "system_x": systems[x.id], "system_y": systems[y.id], "gain_x_db": gain_x_db,
             "gain_y_db": gain_y_db, "gold": gold, "target_votes": 1, "n_open": 0,
         }  # fmt: skip
     if fresh:
         add(session, Pair, list(fresh.values()))
         added["pairs"] += len(fresh)
         have = look()
-    return have
+    for row, a, b in shown:
+        pair = have[_ends(a, b)]
+        known = {pair.clip_x_id: pair.system_x, pair.clip_y_id: pair.system_y}
+        said = [clip.get("system") or known[end.id] for clip, end in zip(row.clips, (a, b))]
+        if said != [known[a.id], known[b.id]]:
+            what = "systems {!r} and {!r} of a pair that the campaign has as {!r} and {!r}"
+            told.wrong(row.where, what.format(*said, known[a.id], known[b.id]))
+    return {ends: pair.id for ends, pair in have.items()}
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:

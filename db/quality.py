@@ -277,7 +277,7 @@ def tally(session: Session, campaign: Campaign, rules: Rules, aspect: str | None
     heard = (Vote.coverage_a + Vote.coverage_b) / 2
     _, choice = about(select(), campaign, aspect, tag)
     swapped = Assignment.swapped
-    a, b = case((swapped, clip_y.system), else_=clip_x.system), case((swapped, clip_x.system), else_=clip_y.system)
+    a, b = case((swapped, Pair.system_y), else_=Pair.system_x), case((swapped, Pair.system_x), else_=Pair.system_y)
     right = case((Pair.gold.is_(None), null()), else_=stored_choice(choice=choice) == Pair.gold)
     keys = [Vote.rater_id, a, b, Assignment.kind, choice, right, vote_reason(rules)]
     labelled: Any = select(*(key.label(f"k{i}") for i, key in enumerate(keys)), heard.label("heard"))

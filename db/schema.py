@@ -202,7 +202,8 @@ class Prompt(Base):
 
 
 class Clip(Base):
-    """One rendered answer to a prompt: where it lies, what it is, and what made it. Immutable, known by its bytes and prompt."""
+    """One rendered answer to a prompt: where it lies, what it is, and what made it. Immutable, known by its bytes and prompt.
+    `system`: the name it was first registered under; a pair has its own."""
 
     __tablename__ = "clip"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -229,7 +230,9 @@ class Clip(Base):
 
 
 class Pair(Base):
-    """Two answers to one prompt, with the gains that make them equally loud. `gold`: the known right answer, if any."""
+    """Two answers to one prompt, with the gains that make them equally loud. `gold`: the known right answer, if any.
+    `system_x`, `system_y`: what is compared, by the names that the campaign was given: two systems may play the same bytes, and one
+    may go by another name elsewhere."""
 
     __tablename__ = "pair"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -237,6 +240,8 @@ class Pair(Base):
     prompt_id: Mapped[int] = mapped_column(ForeignKey("prompt.id"))
     clip_x_id: Mapped[int] = mapped_column(ForeignKey("clip.id"))
     clip_y_id: Mapped[int] = mapped_column(ForeignKey("clip.id"))
+    system_x: Mapped[str] = mapped_column(String(128))
+    system_y: Mapped[str] = mapped_column(String(128))
     gain_x_db: Mapped[float]
     gain_y_db: Mapped[float]
     gold: Mapped[str | None] = mapped_column(String(1))

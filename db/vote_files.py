@@ -45,7 +45,8 @@ UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 @dataclass(frozen=True)
 class VoteRow:
-    """One vote, sides as shown: `clips` are the manifests of sides a and b; of a snapshot's only `sha256` is in them."""
+    """One vote, sides as shown: `clips` are the manifests of sides a and b; of a snapshot's only `sha256` and `system` are in
+    them, and the system only since schema 5."""
 
     where: str
     key: str
@@ -329,7 +330,7 @@ def _of_snapshot(where: str, raw: Mapping[str, Any]) -> VoteRow:
         prompt_id=_optional(raw, "prompt_id", 128) or "",
         prompt=_string(raw, "prompt", 20_000),
         split=_optional(raw, "split", 32) or "train",
-        clips=({"sha256": _sha256(raw[f"clip_{a}"])}, {"sha256": _sha256(raw[f"clip_{b}"])}),
+        clips=(_frozen_clip(raw, a), _frozen_clip(raw, b)),
         choice=side.get(choice, choice),
         rater=_text(raw, "rater", 64),
         at=at,
@@ -340,6 +341,10 @@ def _of_snapshot(where: str, raw: Mapping[str, Any]) -> VoteRow:
         aspects=aspects,
         marks=tuple({**mark, "side": side[mark["side"]], "tag": _text(mark, "tag", 32)} for mark in raw.get("marks") or ()),
     )  # fmt: skip
+
+
+def _frozen_clip(raw: Mapping[str, Any], side: str) -> dict[str, Any]:
+    return {"sha256": _sha256(raw[f"clip_{side}"]), "system": _optional(raw, f"system_{side}", 128)}
 
 
 def _text(raw: Mapping[str, Any], key: str, longest: int) -> str:

@@ -42,7 +42,7 @@ NOISE_RMS = 0.2
 
 @dataclass(frozen=True)
 class Source:
-    """A manifest, or a folder with one. `system`: the name under which its clips are kept, over what its rows say."""
+    """A manifest, or a folder with one. `system`: the name under which its clips are compared, over what its rows say."""
 
     address: str
     system: str | None = None
@@ -386,7 +386,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     gold = f", {found.n_gold} gold pairs" if found.n_gold else ""
-    print(f"campaign {found.name}: {found.n_clips} clips, {found.n_pairs} pairs ({found.n_new_pairs} new){gold}")
+    named = f", {found.n_named} named anew" if found.n_named else ""
+    print(f"campaign {found.name}: {found.n_clips} clips, {found.n_pairs} pairs ({found.n_new_pairs} new){gold}{named}")
     return 0
 
 

@@ -99,7 +99,7 @@ class RulesChange(BaseModel):
 
 class SourceView(BaseModel):
     path: Text = Field(min_length=1, max_length=1000, description="manifest.jsonl or a folder, on the server, below a data root")
-    system: Text | None = Field(None, max_length=128, description="the name its clips are kept under, over what its rows say")
+    system: Text | None = Field(None, max_length=128, description="the name its clips are compared under, over what its rows say")
 
 
 class NewCampaign(BaseModel):
@@ -116,6 +116,7 @@ class FilledView(BaseModel):
     n_pairs: int
     n_new_pairs: int
     n_gold: int
+    n_named: int = Field(description="pairs that had one name on both sides, and have those of this call now")
 
 
 class OwnedCampaign(BaseModel):

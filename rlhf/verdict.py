@@ -74,7 +74,7 @@ def read_outcomes(snapshot: Path, challenger: str) -> list[Outcome]:
             if clip not in systems:
                 got = f"vote {row['vote_id']} on clip {clip[1][:12]}, which is not in clips.jsonl"
                 raise UserError(got, "every clip", f"restore {snapshot}")
-            of[side] = systems[clip]
+            of[side] = row.get(f"system_{side}", systems[clip])  # before schema 5 a snapshot named the systems of clips alone
         ours = [side for side, system in of.items() if system == challenger]
         if len(ours) != 1:
             got = f"vote {row['vote_id']} on clips of {of['x']!r} and {of['y']!r}"

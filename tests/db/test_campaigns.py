@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from sqlalchemy import func, select
 
 from db.campaigns import SPOILED, Rules, check_rows, create, pairs_of_systems
 from db.errors import ConflictError, StoreError
+from db.export import export_snapshot, snapshot_sha256
+from db.imports import import_votes
+from db.leaderboard import leaderboard
 from db.schema import Campaign, Clip, Pair
 from db.store import Store
 
@@ -176,6 +180,84 @@ def test_sql_and_html_in_every_text_are_kept_as_they_are(store: Store, make_rows
     assert store.create_campaign(text, rows, tmp_path / "clips").n_pairs == 1
     with store.read() as session:
         assert {clip.licence for clip in session.scalars(select(Clip))} == {text}
+
+
+class TestTheNamesOfAPair:
+    """A clip is known by its bytes, and may have been registered under another name before, or be what two systems play."""
+
+    @pytest.fixture
+    def known(self, store: Store, make_rows: Callable, tmp_path: Path) -> list[dict]:
+        """Rows of two systems whose clips campaign `first` has all under the name `sampled`."""
+        rows = make_rows(2)
+        store.create_campaign("first", [row | {"system": "sampled"} for row in rows], tmp_path / "clips", min_listen_ms=0)
+        return rows
+
+    def names(self, store: Store) -> dict[str, set[tuple[str, str]]]:
+        with store.read() as session:
+            found = session.execute(select(Campaign.name, Pair.system_x, Pair.system_y).join(Pair, Pair.campaign_id == Campaign.id)).all()
+        return {name: {(x, y) for of, x, y in found if of == name} for name, _, _ in found}
+
+    def vote(self, store: Store, rater: int, campaign: str) -> None:
+        """For the side that plays the base's clip."""
+        while offer := store.next_assignment(rater, campaign):
+            key = offer.assignment_id
+            side = next(s for s in "ab" if store.audio_file(key, s, rater).uri.endswith("_base.wav"))
+            store.submit_vote(rater, key, side, idempotency_key=key)
+
+    def test_are_those_it_was_asked_for(self, store: Store, known: list[dict], tmp_path: Path, add_raters: Callable) -> None:
+        (rater,) = add_raters(1)
+        store.create_campaign("second", known, tmp_path / "clips", min_listen_ms=0)
+        for campaign in ("first", "second"):
+            self.vote(store, rater, campaign)
+        assert self.names(store) == {"first": {("sampled", "sampled")}, "second": {("base", "dpo")}}
+        board = leaderboard(store, "second")
+        assert [(standing.system, standing.wins) for standing in board.standings] == [("base", 2), ("dpo", 0)]
+        assert leaderboard(store, "first").standings == ()
+
+    def test_tell_apart_what_ranked_nothing_when_they_are_given_later(
+        self, store: Store, known: list[dict], tmp_path: Path, add_raters: Callable
+    ) -> None:
+        self.vote(store, add_raters(1)[0], "first")
+        named = store.create_campaign("first", known, tmp_path / "clips", min_listen_ms=0)
+        assert (named.n_pairs, named.n_new_pairs, named.n_named) == (2, 0, 2)
+        assert store.create_campaign("first", known, tmp_path / "clips", min_listen_ms=0).n_named == 0
+        assert leaderboard(store, "first").n_votes == 2
+
+    def test_are_not_changed_once_they_rank(self, store: Store, known: list[dict], tmp_path: Path) -> None:
+        store.create_campaign("second", known, tmp_path / "clips")
+        others = [row | {"system": {"base": "base", "dpo": "ppo"}[row["system"]]} for row in known]
+        with pytest.raises(ConflictError, match=r"'base' against 'ppo'.* as 'base' against 'dpo'.*another name"):
+            store.create_campaign("second", others, tmp_path / "clips")
+        assert store.create_campaign("third", others, tmp_path / "clips").n_new_pairs == 2
+        assert self.names(store)["second"] == {("base", "dpo")}
+        assert self.names(store)["third"] == {("base", "ppo")}
+
+    def test_go_out_with_a_snapshot_and_come_in_again(self, store: Store, known: list[dict], tmp_path: Path, add_raters: Callable) -> None:
+        store.create_campaign("second", known, tmp_path / "clips", min_listen_ms=0)
+        self.vote(store, add_raters(1)[0], "second")
+        export_snapshot(store, "second", tmp_path / "out", "one")
+        outcomes = [json.loads(line) for line in (tmp_path / "out/one/votes.jsonl").read_text().splitlines()]
+        assert {(vote["system_x"], vote["system_y"], vote["choice"]) for vote in outcomes} == {("base", "dpo", "x")}
+        import_votes(store, tmp_path / "out/one", "there")
+        assert self.names(store)["there"] == {("base", "dpo")}
+        rows = [{k: v for k, v in vote.items() if not k.startswith("system_")} for vote in outcomes]  # as schema 4 had them
+        (tmp_path / "out/one/votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        about = json.loads((tmp_path / "out/one/snapshot.json").read_text())
+        about |= {"schema": 4, "sha256": snapshot_sha256(tmp_path / "out/one")}
+        (tmp_path / "out/one/snapshot.json").write_text(json.dumps(about))
+        assert import_votes(store, tmp_path / "out/one", "there").n_known == 2
+
+    def test_may_differ_between_campaigns_of_imported_votes_but_not_within_one(self, store: Store, tmp_path: Path) -> None:
+        row = {"prompt": "a waltz", "audio_a": "a.wav", "audio_b": "b.wav", "choice": "A", "rater": "ann", "time": 1}
+        for name, systems in {"one": ("s", "s"), "two": ("s1", "s2"), "three": ("s1", "s3")}.items():
+            named = row | {"system_a": systems[0], "system_b": systems[1]}
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(named))
+            import_votes(store, tmp_path / f"{name}.jsonl", name)
+        assert {name: found.pop() for name, found in self.names(store).items()} == {
+            "one": ("s", "s"), "two": ("s1", "s2"), "three": ("s1", "s3"),
+        }  # fmt: skip
+        with pytest.raises(StoreError, match=r"line 1: systems 's1' and 's3' of a pair that the campaign has as 's1' and 's2'"):
+            import_votes(store, tmp_path / "three.jsonl", "two")
 
 
 def test_systems_meet_clip_by_clip(make_rows: Callable, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_rows_carry_what_training_needs(store: Store, campaign: str, add_raters:
     assert set(read_lines(tmp_path / "out/one/votes.jsonl")[0]) == {
         "vote_id", "pair_id", "prompt_id", "prompt", "split", "rater", "choice", "clip_x", "clip_y", "listen_x_ms",
         "listen_y_ms", "confidence", "created_at", "excluded_reason", "gold", "repeat", "aspects", "marks", "coverage_x", "coverage_y",
-        "comment", "kind", "shown_first", "policy", "propensity", "source", "ui_version",
+        "system_x", "system_y", "comment", "kind", "shown_first", "policy", "propensity", "source", "ui_version",
         "rep", "issued_at", "events",
     }  # fmt: skip
     clip = read_lines(tmp_path / "out/one/clips.jsonl")[0]

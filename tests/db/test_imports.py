@@ -119,6 +119,7 @@ def fill(url: str, votes: list[dict[str, Any]], prompts: list[str], gold: list[s
         for i in range(4):
             known = {"gain_x_db": 0.0, "gain_y_db": 0.0, "gold": gold[i], "target_votes": 99}
             ends = {"clip_x_id": 2 * i + 1, "clip_y_id": 2 * i + 2, "prompt_id": i % len(prompts) + 1}
+            ends |= {f"system_{side}": session.get(Clip, ends[f"clip_{side}_id"]).system for side in "xy"}
             session.add(Pair(id=i + 1, campaign_id=1, **ends, **known))
         session.flush()
         reps = Counter[tuple[int, int]]()

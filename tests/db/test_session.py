@@ -26,6 +26,11 @@ from db.store import Store, open_store
 from tests.postgres import Postgres
 
 
+def partly(index: dict) -> str:
+    """The condition of an index over some rows only, or nothing."""
+    return "".join(str(value) for key, value in sorted(index.get("dialect_options", {}).items()) if key.endswith("_where"))
+
+
 def constraints(engine: object) -> dict:
     look = inspect(engine)
     return {
@@ -34,7 +39,7 @@ def constraints(engine: object) -> dict:
             "checks": sorted((c["name"], c["sqltext"]) for c in look.get_check_constraints(table)),
             "uniques": sorted((c["name"], c["column_names"]) for c in look.get_unique_constraints(table)),
             "foreign": sorted((c["name"], c["referred_table"]) for c in look.get_foreign_keys(table)),
-            "indexes": sorted((c["name"], c["column_names"]) for c in look.get_indexes(table)),
+            "indexes": sorted((c["name"], c["column_names"], partly(c)) for c in look.get_indexes(table)),
         }
         for table in look.get_table_names()
         if table != "alembic_version"
@@ -170,6 +175,25 @@ def test_old_assignments_are_given_what_they_asked_for_and_lose_it_again(db_url:
         downgrade(db_url, "0005")
         assert shape(db_url) == before
         assert (run(db_url, "select * from assignment order by id"), run(db_url, "select * from vote order by id")) == kept
+
+
+def test_old_pairs_are_given_the_names_of_their_clips_and_lose_them_again(db_url: str) -> None:
+    upgrade(db_url, "0006")
+    before = shape(db_url)
+    run(
+        db_url,
+        *TWO_CLIPS,
+        f"insert into campaign (id, name, target_votes, min_listen_ms, status, created_at) values (1, 'c', 9, 3000, 'open', {AT})",
+        "insert into pair (id, campaign_id, prompt_id, clip_x_id, clip_y_id, gain_x_db, gain_y_db, gold, target_votes, n_open, priority) "
+        "values (1, 1, 1, 1, 2, -1.5, 0, 'y', 9, 4, 0.25)",
+    )
+    kept = run(db_url, "select * from pair")
+    for _ in range(2):
+        upgrade(db_url)
+        assert run(db_url, "select system_x, system_y, gold, priority from pair") == [("base", "dpo", "y", 0.25)]
+        downgrade(db_url, "0006")
+        assert shape(db_url) == before
+        assert run(db_url, "select * from pair") == kept
 
 
 def test_a_database_of_a_newer_encore_is_refused(db_url: str) -> None:

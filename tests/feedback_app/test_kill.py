@@ -78,6 +78,7 @@ def fill(store: Store, n_pairs: int, target_votes: int) -> None:
         common = {"prompt_id": 1, "uri": "u", "size_bytes": 1, "duration_ms": 1000, "sample_rate": 8000, "adapters": [], "gen": {}}
         session.execute(insert(Clip), [{**common, "sha256": str(i), "system": "ab"[i % 2]} for i in range(2 * n_pairs)])
         common = {"campaign_id": 1, "prompt_id": 1, "gain_x_db": 0.0, "gain_y_db": 0.0, "target_votes": target_votes}
+        common |= {"system_x": "a", "system_y": "b"}
         session.execute(insert(Pair), [{**common, "clip_x_id": 2 * i + 1, "clip_y_id": 2 * i + 2} for i in range(n_pairs)])
 
 

@@ -57,7 +57,8 @@ def test_an_owner_makes_runs_and_freezes_a_campaign(
 ) -> None:
     wanted = {"name": "new", "sources": [{"path": str(demo.folder)}], "rules": {"min_listen_ms": 0, "target_votes": 1}, "n_gold": 2}
     made = boss.post("/api/v1/owner/campaigns", json=wanted)
-    assert (made.status_code, made.json()) == (201, {"name": "new", "n_clips": 10, "n_pairs": 4, "n_new_pairs": 4, "n_gold": 2})
+    counted = {"name": "new", "n_clips": 10, "n_pairs": 4, "n_new_pairs": 4, "n_gold": 2, "n_named": 0}
+    assert (made.status_code, made.json()) == (201, counted)
     row = boss.get("/api/v1/owner/house").json()["campaigns"][1]
     assert (row["n_pairs"], row["n_gold"], row["votes_wanted"]) == (4, 2, 4)
     url = f"/api/v1/owner/campaigns/{row['id']}"

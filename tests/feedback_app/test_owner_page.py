@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from playwright.sync_api import Page, expect, sync_playwright
 from sqlalchemy import func, select, update
 
-from db.schema import Campaign, Clip, Invitation, Prompt
+from db.schema import Campaign, Invitation, Pair, Prompt
 from db.store import Store, open_store
 
 HOSTILE = "<img src=x onerror=window.pwned=1> ${window.pwned=2}"
@@ -78,7 +78,8 @@ def test_the_board_is_narrowed_renewed_while_it_is_looked_at_and_frozen(demo: ob
         code = store.add_rater("boss", "owner")
         rater = store.sign_in("ada", store.add_rater("ada"))
         with store.write() as session:
-            session.execute(update(Clip).where(Clip.system == "secret-dpo").values(system=HOSTILE))
+            for name in (Pair.system_x, Pair.system_y):
+                session.execute(update(Pair).where(name == "secret-dpo").values({name: HOSTILE}))
             session.execute(update(Prompt).where(Prompt.key == "p0").values(split="heldout"))
         vote(store, rater.id, 3)
         server = start_server(demo)

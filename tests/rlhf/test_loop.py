@@ -241,6 +241,15 @@ def test_a_second_call_changes_nothing_and_needs_no_settings(played, capsys):
     assert "Round 1: " in capsys.readouterr().out
 
 
+def test_a_verdict_goes_by_the_names_of_the_comparison(tmp_path):
+    """The base's clip may be known to the database under the name of an earlier round."""
+    clips = [{"prompt_id": "p", "sha256": sha, "system": "round-01"} for sha in ("a", "b")]
+    vote = {"vote_id": 1, "prompt_id": "p", "rater": "r", "choice": "y", "clip_x": "a", "clip_y": "b", "shown_first": "x"}
+    for name, rows in (("clips", clips), ("votes", [vote | {"system_x": "champion-01", "system_y": "challenger-01"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [outcome.won for outcome in read_outcomes(tmp_path, "challenger-01")] == [1.0]
+
+
 def promoted_round(played: Path, tmp_path: Path, won: int, lost: int) -> Round:
     """The played round before its verdict, with so many votes for the challenger and against."""
     out = tmp_path / "loop"

@@ -203,7 +203,17 @@ def test_what_the_app_exports_is_read_with_its_aspects_and_marks_the_right_way_r
     row = dict.fromkeys(("id", "pair_id", "key", "text", "split", "handle", "status", "listen_a_ms", "listen_b_ms", "coverage_a"))
     row |= dict.fromkeys(("coverage_b", "confidence", "comment", "gold", "kind", "policy", "propensity", "source", "ui_version"))
     now = SimpleNamespace(isoformat=lambda timespec: "now")
-    row |= {"rater_id": 1, "x": "clip-x", "y": "clip-y", "rep": 0, "created_at": now, "issued_at": now, "events": []}
+    row |= {
+        "rater_id": 1,
+        "x": "clip-x",
+        "y": "clip-y",
+        "system_x": "base",
+        "system_y": "dpo",
+        "rep": 0,
+        "created_at": now,
+        "issued_at": now,
+        "events": [],
+    }
     said = {}
     for swapped in (False, True):
         better, worse = ("b", "a") if swapped else ("a", "b")  # x is better, and y is marked, wherever they stood
