@@ -47,7 +47,7 @@ class FoldedLinear(Linear):
             and name not in self.lora_variant
             and isinstance(self.lora_dropout[name], nn.Identity)
             and up.bias is None
-            and not base.weight.requires_grad
+            and not any(parameter.requires_grad for parameter in base.parameters())
             and {x.dtype, base.weight.dtype, down.weight.dtype, up.weight.dtype} == {torch.float32}
             and not torch.is_autocast_enabled(x.device.type)
         )

@@ -33,7 +33,7 @@ def lora_config(r: int, alpha: float, targets: str = LORA_TARGETS) -> LoraConfig
     """PEFT's configuration of a plain LoRA without dropout (dropout would make the policy differ from itself)."""
     scale: Any = alpha  # PEFT's annotation says int; it divides
     config = LoraConfig(r=r, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, bias="none")
-    config._register_custom_module({nn.Linear: FoldedLinear})  # its public way to another layer class, whatever the name
+    config._register_custom_module({nn.Linear: FoldedLinear})  # experimental in PEFT, hence its pin
     return config
 
 

@@ -68,6 +68,7 @@ def encore(args: argparse.Namespace, policy: Policy, prompts: list[str], turn: T
         played = time.perf_counter()
         rollout, _ = run.judge(rollout)
         run.learn(rollout)
+        del rollout  # as train_ppo.py does
         run.step += 1
         turn(play=played - began, **held(run.lm, run.critic, optimizer=run.optimizer))
 

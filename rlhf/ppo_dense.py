@@ -2,7 +2,8 @@
 
 rlhf/dense.py has the equations; this is their bookkeeping. Old and reference log-probs of all V choices are those of the round's play, so
 that no pass through the model is needed; they stay with the process that played a clip, which alone learns from it; and advantages are
-scaled by one number over all processes. Memory: 8 bytes x K x T x V a clip (105 MB for 32 clips of 4 x 100 codes of 1,024).
+scaled by one number over all processes. Memory, from play until the round is learnt: 8 bytes x K x T x V a clip of this process (105 MB for
+32 clips of 4 x 100 codes of 1,024).
 """
 
 from __future__ import annotations

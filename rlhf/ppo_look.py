@@ -41,7 +41,7 @@ def look(run: Run) -> dict[str, float]:
     examples: list[tuple[str, Tensor]] = []
     spread = {} if run.task.spread is None else {"": run.task.spread}
     for part, cond, prompts, seeds in _parts(run, rows, mine):
-        how: dict[str, Any] = {"temperature": cfg.temperature, "cfg_coef": cfg.cfg_coef, "bf16": run.bf16}
+        how: dict[str, Any] = {"temperature": cfg.temperature, "cfg_coef": cfg.cfg_coef}
         clips = play(run.lm, run.critic, cond, [rows[index] for index in part], seeds, cfg.n_frames, **how)
         seen["kl"].append((clips.logps - clips.ref_logps).sum(1))
         known = scores({name: part.score for name, part in run.reward.parts.items()} | spread, clips.codes, prompts)

@@ -90,8 +90,8 @@ class Run:
         for group in self.groups:
             yield from group
 
-    def play(self) -> Rollout:
-        """This process's contiguous share of the next `batch_size` clips of the run; not judged yet."""
+    def play(self, to_learn: bool = True) -> Rollout:
+        """This process's contiguous share of the next `batch_size` clips of the run; not judged yet. to_learn: note what learning needs."""
         cfg, rank, world = self.cfg, self.accelerator.process_index, self.accelerator.num_processes
         share = cfg.batch_size // world
         indices = range(self.clips + rank * share, self.clips + (rank + 1) * share)
@@ -106,14 +106,13 @@ class Run:
             cfg.n_frames,
             temperature=cfg.temperature,
             cfg_coef=cfg.cfg_coef,
-            bf16=self.bf16,
-            with_choices=self.credit == "codes",
+            with_choices=to_learn and self.credit == "codes",
         )
 
     def drift(self) -> float:
         """KL to the base of the adapter as it stands, nats a clip, on the clips of a round that nobody learns from."""
         played = self.clips
-        mine = self.play()
+        mine = self.play(to_learn=False)
         self.clips = played
         kl: Tensor = self.accelerator.gather((mine.logps - mine.ref_logps).sum(1))
         return kl.mean().item()

@@ -180,7 +180,7 @@ class Config:
     alpha: float = 32.0
     """Scale of the adapter: alpha / r."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 runs matrix products in bfloat16 (weights, log-softmax, sampler stay float32); auto: where the processor has it."""
+    """bf16: the learner's matrix products in bfloat16 (weights, log-softmax, sampler and reference in float32); auto: on fit hardware."""
     save_every: int = 10
     """Steps between checkpoints."""
     resume: bool = False
@@ -323,6 +323,7 @@ def main(cfg: Config, task: Task | None = None) -> dict[str, Any]:
                 figures |= look(run)
         # 6. Tell.
         told.step(run.step, figures, seconds, rollout.codes.numel(), run.examples)
+        del mine, rollout  # or their tables of all choices would stand beside the next round's
         if run.blind_rounds >= PATIENCE:
             stopped = f"no finite score in {PATIENCE} rounds in a row"
             break

@@ -60,7 +60,7 @@ def test_an_adapter_that_says_nothing_is_exactly_the_base() -> None:
     assert torch.equal(made(x), made.get_base_layer()(x))
 
 
-@pytest.mark.parametrize("why", ["bf16", "autocast", "off", "few rows", "a base that learns", "dropout"])
+@pytest.mark.parametrize("why", ["bf16", "autocast", "off", "merged", "few rows", "a base that learns", "dropout"])
 def test_what_is_not_plain_goes_pefts_way_bit_by_bit(why: str) -> None:
     dtype = torch.bfloat16 if why == "bf16" else torch.float32
     folded, plain = layer(FoldedLinear, dtype=dtype), layer(Linear, dtype=dtype)
@@ -68,8 +68,10 @@ def test_what_is_not_plain_goes_pefts_way_bit_by_bit(why: str) -> None:
     for made in (folded, plain):
         if why == "off":
             made.enable_adapters(False)
+        if why == "merged":
+            made.merge()
         if why == "a base that learns":
-            made.get_base_layer().requires_grad_()
+            made.get_base_layer().bias.requires_grad_()
         if why == "dropout":
             made.lora_dropout["default"] = nn.Dropout(0.0)
     with torch.autocast("cpu", torch.bfloat16) if why == "autocast" else contextlib.nullcontext():

@@ -29,8 +29,8 @@ from rlhf.ppo_task import toy_task
 from tests.rlhf.ppo_toys import config
 
 def rounds(sharding, credit):
-    """Two rounds and a look: the run, its clips and what it told. By codes the processes meet 29 and 28 clips of the second round, in 8
-    and 7 passes of the base: a pass that only one of them made would wait for the other for ever."""
+    """Two rounds and a look: the run, its clips and what it told. In each update both processes have as many clips of their own, in as
+    many passes of the base: a pass that only one of them made would wait for the other for ever."""
     os.environ["ACCELERATE_USE_FSDP"] = str(sharding).lower()
     accelerator = open_accelerator(2, ("fsdp",))
     run = Run(config(Path("run"), credit=credit, batch_size=32, microbatch=4, heldout_clips=1, brake="off"), toy_task(0), accelerator)

@@ -86,21 +86,21 @@ def test_02_kl_to_the_reference_is_exactly_zero_before_the_first_step() -> None:
 
 
 @by_either_credit
-@pytest.mark.parametrize(("precision", "nats"), [("fp32", 1e-5), ("bf16", 0.02)])
-def test_02_a_run_tells_of_no_kl_in_its_first_round(precision: str, nats: float, how: dict[str, Any], tmp_path: Path) -> None:
-    """nats a clip of 13 steps, of which a round has 32: the sampler is in float32, under bf16 the reference is not (rounding)."""
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_02_a_run_tells_of_no_kl_in_its_first_round(precision: str, how: dict[str, Any], tmp_path: Path) -> None:
+    """nats a clip of 13 steps, of which a round has 32: sampler and reference are in float32, whatever the learner is in."""
     main(config(tmp_path, steps=1, precision=precision, **how))
     (told,) = metrics(tmp_path)
-    assert max(abs(told[name]) for name in ("kl", "kl_book_0", "kl_book_1")) < nats
+    assert max(abs(told[name]) for name in ("kl", "kl_book_0", "kl_book_1")) < 1e-5
 
 
-@pytest.mark.parametrize(("precision", "nats"), [("fp32", 1e-4), ("bf16", 0.4)])
-def test_02_nor_does_a_run_of_the_shipped_base(precision: Literal["fp32", "bf16"], nats: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_02_nor_does_a_run_of_the_shipped_base(precision: Literal["fp32", "bf16"], tmp_path: Path) -> None:
     policy = load_policy(PRETRAINED)
     prompts = ["calm piano", "fast techno, 130 BPM"]
     task = Task(policy.lm, prompts, policy.conditions(prompts), share_of_code_3, policy.sha256)
     run = Run(Config(n_frames=16, batch_size=4, precision=precision, out=tmp_path), task, Accelerator(cpu=True))
-    assert abs(run.judge(run.play())[1]["kl"]) < nats
+    assert abs(run.judge(run.play())[1]["kl"]) < 1e-4
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"cfg_coef": 2.0}, {"temperature": 1.3, "cfg_coef": 1.5}])
@@ -308,6 +308,20 @@ def unfair(out: Path, **changes: Any) -> Run:
     return Run(config(out, batch_size=8, **changes), judged_by(score, slope=slope), Accelerator(cpu=True))
 
 
+@by_either_credit
+def test_09_a_round_is_gathered_where_nothing_without_elements_can_be(how: dict[str, Any], tmp_path: Path) -> None:
+    """As accelerate does it on GPUs, where processes talk by NCCL."""
+
+    def gather(x: Tensor) -> Tensor:
+        return torch.cat([x, x]).reshape(-1).view(-1, *x.shape[1:])
+
+    mine = unfair(tmp_path, **how).play()
+    everyone = mine.gathered(gather)
+    assert torch.equal(everyone.codes, torch.cat([mine.codes, mine.codes]))
+    assert {name: len(getattr(everyone, name)) for name in ("logps", "slope", "marks")} == {"logps": 16, "slope": 16, "marks": 16}
+    assert everyone.choice_logps is mine.choice_logps
+
+
 def test_09_whitening_uses_the_mean_and_variance_of_all_ranks(tmp_path: Path) -> None:
     def work(run: Run) -> tuple[Tensor, Rollout]:
         rollout, _ = run.judge(run.play())
@@ -322,10 +336,12 @@ def test_09_whitening_uses_the_mean_and_variance_of_all_ranks(tmp_path: Path) ->
 
 
 def test_09_code_by_code_credit_is_scaled_over_all_ranks(tmp_path: Path) -> None:
-    def work(run: Run) -> tuple[float, Tensor]:
-        rollout, _ = run.judge(run.play())
+    def work(run: Run) -> tuple[float, Tensor, Tensor]:
+        mine = run.play()
+        counts = (mine.prompt_ids % 3 != 1)[:, None] | (torch.arange(mine.mask.shape[1]) < 5)  # of some clips only the beginning
+        rollout, _ = run.judge(dataclasses.replace(mine, mask=mine.mask & counts))
         table = run.advantages_by_codes(rollout)
-        return table.scale, table.advantages
+        return table.scale, table.advantages, table.mask
 
     def alone(run: Run) -> float:
         rollout, _ = run.judge(run.play())
@@ -333,10 +349,12 @@ def test_09_code_by_code_credit_is_scaled_over_all_ranks(tmp_path: Path) -> None
         run.accelerator = SimpleNamespace(process_index=0, num_processes=2, reduce=lambda x, how: x)  # type: ignore[assignment]
         return run.advantages_by_codes(rollout).scale
 
-    scale, want = work(unfair(tmp_path, **CODES))
+    scale, *want = work(unfair(tmp_path, **CODES))
     ranks = on_two_ranks(lambda: unfair(tmp_path, **CODES), work)
-    assert [there for there, _ in ranks] == pytest.approx([scale, scale], rel=1e-6)
-    torch.testing.assert_close(torch.cat([got for _, got in ranks]), want, atol=1e-5, rtol=1e-5)
+    assert [there for there, *_ in ranks] == pytest.approx([scale, scale], rel=1e-6)
+    for got, whole in zip(zip(*(tables for _, *tables in ranks)), want, strict=True):
+        torch.testing.assert_close(torch.cat(got), whole, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(*want[1].chunk(2))  # or a process could take the other's places for its own
     assert alone(unfair(tmp_path, **CODES)) != pytest.approx(scale, rel=0.02)  # what a rank's own clips would have given
 
 
@@ -678,7 +696,7 @@ def test_19_a_constant_reward_drifts_no_more_than_noise(how: dict[str, Any], tmp
 
 @by_either_credit
 def test_19_rounding_is_not_learnt_at_the_full_rate(how: dict[str, Any], tmp_path: Path) -> None:
-    """Sampler and scorer differ by what bfloat16 rounds, and under a constant reward that is all there is to whiten."""
+    """The sampler's cache and the reference round differently, and under a constant reward that is all there is to whiten."""
     main(config(tmp_path, steps=1, precision="bf16", **how), judged_by(flat, slope=slope_of_flat))
     assert 0 < metrics(tmp_path)[0]["advantage_spread"] < LEAST_SPREAD[how["credit"]] / 10
     moved = max(float(tensor.abs().max()) for name, tensor in weights(tmp_path).items() if "lora_B" in name)
