@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import select, update
+from sqlalchemy import and_, exists, select, update
 from sqlalchemy.orm import Session
 
 from db import storage
 from db.bulk import add, find
 from db.errors import ConflictError, StoreError
 from db.gains import pair_gains_db
-from db.schema import ASPECTS, CHOOSERS, Audit, Campaign, Clip, Pair, Prompt
+from db.schema import ASPECTS, CHOOSERS, Assignment, Audit, Campaign, Clip, Pair, Prompt, Vote
 
 if TYPE_CHECKING:
     from db.store import Store
@@ -31,6 +31,12 @@ SPOILED = "gold: spoiled"
 """The system of clips that were spoiled on purpose, to be one half of a gold pair."""
 LIMITS = {"prompt": 20_000, "prompt_id": 128, "system": 128, "split": 32, "genre": 64, "licence": 128, "consent": 128, "policy_sha256": 64}
 """The longest text of each field, in characters."""
+RANKS = and_(
+    Pair.gold.is_(None),
+    Pair.system_x != Pair.system_y,
+    exists().where(Assignment.pair_id == Pair.id, Vote.assignment_id == Assignment.id),
+)
+"""SQL for whether a pair tells two systems apart by a vote, so that it keeps their names."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class CampaignSummary:
     n_new_pairs: int
     n_gold: int = 0
     n_named: int = 0
-    """Pairs that had one name on both sides, and so ranked nothing, and have this call's names now."""
+    """Pairs that ranked nothing, for want of two names or of a vote, and have this call's names now. Without gold pairs."""
 
 
 class ClipKey(NamedTuple):
@@ -302,7 +308,7 @@ def create(
 
     A pair's systems are those of these rows, whatever its clips are called in other campaigns.
     Raises: StoreError for a pair that cannot be, nothing to pair, or a campaign of that name with other rules, or with a pair that
-        ranks two systems of other names. Nothing is stored then.
+        has votes under two other names. Nothing is stored then.
     """
     if not name or len(name) > 128 or not name.isprintable() or name != name.strip():
         raise StoreError(f"campaign name {name!r}", "1 to 128 printable characters", "choose another name")
@@ -313,7 +319,8 @@ def create(
         known = {ClipKey(*ids[prompt_id], sha256) for prompt_id, sha256 in of_prompts}
     columns = {key: clip_columns(row, measure) for key, row in rows.items() if key not in known}
     with store.write() as session:
-        campaign = session.scalar(select(Campaign).where(Campaign.name == name))
+        # Of two who fill at once, one waits.
+        campaign = session.scalar(select(Campaign).where(Campaign.name == name).with_for_update())
         if campaign is None:
             campaign = Campaign(name=name, owner_id=owner_id, **rules.columns())
             session.add(campaign)
@@ -366,23 +373,25 @@ def _register(
 
 
 def _name(session: Session, campaign: Campaign, systems: Mapping[int, str]) -> int:
-    """Gives a call's names to the campaign's pairs that had one on both sides, and so ranked nothing; how many changed.
+    """Gives a call's names to the campaign's pairs that ranked nothing; how many changed, gold pairs apart.
 
     Args: systems: of a call's clips by id. Raises: ConflictError for other names than those under which a pair is ranked.
     """
-    named = []
-    stored = select(Pair.id, Pair.clip_x_id, Pair.clip_y_id, Pair.system_x, Pair.system_y).where(Pair.campaign_id == campaign.id)
-    for pair_id, x_id, y_id, *have in session.execute(stored):
+    named, n_named = [], 0
+    columns = (Pair.id, Pair.clip_x_id, Pair.clip_y_id, Pair.gold, RANKS, Pair.system_x, Pair.system_y)
+    stored = select(*columns).where(Pair.campaign_id == campaign.id).order_by(Pair.id)  # one order for all: no deadlock
+    for pair_id, x_id, y_id, gold, ranks, *have in session.execute(stored):
         asked = [systems.get(x_id), systems.get(y_id)]
         if None in asked or asked == have:
             continue
-        if have[0] != have[1]:
+        if ranks:
             got = f"a pair of {asked[0]!r} against {asked[1]!r}, which campaign {campaign.name!r} ranks as {have[0]!r} against {have[1]!r}"
             raise ConflictError(got, "the names that it has there", "repeat them, or choose another name for the campaign")
         named.append({"id": pair_id, "system_x": asked[0], "system_y": asked[1]})
+        n_named += gold is None
     if named:
         session.execute(update(Pair), named)
-    return len(named)
+    return n_named
 
 
 def _clips(session: Session, rows: Mapping[ClipKey, Row], columns: Mapping[ClipKey, dict[str, Any]]) -> dict[ClipKey, _Clip]:

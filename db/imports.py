@@ -23,6 +23,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from db.bulk import add, find
+from db.campaigns import RANKS
 from db.errors import StoreError
 from db.gains import pair_gains_db
 from db.schema import ASPECTS, Assignment, Campaign, Clip, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
@@ -81,7 +82,8 @@ def import_votes(store: Store, source: str | Path, campaign: str) -> Imported:
 
 
 def _store(session: Session, path: Path, name: str, looked: Told) -> Imported:
-    campaign = session.scalar(select(Campaign).where(Campaign.name == name))
+    # Of two who import or fill at once, one waits.
+    campaign = session.scalar(select(Campaign).where(Campaign.name == name).with_for_update())
     if campaign is None:
         asked = sorted(looked.aspects, key=ASPECTS.index)
         campaign = Campaign(name=name, target_votes=1, min_listen_ms=0, status="closed", aspects=asked)
@@ -115,10 +117,11 @@ def _take_in(
         else:
             shown.append((row, sides[0], sides[1]))
     raters = _raters(session, rows, told, added)
-    pairs = _pairs(session, campaign, shown, told, added)
     keys = [(raters[row.rater], _idempotency(campaign.name, row)) for row, _, _ in shown]
     named = (Vote.rater_id, Vote.idempotency_key)
     known = {tuple(row) for row in find(session, named, named, keys)}
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    pairs = _pairs(session, campaign, shown, [key in known or first[key] < place for place, key in enumerate(keys)], told, added)
     asked_of = (Assignment.pair_id, Assignment.rater_id)
     met = [(pairs[_ends(a, b)], raters[row.rater]) for row, a, b in shown]
     taken = {tuple(row) for row in find(session, (*asked_of, Assignment.rep), asked_of, met)}
@@ -253,14 +256,23 @@ def _raters(session: Session, rows: Sequence[VoteRow], told: Told, added: Counte
 
 
 def _pairs(
-    session: Session, campaign: Campaign, shown: Sequence[tuple[VoteRow, Row[Any], Row[Any]]], told: Told, added: Counter[str]
+    session: Session,
+    campaign: Campaign,
+    shown: Sequence[tuple[VoteRow, Row[Any], Row[Any]]],
+    known: Sequence[bool],
+    told: Told,
+    added: Counter[str],
 ) -> dict[tuple[int, int], int]:
-    """(clip x, clip y) -> the campaign's pair; those that are new are added in order. A pair of other systems is told as wrong."""
+    """(clip x, clip y) -> the campaign's pair; those that are new are added in order.
+
+    A pair that ranked nothing takes the systems of its first row. A vote for a pair of other systems is told as wrong, unless it is
+    `known`, row by row, and so adds nothing.
+    """
     keys = dict.fromkeys(_ends(a, b) for _, a, b in shown)
 
     def look() -> dict[tuple[int, int], Row[Any]]:
         named = (Pair.campaign_id, Pair.clip_x_id, Pair.clip_y_id)
-        told = (Pair.clip_x_id, Pair.clip_y_id, Pair.id, Pair.system_x, Pair.system_y)
+        told = (Pair.clip_x_id, Pair.clip_y_id, Pair.id, Pair.system_x, Pair.system_y, Pair.gold, RANKS.label("ranks"))
         return {(row[0], row[1]): row for row in find(session, told, named, [(campaign.id, *ends) for ends in keys])}
 
     have = look()
@@ -282,13 +294,27 @@ def _pairs(
         add(session, Pair, list(fresh.values()))
         added["pairs"] += len(fresh)
         have = look()
-    for row, a, b in shown:
-        pair = have[_ends(a, b)]
-        known = {pair.clip_x_id: pair.system_x, pair.clip_y_id: pair.system_y}
-        said = [clip.get("system") or known[end.id] for clip, end in zip(row.clips, (a, b))]
-        if said != [known[a.id], known[b.id]]:
-            what = "systems {!r} and {!r} of a pair that the campaign has as {!r} and {!r}"
-            told.wrong(row.where, what.format(*said, known[a.id], known[b.id]))
+    names = {ends: (pair.system_x, pair.system_y) for ends, pair in have.items()}
+    voted = {ends for ends, pair in have.items() if pair.ranks}
+    for (row, a, b), is_known in zip(shown, known):
+        ends = _ends(a, b)
+        turn = 1 if a.id == ends[0] else -1
+        stands = names[ends][::turn]
+        said = (row.clips[0].get("system") or stands[0], row.clips[1].get("system") or stands[1])
+        may_name = have[ends].gold is not None or stands[0] == stands[1] or not (is_known or ends in voted)
+        if said != stands and may_name:
+            names[ends] = said[::turn]
+        elif said != stands and not is_known:
+            what = "systems {!r} and {!r} of a pair that the campaign has as {!r} and {!r}; import them into another campaign"
+            told.wrong(row.where, what.format(*said, *stands))
+        voted.add(ends)
+    changed = [
+        {"id": have[ends].id, "system_x": x, "system_y": y}
+        for ends, (x, y) in names.items()
+        if (x, y) != (have[ends].system_x, have[ends].system_y)
+    ]
+    if changed:
+        session.execute(update(Pair), sorted(changed, key=lambda pair: pair["id"]))  # one order for all: no deadlock
     return {ends: pair.id for ends, pair in have.items()}
 
 

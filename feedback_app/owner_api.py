@@ -116,7 +116,7 @@ class FilledView(BaseModel):
     n_pairs: int
     n_new_pairs: int
     n_gold: int
-    n_named: int = Field(description="pairs that had one name on both sides, and have those of this call now")
+    n_named: int = Field(description="pairs that had one name on both sides, or no vote, and have the names of this call now")
 
 
 class OwnedCampaign(BaseModel):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select, update
 
-from db.campaigns import SPOILED, Rules, check_rows, create, pairs_of_systems
+from db.campaigns import SPOILED, CampaignSummary, Rules, check_rows, create, pairs_of_systems
 from db.errors import ConflictError, StoreError
 from db.export import export_snapshot, snapshot_sha256
 from db.imports import import_votes
 from db.leaderboard import leaderboard
-from db.schema import Campaign, Clip, Pair
+from db.schema import Assignment, Campaign, Clip, Pair
 from db.store import Store
 
 
@@ -223,14 +228,58 @@ class TestTheNamesOfAPair:
         assert store.create_campaign("first", known, tmp_path / "clips", min_listen_ms=0).n_named == 0
         assert leaderboard(store, "first").n_votes == 2
 
-    def test_are_not_changed_once_they_rank(self, store: Store, known: list[dict], tmp_path: Path) -> None:
-        store.create_campaign("second", known, tmp_path / "clips")
-        others = [row | {"system": {"base": "base", "dpo": "ppo"}[row["system"]]} for row in known]
+    def test_of_gold_pairs_follow_in_silence_and_refuse_nothing(
+        self, store: Store, known: list[dict], make_rows: Callable, tmp_path: Path, add_raters: Callable
+    ) -> None:
+        (bad,) = make_rows(1, systems=(SPOILED,))
+
+        def fill(rows: list[dict]) -> CampaignSummary:
+            gold = [(rows[0]["sha256"], bad["sha256"])]
+            pairs = [(rows[i]["sha256"], rows[i + 1]["sha256"]) for i in (0, 2)]
+            return create(store, "mixed", check_rows([*rows, bad], tmp_path / "clips"), Rules(min_listen_ms=0), pairs=pairs, gold=gold)
+
+        assert fill([row | {"system": "sampled"} for row in known]).n_gold == 1
+        (rater,) = add_raters(1)
+        with store.write() as session:
+            gold = session.scalars(select(Pair).where(Pair.gold.is_not(None))).one()
+            lease = {"id": "g", "pair_id": gold.id, "rater_id": rater, "kind": "gold", "swapped": False, "policy": "p", "propensity": 1.0}
+            session.add(Assignment(**lease, min_listen_ms=0, aspects=[], expires_at=datetime(2100, 1, 1, tzinfo=UTC)))
+        store.submit_vote(rater, "g", "a", idempotency_key="g")
+        assert fill(known).n_named == 2
+        assert self.names(store)["mixed"] == {("base", "dpo"), ("base", SPOILED)}
+        assert fill(known).n_named == 0
+
+    def others(self, known: list[dict]) -> list[dict]:
+        return [row | {"system": {"base": "base", "dpo": "ppo"}[row["system"]]} for row in known]
+
+    def test_are_not_changed_once_somebody_voted(self, store: Store, known: list[dict], tmp_path: Path, add_raters: Callable) -> None:
+        store.create_campaign("second", known, tmp_path / "clips", min_listen_ms=0)
+        self.vote(store, add_raters(1)[0], "second")
         with pytest.raises(ConflictError, match=r"'base' against 'ppo'.* as 'base' against 'dpo'.*another name"):
-            store.create_campaign("second", others, tmp_path / "clips")
-        assert store.create_campaign("third", others, tmp_path / "clips").n_new_pairs == 2
+            store.create_campaign("second", self.others(known), tmp_path / "clips", min_listen_ms=0)
+        assert store.create_campaign("third", self.others(known), tmp_path / "clips").n_new_pairs == 2
         assert self.names(store)["second"] == {("base", "dpo")}
         assert self.names(store)["third"] == {("base", "ppo")}
+
+    def test_are_those_of_a_later_call_as_long_as_nobody_voted(
+        self, store: Store, known: list[dict], tmp_path: Path, add_raters: Callable
+    ) -> None:
+        store.create_campaign("second", known, tmp_path / "clips", min_listen_ms=0)
+        (rater,) = add_raters(1)
+        assert store.next_assignment(rater, "second") is not None  # being heard is no vote
+        assert store.create_campaign("second", self.others(known), tmp_path / "clips", min_listen_ms=0).n_named == 2
+        assert self.names(store)["second"] == {("base", "ppo")}
+        self.vote(store, rater, "second")
+        assert [(s.system, s.wins) for s in leaderboard(store, "second").standings] == [("base", 2), ("ppo", 0)]
+
+    def test_are_changed_in_the_order_in_which_others_lock(self, store: Store, known: list[dict], tmp_path: Path) -> None:
+        asked: list[str] = []
+        listen = (store.engine, "before_cursor_execute", lambda *told: asked.append(told[2]))
+        event.listen(*listen)
+        store.create_campaign("first", known, tmp_path / "clips", min_listen_ms=0)
+        event.remove(*listen)
+        (looked,) = [statement for statement in asked if statement.startswith("SELECT pair.id") and "pair.system_x" in statement]
+        assert looked.endswith("ORDER BY pair.id")
 
     def test_go_out_with_a_snapshot_and_come_in_again(self, store: Store, known: list[dict], tmp_path: Path, add_raters: Callable) -> None:
         store.create_campaign("second", known, tmp_path / "clips", min_listen_ms=0)
@@ -256,8 +305,71 @@ class TestTheNamesOfAPair:
         assert {name: found.pop() for name, found in self.names(store).items()} == {
             "one": ("s", "s"), "two": ("s1", "s2"), "three": ("s1", "s3"),
         }  # fmt: skip
+        (tmp_path / "three.jsonl").write_text(json.dumps(named | {"rater": "bob"}))
         with pytest.raises(StoreError, match=r"line 1: systems 's1' and 's3' of a pair that the campaign has as 's1' and 's2'"):
             import_votes(store, tmp_path / "three.jsonl", "two")
+
+    def test_come_with_imported_rows_for_what_ranked_nothing(self, store: Store, imported: Path) -> None:
+        import_votes(store, imported, "one")
+        self.rename(store, "s", "s")
+        with imported.open("a") as file:
+            file.write(imported.read_text().replace("ann", "bob"))
+        again = import_votes(store, imported, "one")
+        assert (again.n_votes, again.n_known, again.n_pairs) == (1, 1, 0)
+        assert self.names(store)["one"] == {("s1", "s2")}
+        assert leaderboard(store, "one").n_votes == 2
+
+    def test_refuse_no_imported_row_whose_vote_is_known(self, store: Store, imported: Path) -> None:
+        import_votes(store, imported, "one")
+        self.rename(store, "s1", "as registered elsewhere")
+        again = import_votes(store, imported, "one")
+        assert (again.n_votes, again.n_known) == (0, 1)
+        assert self.names(store)["one"] == {("s1", "as registered elsewhere")}
+        first = imported.read_text()
+        imported.write_text(first + first.replace("ann", "bob"))
+        with pytest.raises(StoreError, match=r"got 1 wrong rows.*line 2: systems 's1' and 's2'.*another campaign"):
+            import_votes(store, imported, "one")
+        imported.write_text(first + first.replace("ann", "bob") + first.replace("s2", "s3"))  # the last is the first, twice
+        twice = import_votes(store, imported, "other")
+        assert (twice.n_votes, twice.n_known) == (2, 1)
+
+    def test_of_one_imported_file_are_those_of_its_first_row(self, store: Store, imported: Path) -> None:
+        import_votes(store, imported, "one")
+        self.rename(store, "s", "s")
+        row = imported.read_text()
+        imported.write_text(row.replace("ann", "bob") + row.replace("ann", "cat").replace("s2", "s3"))
+        with pytest.raises(StoreError, match=r"got 1 wrong rows.*line 2: systems 's1' and 's3' .* as 's1' and 's2'"):
+            import_votes(store, imported, "one")
+        assert self.names(store)["one"] == {("s", "s")}
+
+    @pytest.fixture
+    def imported(self, tmp_path: Path) -> Path:
+        row = {"prompt": "a waltz", "audio_a": "a.wav", "audio_b": "b.wav", "choice": "A", "rater": "ann", "time": 1}
+        path = tmp_path / "votes.jsonl"
+        path.write_text(json.dumps(row | {"system_a": "s1", "system_b": "s2"}) + "\n")
+        return path
+
+    def rename(self, store: Store, x: str, y: str) -> None:
+        """All pairs, as an older version would have named them."""
+        with store.write() as session:
+            session.execute(update(Pair).values(system_x=x, system_y=y))
+
+
+def test_two_fills_of_a_campaign_at_once_are_one_after_the_other(store: Store, make_rows: Callable, tmp_path: Path) -> None:
+    rows = make_rows(3)
+    store.create_campaign("known", rows, tmp_path / "clips")
+    store.create_campaign("c", rows[:2], tmp_path / "clips")
+    both_hold_a_clip = threading.Barrier(2)
+
+    def wait(*told: Any) -> None:
+        if told[2].startswith("UPDATE clip"):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_hold_a_clip.wait(timeout=0.5)
+
+    event.listen(store.engine, "after_cursor_execute", wait)
+    with ThreadPoolExecutor(2) as pool:
+        fills = [pool.submit(store.create_campaign, "c", order, tmp_path / "clips") for order in (rows, rows[::-1])]
+        assert sorted(fill.result().n_new_pairs for fill in fills) == [0, 2]
 
 
 def test_systems_meet_clip_by_clip(make_rows: Callable, tmp_path: Path) -> None:

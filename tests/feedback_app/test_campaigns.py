@@ -111,15 +111,20 @@ def test_two_audio_folders_meet_prompt_by_prompt_with_gold_pairs(folder: Callabl
 
 def test_system_names_clips_that_another_campaign_knows_by_another_name(folder: Callable, tmp_path: Path, capsys) -> None:
     url = f"sqlite:///{tmp_path / 'v.db'}"
-    sources = ["--db", url, "--source", str(folder("a", "theirs")), "--source", str(folder("b", "ours", 7.0))]
+    sources = ["--db", url, "--source", str(folder("a", "theirs")), "--source", str(folder("b", "ours", 7.0)), "--min-listen-ms", "0"]
     assert main([*sources, "--name", "one"]) == 0
     assert main([*sources, "--name", "two", "--system", "v1", "--system", "v2"]) == 0
     with open_store(url) as store, store.read() as session:
         named = {(pair.campaign_id, *sorted((pair.system_x, pair.system_y))) for pair in session.scalars(select(Pair))}
-    assert named == {(1, "ours", "theirs"), (2, "v1", "v2")}
+        assert named == {(1, "ours", "theirs"), (2, "v1", "v2")}
+        rater = store.sign_in("ann", store.add_rater("ann")).id
+        key = store.next_assignment(rater, "two").assignment_id
+        store.submit_vote(rater, key, "tie", idempotency_key=key)
     capsys.readouterr()
     assert main([*sources, "--name", "two"]) == 2
     assert "another name" in capsys.readouterr().err
+    assert main([*sources, "--name", "one", "--system", "v1", "--system", "v2"]) == 0
+    assert "named anew" in capsys.readouterr().out
 
 
 def test_a_pairs_file_names_pairs_and_known_answers(demo: object, tmp_path: Path, capsys) -> None:
