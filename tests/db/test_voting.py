@@ -340,7 +340,7 @@ class TestRulesThatChangeMeanwhile:
         assert self.vote(store, rater, offer.assignment_id, 3000).excluded_reason is None
 
     def test_hold_for_a_pair_that_is_handed_out_again(self, store: Store, rater: int) -> None:
-        held = {store.next_assignment(rater, lease_s=60).assignment_id}
+        held = {store.next_assignment(rater, lease_s=60, rng=random.Random(0)).assignment_id}
         owners.change_rules(store, None, 1, min_listen_ms=5000)
         again = store.next_assignment(rater, clock=lambda: utc_now() + timedelta(minutes=2), rng=random.Random(0))
         with store.read() as session:
