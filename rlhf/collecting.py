@@ -23,6 +23,7 @@ from base_models.errors import UserError
 from db.errors import ConflictError
 from db.export import export_snapshot, is_recorded
 from db.schema import LATE, Clip
+from db.session import parse_url
 from db.store import CampaignStats, open_store
 from rlhf.stages import accounts_file, minutes, python_environment, rating_app, run_together
 
@@ -151,6 +152,12 @@ def counted(db: str, campaign: str) -> tuple[int, int]:
     else by then, who is waited for."""
     found, _ = _campaign(db, campaign)
     return found.votes - found.excluded.get(LATE, 0), found.votes_wanted
+
+
+def database_file(db: str) -> Path | None:
+    """The file of an SQLite database; None for one that is kept by a server."""
+    url = parse_url(db)
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
 
 def places(db: str, clip_sha256: str) -> list[str]:

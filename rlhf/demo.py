@@ -22,6 +22,7 @@ from base_models.corpus.captions import demo_prompts
 from base_models.errors import UserError
 from base_models.pipeline import MusicPipeline
 from base_models.policy import PRETRAINED, load_policy
+from rlhf.collecting import freeze
 from rlhf.evaluate_models import BASE, compare_gold, evaluate
 from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
 from rlhf.stages import ROOT, Stage, accounts_file, rating_app, resume_flag, run_python, run_stages, stamp
@@ -145,12 +146,7 @@ class Demo:
         return {"raters": cfg.raters}
 
     def snapshot(self) -> dict[str, Any]:
-        from db.export import export_snapshot
-        from db.store import open_store
-
-        with open_store(self.db) as store:
-            found = export_snapshot(store, CAMPAIGN, self.out / "snapshots", CAMPAIGN)
-        return {key: found[key] for key in ("sha256", "n_votes", "n_raters", "n_excluded")}
+        return freeze(self.db, CAMPAIGN, self.out / "snapshots", CAMPAIGN)
 
     @property
     def snapshot_dir(self) -> Path:

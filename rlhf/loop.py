@@ -36,10 +36,10 @@ from base_models.errors import UserError
 from base_models.policy import PRETRAINED, Policy, load_policy
 from base_models.settings import from_mapping, to_mapping
 from db.errors import NoVotesError
-from db.storage import is_file
+from db.storage import is_file, local_path
 from db.store import open_store
 from rlhf.apart import write_furthest
-from rlhf.collecting import Collecting, admit, collect, freeze, places
+from rlhf.collecting import Collecting, admit, collect, database_file, freeze, places
 from rlhf.evaluate_models import BASE, evaluate
 from rlhf.reward_gates import Gate, GateError, missed
 from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
@@ -182,6 +182,12 @@ def same_adapter(folder: str, sha256: str) -> Manifest:
     return manifest
 
 
+def _place_of(uri: str, inside: Path) -> Path | None:
+    """The folder in which a clip of this address is the file `inside`; None where the address ends otherwise, or is not of a file here."""
+    path, n = local_path(uri), len(inside.parts)
+    return Path(*path.parts[:-n]) if path is not None and path.is_absolute() and path.parts[-n:] == inside.parts else None
+
+
 class Loop:
     """The loop's folder and its rounds."""
 
@@ -277,15 +283,39 @@ class Loop:
 
     def _check_place(self) -> None:
         """The database and every snapshot name clips by their place. A folder that was moved is refused before somebody is asked to listen
-        to clips that cannot be played."""
+        to clips that cannot be played, and a database without the clips that were put up, as it has none of their votes."""
         for manifest in sorted(self.out.glob("rounds/*/samples/manifest.jsonl")):
-            first = read_jsonl(manifest)[0]
-            known = places(self.db, first["sha256"])
-            if known and (manifest.parent / first["file"]).is_file() and not any(map(is_file, known)):
-                old = Path(known[0]).parents[3]  # rounds, 01, samples, the file
-                got = f"{self.out}, whose clips are known at {old}"
-                remedy = f"move the folder back, or leave a link at its old place: ln -s {self.out.resolve()} {old}"
+            self.check_database()
+            folder, first = manifest.parents[1], read_jsonl(manifest)[0]
+            file, known = manifest.parent / first["file"], places(self.db, first["sha256"])
+            if not known and stamp_path(folder, "samples").is_file():
+                got = f"{self.db}, which does not know the clips of round {int(folder.name)}"
+                raise UserError(got, "the database in which they were put up, and which has their votes", self._find_database())
+            if known and file.is_file() and not any(map(is_file, known)):
+                old = _place_of(known[0], file.relative_to(self.out))
+                got = f"{self.out}, whose clips are known at {old or known[0]}"
+                remedy = self._leave_link(old) if old else f"bring the clips back there, or put them up again, from {manifest}"
                 raise UserError(got, "the place where they were put up, by which the database and snapshots name them", remedy)
+
+    def check_database(self) -> None:
+        """UserError where the file of the votes is not there: to open it would make an empty one. For a loop that has put up clips."""
+        file = database_file(self.db)
+        if file is not None and not file.is_file():
+            raise UserError(f"no database at {file}", "the one in which the loop's clips were put up", self._find_database())
+
+    def _find_database(self) -> str:
+        """What to do where the database is not that of the votes."""
+        file = database_file(self.db)
+        if file is not None and not file.is_absolute():
+            return f"call from the folder in which the loop was begun, by which {file} goes; or restore it from a backup"
+        if file is not None and file.parent.resolve() != self.out.resolve() and (self.out / file.name).is_file():
+            return self._leave_link(file.parent)
+        return "restore it from a backup, or begin in a new --out"
+
+    def _leave_link(self, old: Path) -> str:
+        """What to do where the folder was moved from `old`."""
+        how = f"move what is at {old} away and" if old.exists() else "move the folder back, or"
+        return f"{how} leave a link at its old place: ln -s {shlex.quote(str(self.out.resolve()))} {shlex.quote(str(old))}"
 
     def _first_champion(self) -> dict[str, Any]:
         record: dict[str, Any] = {"round": 0, "adapter": None, "adapter_sha256": None, "policy_sha256": self.policy.sha256, "votes": None}
@@ -327,8 +357,7 @@ class Round:
             Stage("votes", "votes on pairs of its clips", 60, self.votes),
             Stage("snapshot", "freezing the votes of all rounds", 1, self.snapshot),
         ]
-        refused = self.refused()
-        if refused is not None and shlex.split(refused["reward_args"]) == shlex.split(self.cfg.reward):
+        if self.refused_again:
             return [*collected, Stage("verdict", "the verdict, without a challenger", 1, self.verdict)]
         return [
             *collected,
@@ -387,6 +416,12 @@ class Round:
         is none, or another one was taken."""
         note = self.folder / "refused.json"
         return read_json(note) if note.is_file() and not stamp_path(self.folder, "reward").is_file() else None
+
+    @property
+    def refused_again(self) -> bool:
+        """Whether its gates refused what the options of now would train, on the same votes."""
+        refused = self.refused()
+        return refused is not None and shlex.split(refused["reward_args"]) == shlex.split(self.cfg.reward)
 
     @property
     def after_refusal(self) -> str:
@@ -483,7 +518,9 @@ class Round:
             frozen = freeze(self.loop.db, self.ab, self.folder, "ab_snapshot")
         except NoVotesError as error:
             return False, nothing | {"why": f"no vote counts: {error.got}"}
-        outcomes = read_outcomes(self.folder / "ab_snapshot", self.named(CHALLENGER))
+        challenger = self.named(CHALLENGER)
+        played = {(row["prompt_id"], row["sha256"]) for row in read_jsonl(self.folder / "heldout" / challenger / "manifest.jsonl")}
+        outcomes = read_outcomes(self.folder / "ab_snapshot", challenger, played)
         promoted, votes = decide(outcomes, self.cfg.min_decided, self.cfg.seed, self.cfg.min_prompts)
         of = {"ab_snapshot_sha256": frozen["sha256"], **{key: frozen[key] for key in ("n_votes", "n_raters", "n_excluded")}}
         return promoted, votes | of

@@ -7,6 +7,7 @@ stamps of the stages + champion.json -> one line a round -> lines of Markdown
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ def write_report(out: Path) -> list[str]:
 
 
 def status(out: Path) -> list[str]:
-    """What the loop has done and waits for, in lines. UserError for a folder without a loop."""
+    """What the loop has done and waits for, in lines. UserError for a folder without a loop, or where the votes' database is not there."""
     if not (out / "loop.json").is_file():
         raise UserError(f"{out} without loop.json", "the folder of a loop", "check --out")
     cfg = replace(from_mapping(LoopConfig, read_json(out / "loop.json")), out=out)  # the folder may have moved
@@ -114,8 +115,14 @@ def _now(made: Round) -> list[str]:
     now = next(stage for stage in stages if stage.name not in done)
     lines = ["", f"Round {made.number}: {len(done)} of {len(stages)} stages done; now: {now.what}."]
     if (refused := made.refused()) is not None:
-        lines.append(f"Its reward model did not pass its gates: {refused['missed']}. To go on, {made.after_refusal}.")
+        missed = f"its reward model did not pass its gates: {refused['missed']}"
+        if made.refused_again:
+            lines.append(f"I{missed[1:]}. To go on, {made.after_refusal}.")
+        else:
+            by = f"--reward-args={shlex.quote(refused['reward_args'])}"
+            lines.append(f"Before, by {by} {missed}. Giving these again ends the round without a challenger.")
     if now.name in ("votes", "ab_votes"):
+        made.loop.check_database()
         votes, wanted = counted(made.loop.db, made.cfg.campaign if now.name == "votes" else made.ab)
         lines.append(f"{votes} of {wanted} votes are there.")
     return lines

@@ -12,7 +12,7 @@ stops when the sum is pleasant. Raters see neither names nor which side is whose
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ def rule(min_decided: int, min_prompts: int) -> str:
 def comparisons(champion: Sequence[Mapping[str, Any]], challenger: Sequence[Mapping[str, Any]], n: int) -> list[dict[str, str]]:
     """Rows of two manifests -> the pairs {"a", "b"} (sha256) that are put to ears: the first `n` clips of each prompt, those of one seed.
 
-    Where both play the very same there is nothing to hear, and no telling afterwards whose clip it was: such pairs are left out.
+    Where both play the very same there is nothing to hear, and no telling afterwards whose clip it was: such pairs are left out, so that
+    of each pair `a` is a clip of the champion alone, and `b` of the challenger, among all clips of their prompt.
     """
     pairs = []
     for prompt in dict.fromkeys(row["prompt_id"] for row in champion):
@@ -58,9 +59,11 @@ def comparisons(champion: Sequence[Mapping[str, Any]], challenger: Sequence[Mapp
     return pairs
 
 
-def read_outcomes(snapshot: Path, challenger: str) -> list[Outcome]:
+def read_outcomes(snapshot: Path, challenger: str, clips: Set[tuple[str, str]] | None = None) -> list[Outcome]:
     """The usable votes of a campaign of two systems; "both bad" prefers neither and counts as a tie.
 
+    Args: challenger: its name. clips: (prompt_id, sha256) of all that it played; without them sides are told by the systems' names, and a
+        snapshot may call both by one: of a clip that was registered before, an older database kept the first name alone.
     Raises: UserError for a vote on a clip that the snapshot does not describe, or not of one clip of each system.
     """
     systems = {(row["prompt_id"], row["sha256"]): row.get("system") for row in read_jsonl(snapshot / "clips.jsonl")}
@@ -68,16 +71,20 @@ def read_outcomes(snapshot: Path, challenger: str) -> list[Outcome]:
     for row in read_jsonl(snapshot / "votes.jsonl"):
         if row.get("excluded_reason") or row.get("gold") or row.get("repeat"):
             continue
-        of = {}
+        of, played = {}, []
         for side in ("x", "y"):
             clip = (row["prompt_id"], row[f"clip_{side}"])
             if clip not in systems:
                 got = f"vote {row['vote_id']} on clip {clip[1][:12]}, which is not in clips.jsonl"
                 raise UserError(got, "every clip", f"restore {snapshot}")
             of[side] = row.get(f"system_{side}", systems[clip])  # before schema 5 a snapshot named the systems of clips alone
-        ours = [side for side, system in of.items() if system == challenger]
+            if clips is not None and clip in clips:
+                played.append(side)
+        ours = [side for side, system in of.items() if system == challenger] if clips is None else played
         if len(ours) != 1:
             got = f"vote {row['vote_id']} on clips of {of['x']!r} and {of['y']!r}"
+            if clips is not None:
+                got = f"vote {row['vote_id']} on clips {row['clip_x'][:12]} and {row['clip_y'][:12]}"
             raise UserError(got, f"one of them of {challenger!r}", "compare clips of two systems")
         won = 1.0 if row["choice"] == ours[0] else 0.0 if row["choice"] in ("x", "y") else 0.5
         found.append(Outcome(won, str(row["prompt_id"]), str(row["rater"]), row["shown_first"] == ours[0]))

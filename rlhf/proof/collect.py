@@ -12,13 +12,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from base_models.checkpoint import write_json
 from base_models.errors import UserError
 from db.errors import StoreError
-from db.export import export_snapshot
 from db.schema import ASPECTS
 from db.store import Store, open_store
+from rlhf.collecting import freeze
 
 CAMPAIGN = "proof"
 TOP = Path(__file__).resolve().parents[2]
@@ -32,8 +33,8 @@ def access_code(store: Store, handle: str) -> str:
         return str(store.renew_token(handle))
 
 
-def collect(manifest: Path, pairs: Path | None, out: Path, raters: int, target_votes: int, vote: list[str]) -> dict[str, object]:
-    """Set the campaign up, let the raters vote until no pair is left, freeze. Returns the snapshot's description.
+def collect(manifest: Path, pairs: Path | None, out: Path, raters: int, target_votes: int, vote: list[str]) -> dict[str, Any]:
+    """Set the campaign up, let the raters vote until no pair is left, freeze. Returns the snapshot's hash and counts.
 
     pairs: which clips meet; None lets every two clips of a prompt meet."""
     out.mkdir(parents=True, exist_ok=True)
@@ -59,8 +60,7 @@ def collect(manifest: Path, pairs: Path | None, out: Path, raters: int, target_v
             subprocess.run([sys.executable, "-m", "rlhf.simulation.vote", *named, *vote], cwd=TOP, check=True)
         finally:
             app.terminate()
-    with open_store(database) as store:
-        return dict(export_snapshot(store, CAMPAIGN, out, "snapshot"))
+    return freeze(database, CAMPAIGN, out, "snapshot")
 
 
 def main(argv: list[str] | None = None) -> int:

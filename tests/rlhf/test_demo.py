@@ -19,12 +19,13 @@ from base_models.checkpoint import read_json, read_jsonl, write_json
 from base_models.errors import UserError
 from base_models.lm import MusicLM
 from base_models.policy import load_policy
-from db.export import export_snapshot
+from db.export import export_snapshot, snapshot_sha256
 from db.store import open_store
 from rlhf import cli
-from rlhf.demo import ROOT, YOURS, Demo, DemoConfig
+from rlhf.demo import CAMPAIGN, ROOT, YOURS, Demo, DemoConfig
 from rlhf.preferences import load_snapshot, training_pairs
-from rlhf.sample_pairs import Settings, clip_seed, read_prompts, sample, write_prompts
+from rlhf.sample_pairs import Prompt, Settings, clip_seed, read_prompts, sample, write_prompts
+from tests.rlhf.vote_toys import cut_off_by_an_older_version
 
 
 @pytest.fixture
@@ -208,6 +209,26 @@ def test_a_prompt_with_unicode_line_separators_keeps_its_row_all_the_way(policy_
         export_snapshot(store, "c", tmp_path / "snapshots", "c")
     snapshot = load_snapshot(tmp_path / "snapshots" / "c")
     assert [p.prompt for p in training_pairs(snapshot, n_q=4, card=1024)] == [text]
+
+
+def test_a_snapshot_that_a_kill_and_an_older_version_left_is_made_again(policy_dir, tmp_path):
+    """Killed between the folder and its record, then upgraded: the same votes have another hash, and nobody has read the old one."""
+    from feedback_app.campaigns import register_campaign
+
+    demo = Demo(DemoConfig.small(policy_dir, tmp_path))
+    manifest = sample(load_policy(policy_dir), [Prompt("calm folk", "p")], tmp_path / "s", Settings(n=2, duration_s=1.0), "base")
+    with open_store(demo.db) as store:
+        register_campaign(store, CAMPAIGN, manifest, target_votes=1, min_listen_ms=0)
+        rater = store.sign_in("ada", store.add_rater("ada"))
+        assert rater is not None
+        offer = store.next_assignment(rater.id)
+        assert offer is not None
+        store.submit_vote(rater.id, offer.assignment_id, "a", idempotency_key="key-1234")
+    told = demo.snapshot()
+    assert demo.snapshot() == told
+    cut_off_by_an_older_version(tmp_path / "encore.db", demo.snapshot_dir)
+    assert demo.snapshot() == told
+    assert snapshot_sha256(demo.snapshot_dir) == told["sha256"]
 
 
 def test_generate_writes_a_mastered_track_and_repeats_it(policy_dir, tmp_path, capsys):

@@ -150,6 +150,17 @@ def test_a_reward_that_its_gates_refuse_ends_the_round_and_the_next_one_collects
     assert "--reward-args without --strict" in said
     told = "\n".join(status(out))
     assert "Its reward model did not pass its gates: accuracy, lower end of its interval" in told
+    assert "--rounds 2 or more" in told
+    mine = read_json(out / "loop.json")
+    write_json(out / "loop.json", mine | {"reward": "--one-rater  --strict"})  # the same words
+    assert "\n".join(status(out)) == told
+    write_json(out / "loop.json", mine | {"reward": "--one-rater --strict --trunk auto"})  # of a call that was killed while it trained
+    other = "\n".join(status(out))
+    assert "now: training the reward model" in other
+    assert "--rounds 2 or more" not in other
+    assert "by --reward-args='--one-rater --strict' its reward model did not pass its gates: accuracy, lower end of its interval" in other
+    assert "Giving these again ends the round" in other
+    write_json(out / "loop.json", mine)
     kept = {path: path.read_bytes() for name in ("snapshot", "reward", "samples") for path in (first / name).glob("*.json*")}
 
     raters = argv[argv.index("--raters") :]
@@ -250,15 +261,32 @@ def test_a_verdict_goes_by_the_names_of_the_comparison(tmp_path):
     assert [outcome.won for outcome in read_outcomes(tmp_path, "challenger-01")] == [1.0]
 
 
-def promoted_round(played: Path, tmp_path: Path, won: int, lost: int) -> Round:
-    """The played round before its verdict, with so many votes for the challenger and against."""
+def test_a_verdict_goes_by_the_rounds_own_clips_whatever_the_database_calls_them(tmp_path):
+    """A loop that begins with the challenger of an earlier one has it as champion, and a database may know its clips by that name."""
+    clips = [{"prompt_id": prompt, "sha256": sha, "system": "challenger-01"} for prompt in "pq" for sha in "ab"]
+    vote = {"rater": "r", "clip_x": "a", "clip_y": "b", "shown_first": "x", "system_x": "challenger-01", "system_y": "challenger-01"}
+    votes = [vote | {"vote_id": i, "prompt_id": prompt, "choice": "y"} for i, prompt in enumerate("pq")]
+    for name, rows in (("clips", clips), ("votes", votes)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ours = {("p", "b"), ("q", "a")}  # what it plays for one prompt the champion may play for another
+    assert [outcome.won for outcome in read_outcomes(tmp_path, "challenger-01", ours)] == [1.0, 0.0]
+    for wrong in (set(), {("p", "a"), ("p", "b")}):
+        with pytest.raises(UserError, match="vote 0 on clips a and b; expected one of them of 'challenger-01'"):
+            read_outcomes(tmp_path, "challenger-01", wrong)
+    with pytest.raises(UserError, match="vote 0 on clips of 'challenger-01' and 'challenger-01'"):  # by names alone nobody could tell
+        read_outcomes(tmp_path, "challenger-01")
+
+
+def promoted_round(played: Path, tmp_path: Path, won: int, lost: int, known: str = "{}-01") -> Round:
+    """The played round before its verdict, with so many votes for the challenger and against; `known`: what the snapshot calls them."""
     out = tmp_path / "loop"
     shutil.copytree(played, out)
     folder = out / "rounds" / "01"
     (folder / "stages" / "verdict.json").unlink()
     write_json(out / "champion.json", {"round": 0, "adapter": None, "adapter_sha256": None, "policy_sha256": "p", "votes": None})
     write_json(folder / "stages" / "ab_votes.json", {"seconds": 0, "votes": won + lost, "wanted": won + lost})
-    clips = [{"prompt_id": f"p{i}", "sha256": name, "system": f"{name}-01"} for i in range(10) for name in ("champion", "challenger")]
+    clips = [{"prompt_id": f"p{i}", "sha256": name, "system": known.format(name)} for i in range(10) for name in ("champion", "challenger")]
+    (folder / "heldout" / "challenger-01" / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clips[1::2]))
     votes = [
         {"vote_id": i, "prompt_id": f"p{i % 10}", "rater": f"r{i % 3}", "choice": "x" if i < won else "y", "clip_x": "challenger"}
         | {"clip_y": "champion", "excluded_reason": None, "shown_first": "xy"[i % 2]}
@@ -283,6 +311,9 @@ def test_a_clear_winner_is_promoted_with_its_lineage_and_a_narrow_one_is_not(pla
     # Killed between the champion's file and the stage's stamp: the next call finds it done.
     assert made.verdict() == told
     assert made.loop.champion() == champion
+    # An older snapshot of a loop that began with another's challenger, whose name its own bears too.
+    again = promoted_round(played, tmp_path / "again", won=36, lost=4, known="challenger-01")
+    assert again.verdict()["win_rate"] == told["win_rate"]
     # The next round plays the new champion, and refuses it on another base.
     narrow = promoted_round(played, tmp_path / "narrow", won=22, lost=18)
     assert not narrow.verdict()["promoted"]
@@ -364,6 +395,66 @@ def test_a_moved_loop_says_where_its_clips_are_known_and_goes_on_behind_a_link(f
     assert stamp(new / "rounds" / "01", "verdict")["n_votes"] == 2
 
 
+def test_a_moved_loop_makes_no_second_database_at_its_old_place(files, policy_dir, tmp_path, capfd):
+    """An empty one would be taken for the loop's, and the next snapshot would lack all earlier votes."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    db = f"sqlite:///{old / 'encore.db'}"
+    assert cli.main([*arguments(files, policy_dir, old, n_votes=2), "--db", db]) == 2
+    old.rename(new)
+    again = ["loop", "--out", str(new), "--rounds", "1", *arguments(files, policy_dir, new)[-4:]]
+    for call in (again, ["loop", "status", "--out", str(new)]):
+        capfd.readouterr()
+        assert cli.main(call) == 2
+        said = capfd.readouterr().err
+        assert f"error: got no database at {old / 'encore.db'}; expected" in said
+        assert f"ln -s {new} {old}" in said
+        assert not old.exists()
+    open_store(db).close()  # as an earlier version did
+    assert cli.main(again) == 2
+    said = capfd.readouterr().err
+    assert f"error: got {db}, which does not know the clips of round 1; expected" in said
+    assert stamp(new / "rounds" / "01", "samples")
+    shutil.rmtree(old)
+    old.symlink_to(new)
+    assert cli.main(again) == 0
+    assert stamp(new / "rounds" / "01", "verdict")["n_votes"] == 2
+
+
+def test_a_database_that_is_sought_from_another_folder_is_not_made_there(played, tmp_path, monkeypatch):
+    shutil.copytree(played, tmp_path / "run")
+    write_json(tmp_path / "run" / "loop.json", read_json(played / "loop.json") | {"db": "sqlite:///run/encore.db"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loop = Loop(settings({"out": tmp_path / "run"}), Collecting())
+    with pytest.raises(UserError, match=r"no database at run/encore.db.*call from the folder"):
+        loop.run(2)
+    assert not list(Path().iterdir())
+    monkeypatch.chdir(tmp_path)
+    loop.check_database()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("/x.wav", r"whose clips are known at /x\.wav; .* bring the clips back there, or put them up again"),
+        ("/pub/some/of/our/clips/x.wav", r"known at /pub/some/of/our/clips/x\.wav; .* bring the clips back there, or put them up again"),
+        ("memory://clips/x.wav", r"known at memory://clips/x\.wav; .* bring the clips back there, or put them up again"),
+        ("file:///old%20place/loop/{tail}", r"known at /old place/loop; .*ln -s \S+/loop '/old place/loop'"),
+        ("/old/loop/{tail}", r"known at /old/loop; .*ln -s \S+/loop /old/loop"),
+    ],
+)
+def test_a_link_is_advised_only_where_it_would_help(address, said, played, tmp_path):
+    """Clips may have been put up from another place than the loop's folder since."""
+    shutil.copytree(played, tmp_path / "loop")
+    first = read_jsonl(tmp_path / "loop" / "rounds" / "01" / "samples" / "manifest.jsonl")[0]
+    with sqlite3.connect(tmp_path / "loop" / "encore.db") as connection:
+        uri = address.format(tail=f"rounds/01/samples/{first['file']}")
+        connection.execute("update clip set uri = ? where sha256 = ?", (uri, first["sha256"]))
+    connection.close()
+    with pytest.raises(UserError, match=said):
+        Loop(settings({"out": tmp_path / "loop"}), Collecting()).run(2)
+
+
 def test_the_rule_promotes_half_of_equal_rivals_in_few_of_a_hundred_campaigns():
     rng = np.random.default_rng(0)
     promoted = 0
@@ -413,6 +504,12 @@ def test_what_both_play_is_not_put_to_ears_and_clips_of_one_seed_meet():
     assert comparisons(champion, challenger, 1) == [{"a": "a", "b": "A"}]
     assert comparisons(champion, challenger, 3) == [*({"a": x, "b": x.upper()} for x in "abc"), {"a": "f", "b": "F"}]
     assert comparisons(champion, champion, 3) == []
+    crossed = [rows("a", "b", "c"), rows("b", "d", "a")]  # the same clip by another seed
+    for theirs, ours in ([champion, challenger], crossed):
+        both = [{row["sha256"] for row in side} for side in (theirs, ours)]
+        for pair in comparisons(theirs, ours, 3):
+            assert [(pair["a"] in side, pair["b"] in side) for side in both] == [(True, False), (False, True)]
+    assert comparisons(*crossed, 3) == []
 
 
 def test_few_decided_votes_or_ties_alone_promote_nobody():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,24 @@ import torch
 
 from base_models.conditions import Conditions
 from base_models.lm import MusicLM
+from db.export import snapshot_sha256
 from rlhf.snapshot import content_sha256
 
 BASE = "b" * 64
 TEMPO_BPM = 120.0
+
+
+def cut_off_by_an_older_version(database: Path, snapshot: Path) -> None:
+    """As if a version that wrote no systems with the votes had been killed between the snapshot's folder and its record."""
+    rows = [json.loads(line) for line in (snapshot / "votes.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in row.items() if not key.startswith("system_")} for row in rows]
+    (snapshot / "votes.jsonl").write_text("".join(json.dumps(row, sort_keys=True, separators=(",", ":")) + "\n" for row in kept))
+    about = json.loads((snapshot / "snapshot.json").read_text())
+    (snapshot / "snapshot.json").write_text(json.dumps(about | {"sha256": snapshot_sha256(snapshot), "schema": 4}))
+    with sqlite3.connect(database) as connection:
+        connection.execute("delete from snapshot_rater")
+        connection.execute("delete from snapshot")
+    connection.close()
 
 
 def write_snapshot(
