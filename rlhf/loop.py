@@ -284,8 +284,10 @@ class Loop:
     def _check_place(self) -> None:
         """The database and every snapshot name clips by their place. A folder that was moved is refused before somebody is asked to listen
         to clips that cannot be played, and a database without the clips that were put up, as it has none of their votes."""
-        for manifest in sorted(self.out.glob("rounds/*/samples/manifest.jsonl")):
+        manifests = sorted(self.out.glob("rounds/*/samples/manifest.jsonl"))
+        if manifests:
             self.check_database()
+        for manifest in manifests:
             folder, first = manifest.parents[1], read_jsonl(manifest)[0]
             file, known = manifest.parent / first["file"], places(self.db, first["sha256"])
             if not known and stamp_path(folder, "samples").is_file():

@@ -71,16 +71,15 @@ def read_outcomes(snapshot: Path, challenger: str, clips: Set[tuple[str, str]] |
     for row in read_jsonl(snapshot / "votes.jsonl"):
         if row.get("excluded_reason") or row.get("gold") or row.get("repeat"):
             continue
-        of, played = {}, []
+        of, ours = {}, []
         for side in ("x", "y"):
             clip = (row["prompt_id"], row[f"clip_{side}"])
             if clip not in systems:
                 got = f"vote {row['vote_id']} on clip {clip[1][:12]}, which is not in clips.jsonl"
                 raise UserError(got, "every clip", f"restore {snapshot}")
             of[side] = row.get(f"system_{side}", systems[clip])  # before schema 5 a snapshot named the systems of clips alone
-            if clips is not None and clip in clips:
-                played.append(side)
-        ours = [side for side, system in of.items() if system == challenger] if clips is None else played
+            if of[side] == challenger if clips is None else clip in clips:
+                ours.append(side)
         if len(ours) != 1:
             got = f"vote {row['vote_id']} on clips of {of['x']!r} and {of['y']!r}"
             if clips is not None:
