@@ -183,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = {} if args.report_only else run_all(plan.cells(), root, args.jobs)
     found = remember(plan, root, out)
     results = len(found.plan.outcomes) + len(found.plan.trails) + len(found.plan.rewards)
-    counts = {"results": results, "asked": len(plan.cells()), "missing": sum(not cell.is_done(root) for cell in plan.cells())}
+    asked = plan.results()
+    counts = {"results": results, "asked": len(asked), "missing": sum(not cell.is_done(root) for cell in asked)}
     figures = {**collect_figures(found.plan, root), **counts, "left_out": found.left_out, "failed": failed}
     page = write_page(out, figures)
     for title, text, body in sections(figures):

@@ -21,18 +21,25 @@ KINDS: dict[str, Any] = {"outcomes": Outcome, "trails": Trail, "rewards": Reward
 JUDGED = {"outcomes": "gold", "trails": "cell", "rewards": "cell"}
 """Which cell is the last of a result."""
 CELLS = ("play", "base", "gold", "cell")
+MEASURED = "unseen"
+"""Cells beside these: a result is told without them, and has more of them the more seeds a call names."""
 Entry = dict[str, Any]
 
 
 def entry_of(item: Outcome | Trail | RewardRow) -> Entry:
     """A result as JSON: its cells by their names."""
     values = {field.name: getattr(item, field.name) for field in fields(item)}
-    return {name: value.name if isinstance(value, Kept) else value for name, value in values.items()}
+    return {name: value.name if isinstance(value, Kept) else named(value) for name, value in values.items()}
+
+
+def named(value: Any) -> Any:
+    """Cells of a tuple by their names; anything else as it is."""
+    return [cell.name for cell in value] if isinstance(value, tuple) else value
 
 
 def identity(entry: Entry) -> tuple[str, ...]:
     """What makes two entries answers to one question: all but the cells."""
-    return tuple(f"{name}={value}" for name, value in sorted(entry.items()) if name not in CELLS)
+    return tuple(f"{name}={value}" for name, value in sorted(entry.items()) if name not in (*CELLS, MEASURED))
 
 
 def table_of(entry: Entry) -> tuple[str, ...]:
@@ -41,12 +48,28 @@ def table_of(entry: Entry) -> tuple[str, ...]:
 
 
 def merged(old: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
-    """The old ones, and the new ones last, each once."""
+    """The old ones, and the new ones last, each once. What an earlier call has measured on the same clips stays: a call that names fewer
+    seeds takes nothing away."""
     found = {identity(entry): entry for entry in old}
     for entry in new:
-        found.pop(identity(entry), None)
-        found[identity(entry)] = entry
+        before = found.pop(identity(entry), {})
+        found[identity(entry)] = with_earlier(entry, before)
     return list(found.values())
+
+
+def with_earlier(entry: Entry, before: Entry) -> Entry:
+    """The entry, with the measures of `before` that it lacks, if the two are of the same clips."""
+    if MEASURED not in entry or any(before.get(name) != entry[name] for name in ("play", "base")):
+        return entry
+    names = (*before.get(MEASURED, ()), *entry[MEASURED])
+    return {**entry, MEASURED: list({name.rpartition("-")[0]: name for name in names}.values())}  # one a label, the newest
+
+
+def read_back(name: str, value: Any) -> Any:
+    """A field of an entry as a result has it."""
+    if name == MEASURED:
+        return tuple(Earlier(cell) for cell in value)
+    return Earlier(value) if name in CELLS else value
 
 
 def of_one_setting(entries: Sequence[Entry]) -> list[Entry]:
@@ -81,5 +104,5 @@ def remember(plan: Plan, root: Path, out: Path) -> Found:
         shown = [entry for entry in ledger[kind] if Earlier(entry[JUDGED[kind]]).is_done(root)]
         kept = sorted(of_one_setting(shown), key=lambda entry: (entry["taste"], entry["seed"], entry["votes"] or 0))
         left_out += len(shown) - len(kept)
-        getattr(found, kind).extend(made(**{k: Earlier(v) if k in CELLS else v for k, v in entry.items()}) for entry in kept)
+        getattr(found, kind).extend(made(**{name: read_back(name, value) for name, value in entry.items()}) for entry in kept)
     return Found(found, left_out)

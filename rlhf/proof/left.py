@@ -24,8 +24,11 @@ TRUST = 300.0
 
 
 def kind_of(label: str) -> str:
-    """What cells of one cost have in common: ppo/warm/s3/n2000 -> ppo, play/best_of_n/warm/s3 -> play/best_of_n."""
+    """What cells of one cost have in common: ppo/warm/s3/n2000 -> ppo, play/best_of_n/warm/s3 -> play/best_of_n,
+    unseen/ppo/warm/s3/n2000/by-s4 -> unseen/by."""
     parts = label.split("/")
+    if parts[0] == "unseen":  # by what it compares with, whose clips these are costs nothing
+        return f"unseen/{parts[-1].partition('-')[0]}"
     return "/".join(parts[: 2 if parts[0] in NAMED_BY_TWO else 1])
 
 

@@ -128,6 +128,8 @@ class Outcome:
     """Of all that trained it: results of other settings are never pooled with it."""
     draw: int = 0
     """Of shuffled votes."""
+    unseen: tuple[Kept, ...] = ()
+    """Near copies of clips that were seen beside those of clips that were not: one by each other seed, and one by the corpus."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,14 @@ class Plan:
     trails: list[Trail] = field(default_factory=list)
     rewards: list[RewardRow] = field(default_factory=list)
 
+    def results(self) -> list[Cell]:
+        """The last cell of each row."""
+        last = [o.gold for o in self.outcomes] + [r.cell for r in self.rewards] + [t.cell for t in self.trails]
+        return [cell for cell in last if isinstance(cell, Cell)]
+
     def cells(self) -> list[Cell]:
-        """All that is to be done; what stands early is done early."""
-        results = [o.gold for o in self.outcomes] + [r.cell for r in self.rewards] + [t.cell for t in self.trails]
-        return [cell for cell in results if isinstance(cell, Cell)]
+        """All that is to be done; what stands early is done early. A row is shown without its `unseen` cells, so they come last."""
+        return [*self.results(), *(cell for o in self.outcomes for cell in o.unseen if isinstance(cell, Cell))]
 
 
 def serving(*judge: str) -> str:
@@ -349,6 +355,22 @@ class Builder:
         argv = (*program("rlhf.simulation.judge"), *manifests, "--taste", taste, "--out", f"{HERE}/gold.json")
         return Cell(played.label.replace("play/", "gold/", 1), argv, (played, base), weight=6)
 
+    def unseen(self, played: Cell, base: Cell, seed: int, others: Sequence[int]) -> tuple[Cell, ...]:
+        """Whether an adapter's clips come nearer to what it has seen than to what it has not: a cell for each other seed, whose rated clips
+        it has not, and one for the corpus. No name hangs on which other seeds a call has."""
+
+        def clips(**cells: Cell) -> tuple[str, ...]:
+            return tuple(part for name, cell in cells.items() for part in (f"--{name}", place(cell, "samples", "manifest.jsonl")))
+
+        argv, label = (*program("rlhf.proof.unseen"), "--out", HERE), played.label.replace("play/", "unseen/", 1)
+        argv, own, cells = (*argv, *clips(played=played, base=base)), self.samples(seed), []
+        for other in others:
+            unseen = self.samples(other)
+            cells.append(Cell(f"{label}/by-s{other}", (*argv, *clips(own=own, unseen=unseen)), (played, base, own, unseen), weight=12))
+        if self.tokens:
+            cells.append(Cell(f"{label}/corpus", (*argv, "--tokens", portable(self.tokens)), (played, base), weight=15))
+        return tuple(cells)
+
     def trail(self, run: Cell, reward: Cell, taste: str, seed: int) -> Cell:
         how, needs = self.how_to_play(seed, "trail")
         base = self.base(seed, "trail")
@@ -369,10 +391,11 @@ class Builder:
         turn_seed: int = 0,
         more: tuple[str, ...] = (),
         kind: str = "heldout",
+        others: Sequence[int] | None = None,
     ) -> Outcome:
         """A method on the first `votes` votes. turn: none, half of each prompt's pairs (turn_seed says which half), or all; training has
         the replication's seed in every draw. more: than the method's own settings, for PPO and DPO. kind: of the prompts that
-        an adapter plays."""
+        an adapter plays. others: seeds whose rated clips it has not seen, to compare its near copies with; None compares nothing."""
         snapshot = self.snapshot(taste, seed, votes, turn, turn_seed)
         reward = self.reward(snapshot)
         if method == "best_of_n":
@@ -382,9 +405,10 @@ class Builder:
             own = (*getattr(self.arguments, trainer), *more)
             run = self.trained(trainer, snapshot, reward, seed, own, f"{experiment}-{trainer}" if more else "")
             played = self.played(run, method, seed, reward, kind)
-        base = self.base(seed, kind)
-        settings = self.settings(self.arguments.reward, () if method == "best_of_n" else own)
-        return Outcome(experiment, method, taste, seed, votes, played, base, self.gold(played, base, taste), settings, turn_seed)
+        base, adapted = self.base(seed, kind), method != "best_of_n"
+        settings = self.settings(self.arguments.reward, own if adapted else ())
+        unseen = self.unseen(played, base, seed, others) if adapted and others is not None else ()
+        return Outcome(experiment, method, taste, seed, votes, played, base, self.gold(played, base, taste), settings, turn_seed, unseen)
 
     def reward_row(self, taste: str, seed: int, votes: int) -> RewardRow:
         rewarded = self.reward(self.snapshot(taste, seed, votes))
@@ -392,16 +416,19 @@ class Builder:
 
     def main_table(self, plan: Plan, tastes: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
         for seed in seeds:
+            others = sorted({*seeds} - {seed})
             for taste in tastes:
                 plan.rewards.append(self.reward_row(taste, seed, self.sizes.votes))
-                plan.outcomes += [self.outcome("main", method, taste, seed, self.sizes.votes) for method in methods]
+                plan.outcomes += [self.outcome("main", method, taste, seed, self.sizes.votes, others=others) for method in methods]
 
     def familiar(self, plan: Plan, tastes: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
         """The main table's adapters on new prompts of the genre and mood pairs that they were trained on."""
         adapted = [method for method in methods if method != "best_of_n"]
+        votes = self.sizes.votes
         for seed in seeds:
+            others = sorted({*seeds} - {seed})
             for taste in tastes:
-                plan.outcomes += [self.outcome("familiar", m, taste, seed, self.sizes.votes, kind="familiar") for m in adapted]
+                plan.outcomes += [self.outcome("familiar", m, taste, seed, votes, kind="familiar", others=others) for m in adapted]
 
     def curve(self, plan: Plan, taste: str, seed: int, methods: Sequence[str], votes: Sequence[int]) -> None:
         for n in votes:

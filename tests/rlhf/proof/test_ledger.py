@@ -1,13 +1,13 @@
 from base_models.checkpoint import write_json
 from rlhf.proof.cells import Cell, closure
-from rlhf.proof.ledger import merged, of_one_setting, remember
+from rlhf.proof.ledger import entry_of, merged, of_one_setting, remember
 from rlhf.proof.plan import SMALL, Arguments, Builder, Plan
 
 
-def planned(experiment, taste="warm", seed=3, **arguments):
+def planned(experiment, taste="warm", seed=3, others=(), **arguments):
     plan, builder = Plan(), Builder(SMALL, Arguments(**arguments))
     if experiment == "main":
-        builder.main_table(plan, [taste], [seed], ["ppo", "dpo"])
+        builder.main_table(plan, [taste], [seed, *others], ["ppo", "dpo"])
     elif experiment == "curve":
         builder.curve(plan, taste, seed, ["ppo", "sft"], [20, 60])
     elif experiment == "over":
@@ -66,6 +66,56 @@ def test_a_result_that_is_found_again_is_told_once_with_its_newest_cells():
     assert merged([one], [again]) == [again]
     other = {**one, "settings": "b"}
     assert of_one_setting(merged([one], [other])) == [other]
+
+
+def unseen_of(found, seed=3, method="ppo"):
+    """Labels of the cells that measured an outcome's copies of unseen clips."""
+    cells = [cell.name for o in found.plan.outcomes if (o.seed, o.method) == (seed, method) for cell in o.unseen]
+    return sorted(name.rpartition("/")[2].rpartition("-")[0] for name in cells)
+
+
+def test_an_outcome_is_told_with_what_it_copies_of_unseen_clips_and_a_call_of_more_seeds_adds_to_it(tmp_path):
+    root, out = tmp_path / "cells", tmp_path / "final"
+    alone, both, three = planned("main"), planned("main", others=[4]), planned("main", others=[4, 5])
+    for plan, measured in ((alone, []), (both, ["by-s4"]), (three, ["by-s4", "by-s5"])):
+        finish(plan, root)
+        found = remember(plan, root, out)
+        assert unseen_of(found) == measured
+        assert len({(o.seed, o.method) for o in found.plan.outcomes}) == len(found.plan.outcomes)  # each once
+    assert unseen_of(found, 4, "dpo") == ["by-s3", "by-s5"]
+    assert unseen_of(remember(alone, root, out)) == ["by-s4", "by-s5"]  # fewer seeds take nothing away
+    known = {cell.name: cell for plan in (both, three) for o in plan.outcomes for cell in o.unseen}
+    assert {cell.name for o in found.plan.outcomes for cell in o.unseen} == known.keys()
+
+
+def test_measures_of_other_clips_do_not_stay_with_an_outcome():
+    one = {"experiment": "main", "method": "ppo", "settings": "a", "play": "play/ppo-1", "base": "base-1", "unseen": ["unseen/by-s4-1"]}
+    same, other = {**one, "unseen": ["unseen/by-s4-2", "unseen/by-s5-1"]}, {**one, "play": "play/ppo-2", "unseen": []}
+    assert merged([one], [same]) == [same]  # the newest of each label
+    assert merged([one], [{**one, "unseen": []}]) == [one]
+    assert merged([one], [other]) == [other]
+
+
+def test_an_outcome_is_told_before_its_copies_of_unseen_clips_are_measured(tmp_path):
+    root, plan = tmp_path / "cells", planned("main", others=[4])
+    for cell in closure([outcome.gold for outcome in plan.outcomes]):
+        write_json(cell.folder(root) / "done.json", {"seconds": 1})
+    found = remember(plan, root, tmp_path / "final")
+    assert rows(found) == [("main", "warm", seed, method, 60, 0) for seed in (3, 4) for method in ("dpo", "ppo")]
+    assert [cell.is_done(root) for o in found.plan.outcomes for cell in o.unseen] == [False] * 4
+
+
+def test_a_ledger_of_before_is_read_and_its_outcomes_are_replaced(tmp_path):
+    root, out, plan = tmp_path / "cells", tmp_path / "final", planned("main", others=[4])
+    finish(plan, root)
+    entries = [{name: value for name, value in entry_of(o).items() if name != "unseen"} for o in plan.outcomes]
+    write_json(out / "ledger.json", {"outcomes": entries, "trails": [], "rewards": []})
+    before = remember(Plan(), root, out)
+    assert len(before.plan.outcomes) == 4
+    assert {o.unseen for o in before.plan.outcomes} == {()}
+    after = remember(plan, root, out)
+    assert rows(after) == rows(before)
+    assert unseen_of(after) == ["by-s4"]
 
 
 def test_settings_say_nothing_of_seeds_votes_and_places_of_cells():

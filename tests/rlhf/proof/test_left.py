@@ -17,6 +17,8 @@ def test_kinds_leave_out_taste_seed_and_votes():
         "outside-gold",
         "base/trail",
     ]
+    unseen = [kind_of(f"unseen/{played}/warm/s3/n50/{end}") for played in ("ppo", "familiar/dpo") for end in ("by-s4", "by-s5", "corpus")]
+    assert unseen == ["unseen/by", "unseen/by", "unseen/corpus"] * 2
 
 
 def test_a_cell_is_expected_to_take_what_others_of_its_kind_took_and_unmeasured_kinds_are_scaled(tmp_path):

@@ -147,13 +147,14 @@ def test_what_trains_never_hears_of_held_out_prompts_and_what_plays_them_does_no
 
 def test_no_argument_hangs_on_where_the_code_or_the_interpreter_lies():
     plan, builder = Plan(), Builder(SMALL, Arguments(), tokens=TOP / "corpus" / "codes")
-    builder.main_table(plan, ("warm",), (0,), METHODS)
+    builder.main_table(plan, ("warm",), (0, 1), METHODS)
     builder.curve(plan, "warm", 0, METHODS, (20, 40))
     builder.familiar(plan, ("warm",), (0,), METHODS)
     builder.over_optimisation(plan, "warm", 0)
     builder.controls(plan, tuple(CONTROLLED), "warm", 0, METHODS)
     cells = closure(plan.cells())
     assert any(f"{CODE}/corpus/codes" in cell.argv for cell in cells)
+    assert any("rlhf.proof.unseen" in cell.argv for cell in cells)
     assert any("rlhf.simulation.serve" in argument for cell in cells for argument in cell.argv)
     assert not [a for cell in cells for a in (*cell.argv, *cell.resume) if str(TOP) in a or sys.executable in a]
 
@@ -210,6 +211,70 @@ def test_familiar_prompts_are_played_by_the_adapters_of_the_main_table():
         assert outcome.base.label == "base/familiar/s0"
         assert outcome.gold.label.startswith("gold/familiar/")
         assert not any("heldout" in cell.label for cell in closure([outcome.gold]))
+
+
+def unseen_cells(seeds, tokens=None, methods=("ppo", "best_of_n"), experiment="main_table"):
+    """Label -> cell of what compares near copies with unseen clips, and its plan."""
+    plan, builder = Plan(), Builder(Sizes(), Arguments(), tokens=tokens)
+    getattr(builder, experiment)(plan, ["space"], seeds, methods)
+    return {cell.label: cell for outcome in plan.outcomes for cell in outcome.unseen}, plan
+
+
+def test_an_adapters_copies_are_compared_with_the_rated_clips_of_each_other_seed_of_the_call():
+    cells, plan = unseen_cells([43, 44, 45])
+    assert set(cells) == {f"unseen/ppo/space/s{own}/n2000/by-s{other}" for own in (43, 44, 45) for other in {43, 44, 45} - {own}}
+    assert [len(outcome.unseen) for outcome in plan.outcomes] == [2, 0] * 3  # the best of n of the base has no adapter
+    cell, builder = cells["unseen/ppo/space/s43/n2000/by-s44"], Builder(Sizes(), Arguments())
+    outcome = next(outcome for outcome in plan.outcomes if (outcome.seed, outcome.method) == (43, "ppo"))
+    given = dict(zip(cell.argv[cell.argv.index("--played") :: 2], cell.argv[cell.argv.index("--played") + 1 :: 2]))
+    named = {"--played": outcome.play, "--base": outcome.base, "--own": builder.samples(43), "--unseen": builder.samples(44)}
+    assert given == {flag: place(need, "samples", "manifest.jsonl") for flag, need in named.items()}
+    assert [need.name for need in cell.needs] == [need.name for need in named.values()]
+    assert set(cells.values()) <= set(plan.cells())
+    assert not set(cells.values()) & set(plan.results())
+
+
+def test_names_of_unseen_cells_do_not_hang_on_which_other_seeds_a_call_has():
+    two, four = (unseen_cells(seeds, TOP / "codes")[0] for seeds in ([43, 44], [45, 44, 43, 46]))
+    assert two.keys() < four.keys()
+    assert {cell.name for cell in two.values()} < {cell.name for cell in four.values()}
+
+
+def test_a_single_seed_has_no_other_to_compare_with_and_the_corpus_is_compared_where_it_is_given():
+    assert unseen_cells([43])[0] == {}
+    corpus = unseen_cells([43], TOP / "codes")[0]
+    assert set(corpus) == {"unseen/ppo/space/s43/n2000/corpus"}
+    argv = corpus["unseen/ppo/space/s43/n2000/corpus"].argv
+    assert argv[argv.index("--tokens") + 1] == f"{CODE}/codes"
+    assert "--own" not in argv
+
+
+def test_what_is_compared_with_unseen_clips_changes_the_name_of_nothing_else():
+    """A call of one seed has no such cell; those of more seeds have the same cells and these."""
+    names = {cell.name for seed in (43, 44) for cell in closure(unseen_cells([seed])[1].cells())}
+    both = {cell.name for cell in closure(unseen_cells([43, 44])[1].cells())}
+    assert both - names == {cell.name for cell in unseen_cells([43, 44])[0].values()}
+    assert names < both
+
+
+def test_familiar_prompts_are_compared_likewise_and_no_other_experiment_is():
+    assert set(unseen_cells([43, 44], experiment="familiar")[0]) == {
+        "unseen/familiar/ppo/space/s43/n2000/by-s44",
+        "unseen/familiar/ppo/space/s44/n2000/by-s43",
+    }
+    plan, builder = Plan(), Builder(SMALL, Arguments(), tokens=TOP / "codes")
+    builder.curve(plan, "warm", 0, METHODS, (20, 40))
+    builder.controls(plan, tuple(CONTROLLED), "warm", 0, METHODS)
+    assert {outcome.unseen for outcome in plan.outcomes} == {()}
+
+
+def test_the_small_graph_has_cells_of_unseen_clips_after_all_results(tmp_path, capsys):
+    given = ["--small", "--list", "--out", str(tmp_path), "--tastes", "warm", "--seeds", "1,2", "--experiments", "main,familiar"]
+    assert rlhf_proof.main(given) == 0
+    listed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[:-1]]
+    unseen = [name for name in listed if name.startswith("unseen/")]
+    assert len(unseen) == 2 * 2 * 2  # experiments, methods, seeds
+    assert listed[-len(unseen) :] == unseen
 
 
 def test_the_curve_and_the_main_table_share_what_is_the_same():
