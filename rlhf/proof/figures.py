@@ -101,6 +101,26 @@ def copies(cell: Path, base: Path) -> dict[str, Row]:
     return {name: row for name, row in told.items() if row}
 
 
+def beyond(cells: Sequence[Path]) -> dict[str, Row]:
+    """What near copies of seen clips gain over the base, less what those of as many unseen clips gain (rlhf.proof.unseen): copying, where
+    the other may be a style. cells: of one adapter's clips; several sets of unseen clips are averaged. The interval is by prompt."""
+    read = [read_json(cell / "clips.json") for cell in cells]
+    told: dict[str, Row] = {}
+    for name in COPIES:
+        kind = name.removeprefix("nearest_")
+        sets = [clips for clips in read if f"{kind}_seen" in clips]
+        if not sets:
+            continue
+        gains = [
+            np.mean([numbers(clips[f"{kind}_{side}"]) - numbers(clips[f"{kind}_{side}_base"]) for clips in sets], axis=0)
+            for side in ("seen", "unseen")
+        ]
+        more = mean_ci(gains[0] - gains[1], sets[0]["prompt_id"])
+        means = {"seen": float(gains[0].mean()), "unseen": float(gains[1].mean())}
+        told[name] = {**means, "change": more.value, "ci": list(more.ci), "n": more.n, "sets": len(sets)}
+    return told
+
+
 def slope_within(gold: np.ndarray, proxy: np.ndarray, prompts: Sequence[str]) -> float | None:
     """Gold that a unit of the proxy is worth among clips of one prompt (least squares around each prompt's means); None where the proxy
     never differs there. On the base's clips it tells what a gain of the proxy should bring, as long as nothing is over-optimised."""
@@ -129,6 +149,7 @@ def tell(outcome: Outcome, root: Path) -> Told:
     row["diversity_ratio"] = played["diversity"] / base["diversity"] if "diversity" in played else None
     folders = outcome.play.folder(root), outcome.base.folder(root)
     row |= {"fit": fit(*folders), "copies": copies(*folders)}
+    row["beyond"] = beyond([cell.folder(root) for cell in outcome.unseen if cell.is_done(root)])
     if "proxy" in played:
         clips = read_json(outcome.play.folder(root) / "clips.json")
         proxy, beside = numbers(clips["proxy"]), numbers(clips["proxy_base"])
@@ -169,11 +190,21 @@ def together(members: Sequence[Told]) -> Row:
     for kind, name in [("fit", name) for name in FIT] + [("copies", name) for name in COPIES]:
         changes = [r[kind][name] for r in each if name in r[kind]]
         if changes:
-            half = [(c["ci"][1] - c["ci"][0]) / 2 for c in changes]
             row |= {f"{name}{end}": float(np.mean([c[key] for c in changes])) for end, key in (("", "value"), ("_base", "base"))}
-            row[f"{name}_change"] = float(np.mean([c["change"] for c in changes]))
-            row[f"{name}_half_ci"] = float(np.sqrt(np.sum(np.square(half))) / len(half))
+            row |= mean_change(name, changes)
+    for name in COPIES:
+        changes = [r["beyond"][name] for r in each if name in r["beyond"]]
+        if len(changes) == len(each):  # a few of the replications do not speak for the others
+            row |= mean_change(f"{name}_beyond", changes)
+            row |= {f"{name}_beyond_{side}": float(np.mean([c[side] for c in changes])) for side in ("seen", "unseen")}
     return row
+
+
+def mean_change(name: str, changes: Sequence[Row]) -> Row:
+    """The mean of several replications' changes, with half its interval."""
+    half = [(c["ci"][1] - c["ci"][0]) / 2 for c in changes]
+    mean = float(np.mean([c["change"] for c in changes]))
+    return {f"{name}_change": mean, f"{name}_half_ci": float(np.sqrt(np.sum(np.square(half))) / len(half))}
 
 
 def reward_row(entry: RewardRow, root: Path) -> Row:

@@ -11,7 +11,7 @@ def told(share, experiment="shuffled", method="ppo", taste="warm", seed=3, draw=
         np.where(np.arange(2 * prompts) % 100 < 100 * share, 1.0, -1.0), np.zeros(2 * prompts), [str(i // 2) for i in range(2 * prompts)]
     )
     row = {"experiment": experiment, "method": method, "taste": taste, "seed": seed, "votes": None, "draw": draw, "kl": kl}
-    return Told({**row, **won(pairs), "diversity_ratio": 1.0, "fit": {}, "copies": {}}, pairs)
+    return Told({**row, **won(pairs), "diversity_ratio": 1.0, "fit": {}, "copies": {}, "beyond": {}}, pairs)
 
 
 def held(found, main=()):

@@ -1,10 +1,14 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from base_models.checkpoint import write_json
 from rlhf.proof import page
-from rlhf.proof.figures import Pairs, copies, fit, lost_after_the_best, pooled, read_pairs, slope_within, won
+from rlhf.proof.cells import Earlier
+from rlhf.proof.figures import Pairs, copies, fit, lost_after_the_best, pooled, read_pairs, slope_within, tell, won
+from rlhf.proof.plan import Outcome
 
 
 def test_pairs_are_joined_by_clip_and_never_across_prompts(tmp_path):
@@ -60,6 +64,23 @@ def test_copies_are_counted_beside_the_bases_clips_of_the_same_prompts(tmp_path)
     assert told["ci"] == [0.0, 0.5]
 
 
+def test_a_replication_is_told_with_those_of_its_unseen_cells_that_are_done(tmp_path):
+    cells = {name: Earlier(name) for name in ("play", "base", "gold", "by-s4", "by-s5")}
+    clips = [{"system": system, "file": f"{i}.wav", "prompt_id": f"p{i}", "gold": i % 2} for system in ("ppo", "base") for i in range(4)]
+    near = {"prompt_id": [f"p{i}" for i in range(4)], "rated_seen": [1, 1, 1, 0], "rated_seen_base": [0, 0, 0, 0]}
+    near |= {"rated_unseen": [1, 0, 0, 0], "rated_unseen_base": [0, 0, 0, 1]}
+    for name, told in (("play", {"prompt_id": near["prompt_id"]}), ("base", {}), ("by-s4", near), ("gold", {})):
+        write_json(tmp_path / name / "clips.json", told)
+        write_json(tmp_path / name / "figures.json", {})
+        write_json(tmp_path / name / "gold.json", {"clips": clips})
+        write_json(tmp_path / name / "done.json", {"seconds": 1})
+    given = {name: cells[name] for name in ("play", "base", "gold")}
+    outcome = Outcome("main", "ppo", "warm", 3, 9, **given, settings="a", unseen=(cells["by-s4"], cells["by-s5"]))
+    told = tell(outcome, tmp_path).row["beyond"]
+    assert told == {"nearest_rated": {**told["nearest_rated"], "seen": 0.75, "unseen": 0.0, "change": 0.75, "n": 4, "sets": 1}}
+    assert tell(dataclasses.replace(outcome, unseen=()), tmp_path).row["beyond"] == {}
+
+
 def test_what_a_proxy_is_worth_in_gold_is_learnt_within_prompts_alone():
     rng = np.random.default_rng(0)
     prompts = [f"p{i // 2}" for i in range(400)]
@@ -100,6 +121,7 @@ def rows():
         "seeds": 3,
         "fit": {},
         "copies": {"nearest_training": {"value": 0.05, "base": 0.07, "change": -0.02, "ci": [-0.05, 0.01], "n": 288}},
+        "beyond": {"nearest_training": {"seen": -0.02, "unseen": -0.03, "change": 0.01, "ci": [-0.02, 0.04], "n": 288, "sets": 1}},
     }
     return [
         {**base, "method": method, "votes": votes, "similarity_change": 0.01, "similarity_half_ci": 0.02}
@@ -151,6 +173,8 @@ def test_the_page_shows_what_is_there_and_leaves_out_what_is_not(tmp_path):
     assert "Control by run: reversed" not in text
     assert "4, of which 1 are missing" in text
     assert "0.050 - 0.070 = -0.020" in text
+    assert "-0.020 - -0.030 = +0.010 [-0.020, 0.040]" in text
+    assert text.count("Music that is more alike comes nearer to any clip") == 3  # the main table, familiar, and the guards
     assert [line.split("|")[-3].strip() for line in text.splitlines() if line.startswith("| gold    | warm")][:2] == ["NO", "not judged"]
     empty = {key: [] for key in ("main", "main_by_seed", "familiar", "familiar_by_seed", "curve", "curve_by_seed", "controls", "rewards")}
     counts = {"results": 0, "asked": 4, "missing": 4, "left_out": 0}
@@ -163,3 +187,24 @@ def test_the_table_says_which_of_rate_interval_diversity_fit_and_copies_was_miss
     changes += [{"nearest_training_change": 0.05, "nearest_training_half_ci": half} for half in (0.04, 0.06)]
     told = [page.missed({**rows()[0], **more}) for more in changes]
     assert told == ["", "win rate", "interval", "diversity", "tempo", "copies training", ""]
+
+
+@pytest.mark.parametrize("name", ["rated", "training"])
+def test_copies_are_missed_where_they_exceed_the_bases_and_where_it_is_measured_those_of_unseen_clips(name):
+    def told(base, beyond):
+        row = {f"nearest_{name}_change": base, f"nearest_{name}_half_ci": 0.03}
+        row |= {} if beyond is None else {f"nearest_{name}_beyond_change": beyond, f"nearest_{name}_beyond_half_ci": 0.03}
+        return page.missed({**rows()[0], **row})
+
+    cases = [(0.05, None), (0.05, 0.04), (0.05, 0.02), (0.02, 0.04), (0.02, None), (0.05, -0.04)]
+    assert [told(*case) for case in cases] == [f"copies {name}", f"copies {name}", "", "", "", ""]
+
+
+@pytest.mark.parametrize("low", [0.01, -0.01])
+def test_the_guards_name_copies_of_a_replication_by_the_same_rule(low):
+    gain = {"value": 0.1, "base": 0.02, "change": 0.08, "ci": [0.04, 0.12], "n": 288}
+    more = {"seen": 0.08, "unseen": 0.05, "change": 0.03, "ci": [low, 0.07], "n": 288, "sets": 2}
+    row = {**rows()[0], "experiment": "main", "copies": {"nearest_rated": gain}, "beyond": {"nearest_rated": more}}
+    cells = [cell.strip() for cell in page.guard_table([row]).splitlines()[-1].split("|")[1:-1]]
+    assert cells[6:8] == ["0.100 - 0.020 = +0.080 [0.040, 0.120]", f"+0.080 - +0.050 = +0.030 [{low:.3f}, 0.070]"]
+    assert cells[8:] == ["-", "-", "copies rated" if low > 0 else "nothing"]
