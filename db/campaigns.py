@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import and_, exists, select, update
+from sqlalchemy import and_, exists, select, text, update
 from sqlalchemy.orm import Session
 
 from db import storage
@@ -319,19 +319,30 @@ def create(
         known = {ClipKey(*ids[prompt_id], sha256) for prompt_id, sha256 in of_prompts}
     columns = {key: clip_columns(row, measure) for key, row in rows.items() if key not in known}
     with store.write() as session:
-        # Of two who fill at once, one waits.
-        campaign = session.scalar(select(Campaign).where(Campaign.name == name).with_for_update())
-        if campaign is None:
-            campaign = Campaign(name=name, owner_id=owner_id, **rules.columns())
-            session.add(campaign)
-            session.flush()
-        else:
-            _same_rules(campaign, rules, keep_rules)
+        campaign = claim_campaign(session, name, owner_id=owner_id, **rules.columns())
+        _same_rules(campaign, rules, keep_rules)
         summary = _register(session, campaign, rows, columns, pairs, gold)
         detail = {"campaign_id": campaign.id, "n_clips": summary.n_clips, "n_new_pairs": summary.n_new_pairs, "n_gold": summary.n_gold}
         detail["n_named"] = summary.n_named
         session.add(Audit(actor_id=owner_id, action="campaign.fill", detail=detail))
         return summary
+
+
+def claim_campaign(session: Session, name: str, **columns: Any) -> Campaign:
+    """The campaign of a name, made with these columns if there is none; whoever else fills or imports waits until the transaction ends.
+
+    The first thing that a fill or an import does. They share prompts, clips and outside raters whatever the campaign, and an import
+    meets them in the order of its file, a part at a time: no order of rows could be kept by all. Nobody else waits: not who votes,
+    joins or reads. SQLite has one writer anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text("lock table clip in share row exclusive mode"))
+    campaign = session.scalar(select(Campaign).where(Campaign.name == name).with_for_update(key_share=True))
+    if campaign is None:
+        campaign = Campaign(name=name, **columns)
+        session.add(campaign)
+        session.flush()
+    return campaign
 
 
 def _same_rules(campaign: Campaign, rules: Rules, keep_rules: bool) -> None:

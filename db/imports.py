@@ -23,7 +23,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from db.bulk import add, find
-from db.campaigns import RANKS
+from db.campaigns import RANKS, claim_campaign
 from db.errors import StoreError
 from db.gains import pair_gains_db
 from db.schema import ASPECTS, Assignment, Campaign, Clip, Pair, Prompt, Rater, SpanMark, Vote, VoteAspect
@@ -82,13 +82,8 @@ def import_votes(store: Store, source: str | Path, campaign: str) -> Imported:
 
 
 def _store(session: Session, path: Path, name: str, looked: Told) -> Imported:
-    # Of two who import or fill at once, one waits.
-    campaign = session.scalar(select(Campaign).where(Campaign.name == name).with_for_update())
-    if campaign is None:
-        asked = sorted(looked.aspects, key=ASPECTS.index)
-        campaign = Campaign(name=name, target_votes=1, min_listen_ms=0, status="closed", aspects=asked)
-        session.add(campaign)
-        session.flush()
+    asked = sorted(looked.aspects, key=ASPECTS.index)
+    campaign = claim_campaign(session, name, target_votes=1, min_listen_ms=0, status="closed", aspects=asked)
     told = Told()
     if path.is_dir():
         for clips in _chunks(read_clips(path, told)):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from db.session import upgrade
 from db.store import Store, open_store
@@ -120,3 +123,20 @@ def add_raters(store: Store) -> Callable[[int], list[int]]:
         return ids
 
     return add
+
+
+@pytest.fixture
+def meet(store: Store) -> Callable[[str], None]:
+    """meet(beginning): from now on the first two who have run a statement that begins so go on together, or after half a second."""
+
+    def make(beginning: str) -> None:
+        both = threading.Barrier(2)
+
+        def wait(*told: Any) -> None:
+            if told[2].startswith(beginning):
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    both.wait(timeout=0.5)
+
+        event.listen(store.engine, "after_cursor_execute", wait)
+
+    return make

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import event, func, select, update
 
-from db.campaigns import SPOILED, CampaignSummary, Rules, check_rows, create, pairs_of_systems
-from db.errors import ConflictError, StoreError
+from db import owners
+from db.campaigns import SPOILED, CampaignSummary, Rules, check_rows, claim_campaign, create, pairs_of_systems
+from db.errors import ConflictError, StoreError, UnavailableError
 from db.export import export_snapshot, snapshot_sha256
 from db.imports import import_votes
 from db.leaderboard import leaderboard
+from db.people import join
 from db.schema import Assignment, Campaign, Clip, Pair
 from db.store import Store
+from tests.postgres import Postgres
 
 
 def test_the_same_rows_again_add_nothing(store: Store, make_rows: Callable, tmp_path: Path) -> None:
@@ -355,21 +355,48 @@ class TestTheNamesOfAPair:
             session.execute(update(Pair).values(system_x=x, system_y=y))
 
 
-def test_two_fills_of_a_campaign_at_once_are_one_after_the_other(store: Store, make_rows: Callable, tmp_path: Path) -> None:
-    rows = make_rows(3)
-    store.create_campaign("known", rows, tmp_path / "clips")
-    store.create_campaign("c", rows[:2], tmp_path / "clips")
-    both_hold_a_clip = threading.Barrier(2)
+class TestTwoFillsAtOnce:
+    def test_of_a_campaign_are_one_after_the_other(self, store: Store, make_rows: Callable, tmp_path: Path, meet: Callable) -> None:
+        rows = make_rows(3)
+        store.create_campaign("known", rows, tmp_path / "clips")
+        store.create_campaign("c", rows[:2], tmp_path / "clips")
+        meet("UPDATE clip")
+        assert self.n_new_pairs(store, tmp_path / "clips", ("c", rows), ("c", rows[::-1])) == [0, 2]
 
-    def wait(*told: Any) -> None:
-        if told[2].startswith("UPDATE clip"):
-            with contextlib.suppress(threading.BrokenBarrierError):
-                both_hold_a_clip.wait(timeout=0.5)
+    def test_of_a_new_campaign_make_it_once(self, store: Store, make_rows: Callable, tmp_path: Path, meet: Callable) -> None:
+        rows = make_rows(3)
+        meet("SELECT campaign")
+        assert self.n_new_pairs(store, tmp_path / "clips", ("c", rows), ("c", rows[::-1])) == [0, 3]
 
-    event.listen(store.engine, "after_cursor_execute", wait)
-    with ThreadPoolExecutor(2) as pool:
-        fills = [pool.submit(store.create_campaign, "c", order, tmp_path / "clips") for order in (rows, rows[::-1])]
-        assert sorted(fill.result().n_new_pairs for fill in fills) == [0, 2]
+    @pytest.mark.parametrize("known", [True, False])
+    def test_of_two_campaigns_may_share_clips_in_any_order(
+        self, store: Store, make_rows: Callable, tmp_path: Path, meet: Callable, known: bool
+    ) -> None:
+        rows = make_rows(3)
+        if known:
+            store.create_campaign("known", rows, tmp_path / "clips")
+        meet("UPDATE clip" if known else "INSERT INTO prompt")
+        assert self.n_new_pairs(store, tmp_path / "clips", ("c", rows), ("d", rows[::-1])) == [3, 3]
+        with store.read() as session:
+            assert session.scalar(select(func.count()).select_from(Clip)) == 6
+
+    def test_keep_nobody_from_joining_and_voting(self, postgres: Postgres, migrated: Callable, make_rows: Callable, tmp_path: Path) -> None:
+        url = postgres.new_database(str(migrated("postgresql", postgres)))
+        with Store(f"{url}&options=-c%20lock_timeout=1s") as store:
+            store.create_campaign("c", make_rows(2), tmp_path / "clips", min_listen_ms=0)
+            link = owners.invite(store, None, owners.campaign_id_of(store, "c"))
+            with store.write() as session:
+                claim_campaign(session, "c")
+                newcomer = join(store, link, "ada", "1").rater.id
+                offer = store.next_assignment(newcomer)
+                assert store.submit_vote(newcomer, offer.assignment_id, "a", idempotency_key="k").vote_id is not None
+                with pytest.raises(UnavailableError, match="locked"):
+                    store.create_campaign("d", make_rows(2), tmp_path / "clips")
+
+    def n_new_pairs(self, store: Store, base_dir: Path, *fills: tuple[str, list[dict]]) -> list[int]:
+        with ThreadPoolExecutor(2) as pool:
+            made = [pool.submit(store.create_campaign, name, rows, base_dir) for name, rows in fills]
+            return sorted(fill.result().n_new_pairs for fill in made)
 
 
 def test_systems_meet_clip_by_clip(make_rows: Callable, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,19 @@ def test_a_round_trip_goes_between_both_databases(
         for row in (one, other):
             row.pop("vote_id"), row.pop("pair_id")
         assert one == other
+
+
+def test_two_imports_at_once_may_share_clips_in_any_order(
+    store: Store, tmp_path: Path, meet: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("db.imports.CHUNK", 1)
+    rows = [ROW, ROW | {"prompt": "a march"}]
+    files = {name: write_lines(tmp_path / f"{name}.jsonl", order) for name, order in (("c", rows), ("d", rows[::-1]))}
+    meet("INSERT INTO prompt")
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(import_votes, store, file, name) for name, file in files.items()]
+        assert [taken.result().n_votes for taken in found] == [2, 2]
+    assert count(store, Clip) == 4
 
 
 def test_memory_does_not_grow_with_the_file(sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
