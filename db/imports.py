@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Row, bindparam, case, select, update
+from sqlalchemy import Row, bindparam, case, func, select, update
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -49,6 +49,8 @@ class Imported:
     """Raters whom this database did not know."""
     n_pairs: int
     """Pairs that the campaign did not have."""
+    n_named: int
+    """Pairs that it had, that ranked nothing, for want of two names or of a vote, and have the file's names now. Without gold pairs."""
 
 
 class _Shown(NamedTuple):
@@ -91,14 +93,24 @@ def _store(session: Session, path: Path, name: str, looked: Told) -> Imported:
             prompts = _prompts(session, [(clip["prompt_id"], clip["prompt"], split) for clip, split in zip(clips, splits)])
             _clips(session, [(prompts[clip["prompt_id"], clip["prompt"]], clip) for clip in clips], may_add=True)
     added = Counter[str]()
+    renamed = set[int]()
+    newest = session.scalar(select(func.max(Pair.id)).where(Pair.campaign_id == campaign.id)) or 0
     for rows in _chunks(read_votes(path, told)):
-        _take_in(session, campaign, rows, f"import:{path.name}"[:64], told, added, known_clips=path.is_dir())
+        _take_in(session, campaign, rows, f"import:{path.name}"[:64], told, added, renamed, known_clips=path.is_dir())
     told.refuse(path.name)
-    return Imported(name, added["votes"], added["known"], told.n_without_vote, added["raters"], added["pairs"])
+    n_named = sum(pair_id <= newest for pair_id in renamed)
+    return Imported(name, added["votes"], added["known"], told.n_without_vote, added["raters"], added["pairs"], n_named)
 
 
 def _take_in(
-    session: Session, campaign: Campaign, rows: list[VoteRow], source: str, told: Told, added: Counter[str], known_clips: bool
+    session: Session,
+    campaign: Campaign,
+    rows: list[VoteRow],
+    source: str,
+    told: Told,
+    added: Counter[str],
+    renamed: set[int],
+    known_clips: bool,
 ) -> None:
     """Stores a chunk. `known_clips`: the clips are there already, as a snapshot names them."""
     prompts = _prompts(session, [(row.prompt_id, row.prompt, row.split) for row in rows])
@@ -116,7 +128,8 @@ def _take_in(
     named = (Vote.rater_id, Vote.idempotency_key)
     known = {tuple(row) for row in find(session, named, named, keys)}
     first = {key: place for place, key in reversed(list(enumerate(keys)))}
-    pairs = _pairs(session, campaign, shown, [key in known or first[key] < place for place, key in enumerate(keys)], told, added)
+    known_rows = [key in known or first[key] < place for place, key in enumerate(keys)]
+    pairs = _pairs(session, campaign, shown, known_rows, told, added, renamed)
     asked_of = (Assignment.pair_id, Assignment.rater_id)
     met = [(pairs[_ends(a, b)], raters[row.rater]) for row, a, b in shown]
     taken = {tuple(row) for row in find(session, (*asked_of, Assignment.rep), asked_of, met)}
@@ -257,8 +270,9 @@ def _pairs(
     known: Sequence[bool],
     told: Told,
     added: Counter[str],
+    renamed: set[int],
 ) -> dict[tuple[int, int], int]:
-    """(clip x, clip y) -> the campaign's pair; those that are new are added in order.
+    """(clip x, clip y) -> the campaign's pair; those that are new are added in order, and other names are noted in `renamed`.
 
     A pair that ranked nothing takes the systems of its first row. A vote for a pair of other systems is told as wrong, unless it is
     `known`, row by row, and so adds nothing.
@@ -310,6 +324,7 @@ def _pairs(
     ]
     if changed:
         session.execute(update(Pair), sorted(changed, key=lambda pair: pair["id"]))  # one order for all: no deadlock
+        renamed |= {pair["id"] for pair in changed} - {pair.id for pair in have.values() if pair.gold is not None}
     return {ends: pair.id for ends, pair in have.items()}
 
 

@@ -315,7 +315,8 @@ class TestTheNamesOfAPair:
         with imported.open("a") as file:
             file.write(imported.read_text().replace("ann", "bob"))
         again = import_votes(store, imported, "one")
-        assert (again.n_votes, again.n_known, again.n_pairs) == (1, 1, 0)
+        assert (again.n_votes, again.n_known, again.n_pairs, again.n_named) == (1, 1, 0, 1)
+        assert import_votes(store, imported, "one").n_named == 0
         assert self.names(store)["one"] == {("s1", "s2")}
         assert leaderboard(store, "one").n_votes == 2
 
@@ -341,6 +342,29 @@ class TestTheNamesOfAPair:
         with pytest.raises(StoreError, match=r"got 1 wrong rows.*line 2: systems 's1' and 's3' .* as 's1' and 's2'"):
             import_votes(store, imported, "one")
         assert self.names(store)["one"] == {("s", "s")}
+
+    def test_of_pairs_that_an_import_adds_are_not_named_anew(self, store: Store, imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("db.imports.CHUNK", 1)
+        row = imported.read_text()
+        imported.write_text(row.replace("s1", "s2") + row.replace("ann", "bob"))  # the second row tells its sides apart
+        found = import_votes(store, imported, "one")
+        assert (found.n_pairs, found.n_named) == (1, 0)
+        assert self.names(store)["one"] == {("s1", "s2")}
+
+    def test_given_twice_by_one_import_are_counted_once_and_those_of_gold_pairs_not(
+        self, store: Store, imported: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("db.imports.CHUNK", 1)
+        row = imported.read_text()
+        imported.write_text(row + row.replace("waltz", "march"))
+        import_votes(store, imported, "one")
+        self.rename(store, "s", "s")
+        with store.write() as session:
+            session.execute(update(Pair).where(Pair.id == 2).values(gold="x"))
+        same, apart = row.replace("s1", "s2").replace("ann", "bob"), row.replace("ann", "cat")
+        imported.write_text(same + apart + apart.replace("waltz", "march"))
+        assert import_votes(store, imported, "one").n_named == 1
+        assert self.names(store)["one"] == {("s1", "s2")}
 
     @pytest.fixture
     def imported(self, tmp_path: Path) -> Path:
