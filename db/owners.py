@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from db.campaigns import Rules, check_text, rules_of
 from db.errors import NotFoundError, RefusedError
-from db.quality import BLOCKED, find_campaign
+from db.quality import BLOCKED, Quality, find_campaign, of_rater
 from db.schema import (
     LATE,
     Assignment,
@@ -29,7 +29,6 @@ from db.schema import (
     Membership,
     Pair,
     Rater,
-    RaterQuality,
     Snapshot,
     SnapshotRater,
     SpanMark,
@@ -258,6 +257,7 @@ def export_rater(store: Store, actor_id: int | None, rater_id: int) -> dict[str,
 
     Raises: NotFoundError.
     """
+    as_of, quality = utc_now(), of_rater(store, rater_id)
     with store.write() as session:
         rater = _rater(session, rater_id)
         votes = session.scalars(select(Vote).where(Vote.rater_id == rater_id).order_by(Vote.id)).all()
@@ -271,7 +271,7 @@ def export_rater(store: Store, actor_id: int | None, rater_id: int) -> dict[str,
             "votes": [_plain(vote) for vote in votes],
             "aspects": _all(session, select(VoteAspect).where(VoteAspect.vote_id.in_(mine))),
             "marks": _all(session, select(SpanMark).where(SpanMark.vote_id.in_(mine)).order_by(SpanMark.id)),
-            "quality": _all(session, select(RaterQuality).where(RaterQuality.rater_id == rater_id)),
+            "quality": [_quality(campaign_id, as_of, found) for campaign_id, found in quality],
             "snapshots": [vars(snapshot) for snapshot in _trained_on(session, rater_id)],
             "actions": _all(session, select(Audit).where(Audit.actor_id == rater_id).order_by(Audit.id)),
         }
@@ -306,7 +306,7 @@ def erase_rater(store: Store, actor_id: int | None, rater_id: int, votes: Litera
             mine = select(Vote.id).where(Vote.rater_id == rater_id)
             for table in (VoteAspect, SpanMark):
                 session.execute(delete(table).where(table.vote_id.in_(mine)).execution_options(synchronize_session=False))
-            for owned in (Vote, Assignment, RaterQuality, Consent):
+            for owned in (Vote, Assignment, Consent):
                 session.execute(delete(owned).where(owned.rater_id == rater_id).execution_options(synchronize_session=False))
         else:
             session.execute(update(Vote).where(Vote.rater_id == rater_id).values(comment=None, client_ms=None, events=[]))
@@ -375,6 +375,13 @@ def _rater(session: Session, rater_id: int) -> Rater:
 
 def _all(session: Session, rows: Any) -> list[dict[str, Any]]:
     return [_plain(row) for row in session.scalars(rows)]
+
+
+def _quality(campaign_id: int, as_of: datetime, quality: Quality) -> dict[str, Any]:
+    """What owners see of a rater in a campaign, but for name and status."""
+    shown = ("n_votes", "n_gold", "gold_accuracy", "n_repeat", "repeat_agreement", "left_share", "coverage", "reliability")
+    where = {"campaign_id": campaign_id, "rater_id": quality.rater_id, "as_of": as_of.isoformat()}
+    return where | {name: getattr(quality, name) for name in shown}
 
 
 def _plain(row: Base, leave_out: Sequence[str] = ()) -> dict[str, Any]:

@@ -10,20 +10,19 @@ Wilson interval (Wilson, 1927), and over fewer than `min_controls` questions it 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import krippendorff
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, String, and_, case, cast, delete, func, insert, literal, null, or_, select
+from sqlalchemy import ColumnElement, String, and_, case, cast, func, literal, null, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from db import davidson
 from db.errors import NotFoundError, StoreError
-from db.schema import ASPECTS, Assignment, Campaign, Clip, Pair, Prompt, Rater, RaterQuality, Vote, VoteAspect, utc_now
+from db.schema import ASPECTS, Assignment, Campaign, Clip, Pair, Prompt, Rater, Vote, VoteAspect
 
 if TYPE_CHECKING:
     from db.store import Store
@@ -362,31 +361,17 @@ def doubted(qualities: Mapping[int, Quality], rules: Rules) -> dict[int, str]:
     return {rater: reason for rater, quality in qualities.items() if (reason := rules.reason(quality)) is not None}
 
 
-def refresh_quality(store: Store, campaign: str, clock: Callable[[], datetime] = utc_now) -> dict[int, Quality]:
-    """Measures every rater of a campaign, and stores it as `rater_quality` rows. Raises NotFoundError."""
+def qualities(store: Store, campaign: str) -> dict[int, Quality]:
+    """rater -> how far this rater can be relied on in a campaign, as of now. Raises NotFoundError."""
     with store.read() as session:
         found = find_campaign(session, campaign)
-        qualities = measure(session, found, tally(session, found, EVERYTHING))
-    as_of = clock()
-    rows = [
-        {
-            "campaign_id": found.id,
-            "rater_id": quality.rater_id,
-            "as_of": as_of,
-            "n_votes": quality.n_votes,
-            "n_gold": quality.n_gold,
-            "gold_accuracy": quality.gold_accuracy,
-            "n_repeat": quality.n_repeat,
-            "repeat_agreement": quality.repeat_agreement,
-            "left_share": quality.left_share,
-            "coverage": quality.coverage,
-            "reliability": quality.reliability,
-        }
-        for quality in qualities.values()
-    ]
-    with store.write() as session:
-        session.execute(select(Campaign.id).where(Campaign.id == found.id).with_for_update())  # of two who look at once, one waits
-        session.execute(delete(RaterQuality).where(RaterQuality.campaign_id == found.id))
-        if rows:
-            session.execute(insert(RaterQuality), rows)
-    return qualities
+        return measure(session, found, tally(session, found, EVERYTHING))
+
+
+def of_rater(store: Store, rater_id: int) -> list[tuple[int, Quality]]:
+    """(campaign's id, quality) in each campaign in which a rater voted, in order, as of now."""
+    voted = select(Pair.campaign_id).join(Assignment, Assignment.pair_id == Pair.id).join(Vote, Vote.assignment_id == Assignment.id)
+    with store.read() as session:
+        campaigns = session.scalars(select(Campaign).where(Campaign.id.in_(voted.where(Vote.rater_id == rater_id))).order_by(Campaign.id))
+        measured = [(found.id, measure(session, found, tally(session, found, EVERYTHING))) for found in campaigns.all()]
+    return [(campaign_id, found[rater_id]) for campaign_id, found in measured if rater_id in found]

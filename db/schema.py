@@ -1,7 +1,7 @@
 """The tables behind the votes.
 
     campaign -> pair(clip_x, clip_y) -> assignment(rater, sides as shown, lease) -> vote -> aspects, span marks
-    invitation -> rater -> consents, quality        snapshot -> the raters whose votes are in it
+    invitation -> rater -> consents        snapshot -> the raters whose votes are in it
 
 Two rules carry the rest. A vote belongs to exactly one assignment (a unique constraint, so a double submit dies in the
 database and not in a race). And `pair.n_open` counts leases plus counted votes, so that one conditional UPDATE both
@@ -351,26 +351,6 @@ class SpanMark(Base):
         CheckConstraint("side in ('a','b')", name="side"),
         CheckConstraint("t0_ms >= 0 and t1_ms > t0_ms", name="span"),
     )
-
-
-class RaterQuality(Base):
-    """How far a rater can be relied on in one campaign, as of the last look. Shares are none where nothing was asked."""
-
-    __tablename__ = "rater_quality"
-    campaign_id: Mapped[int] = mapped_column(ForeignKey("campaign.id"), primary_key=True)
-    rater_id: Mapped[int] = mapped_column(ForeignKey("rater.id"), primary_key=True)
-    as_of: Mapped[datetime]
-    n_votes: Mapped[int]
-    n_gold: Mapped[int]
-    gold_accuracy: Mapped[float | None]
-    n_repeat: Mapped[int]
-    repeat_agreement: Mapped[float | None]
-    left_share: Mapped[float | None]
-    """Of decided votes, those for side A; .5 is fair."""
-    coverage: Mapped[float | None]
-    """Mean share of both sides that was heard."""
-    reliability: Mapped[float | None]
-    """Slope of the rater's votes in Davidson's model; 1 is the mean rater, 0 is noise."""
 
 
 class Snapshot(Base):

@@ -27,7 +27,7 @@ from db.campaigns import CampaignSummary, Rules
 from db.errors import NotFoundError, RefusedError
 from db.export import export_snapshot
 from db.leaderboard import leaderboard, tags
-from db.quality import refresh_quality
+from db.quality import qualities
 from db.store import RaterIdentity, Store
 from feedback_app.api import Problem
 from feedback_app.auth import SignedIn
@@ -383,7 +383,7 @@ def results(
     name = _name_of(store, campaign_id)
     board = leaderboard(store, name, aspect, tag or None)
     fields: dict[str, Any] = {key: getattr(board, key) for key in ResultsView.model_fields if hasattr(board, key)}
-    people = sorted(refresh_quality(store, name).values(), key=lambda quality: quality.rater_id)
+    people = sorted(qualities(store, name).values(), key=lambda quality: quality.rater_id)
     return ResultsView.model_validate(fields | {"raters": people, "tags": tags(store, name)}, from_attributes=True)
 
 

@@ -21,7 +21,7 @@ from db import owners
 from db.campaigns import Rules
 from db.errors import ConflictError, StoreError
 from db.leaderboard import Leaderboard, leaderboard
-from db.quality import Agreement, refresh_quality
+from db.quality import Agreement, qualities
 from db.schema import ASPECTS, CHOOSERS
 from db.session import parse_url
 from db.store import Store, open_store
@@ -218,7 +218,7 @@ def _agreement(found: Agreement, alpha: float | None) -> str:
 
 
 def show_quality(store: Store, args: argparse.Namespace) -> str:
-    rows = sorted(refresh_quality(store, args.campaign).values(), key=lambda quality: quality.rater_id)
+    rows = sorted(qualities(store, args.campaign).values(), key=lambda quality: quality.rater_id)
     heads = ["name", "status", "votes", "gold right", "repeats alike", "side A", "heard", "reliability"]
     cells = [
         [row.handle, row.status, row.n_votes, share(row.gold_accuracy), share(row.repeat_agreement), share(row.left_share),

@@ -15,7 +15,7 @@ from db.errors import ConflictError, NotFoundError, StoreError
 from db.export import export_preferences, export_snapshot, snapshot_sha256
 from db.imports import import_votes
 from db.leaderboard import leaderboard
-from db.quality import refresh_quality
+from db.quality import qualities
 from db.schema import Campaign, Pair, Snapshot, SnapshotRater
 from db.store import Store, open_store
 from db.voting import Mark
@@ -167,7 +167,7 @@ def test_a_rule_that_is_raised_leaves_votes_that_were_counted(store: Store, camp
     assert export_preferences(store, campaign, tmp_path / "out", "trl")["n_votes"] == 5
     board = leaderboard(store, campaign)
     assert (board.n_votes, board.excluded) == (5, {})
-    assert refresh_quality(store, campaign)[rater].n_votes == 5
+    assert qualities(store, campaign)[rater].n_votes == 5
 
 
 def test_a_blocked_raters_votes_alone_are_no_snapshot(store: Store, campaign: str, add_raters: Callable, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy import func, select
 from db import owners
 from db.errors import NotFoundError, RefusedError, StoreError
 from db.export import export_snapshot
+from db.quality import qualities
 from db.schema import Assignment, Audit, Consent, Invitation, Pair, Rater, Snapshot, SnapshotRater, Vote
 from db.store import Store
 
@@ -124,6 +125,9 @@ def test_a_copy_holds_everything_but_the_key(store: Store, voted: list[int]) -> 
     assert "token" not in text
     assert "rater 1" not in text
     assert {vote["rater_id"] for vote in copy["votes"]} == {voted[0]}
+    (seen,) = copy["quality"]
+    assert (seen["campaign_id"], seen["rater_id"], seen["n_votes"], seen["gold_accuracy"]) == (1, voted[0], 2, None)
+    assert seen["reliability"] == qualities(store, "c")[voted[0]].reliability
 
 
 @pytest.mark.parametrize("policy", ["anonymise", "remove"])

@@ -196,6 +196,15 @@ def test_old_pairs_are_given_the_names_of_their_clips_and_lose_them_again(db_url
         assert run(db_url, "select * from pair") == kept
 
 
+def test_what_was_once_found_of_raters_goes_and_its_table_comes_again(db_url: str) -> None:
+    upgrade(db_url, "0007")
+    before = shape(db_url)
+    upgrade(db_url)
+    assert shape(db_url).keys() == before.keys() - {"rater_quality"}
+    downgrade(db_url, "0007")
+    assert shape(db_url) == before
+
+
 def test_a_database_of_a_newer_encore_is_refused(db_url: str) -> None:
     upgrade(db_url)
     engine = make_engine(db_url)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from sqlalchemy import event
 
 from db.store import Store
 from feedback_app.owner_api import Premises, add_owner_api
@@ -90,6 +91,24 @@ def test_an_owner_makes_runs_and_freezes_a_campaign(
     assert {"first/votes.jsonl", "first/clips.jsonl", "first/snapshot.json"} <= set(names)
     done = [entry["action"] for entry in boss.get("/api/v1/owner/audit").json()]
     assert {"snapshot.make", "campaign.rules", "campaign.status", "campaign.fill"} <= set(done)
+
+
+def test_looking_writes_nothing_but_a_copy_goes_on_record(boss: TestClient, ada: TestClient, store: Store, api: FastAPI) -> None:
+    pair = ada.get("/api/v1/pairs/next").json()
+    ballot = {"assignment_id": pair["assignment_id"], "choice": "a", "listen_ms": {"a": 0, "b": 0}}
+    assert ada.post("/api/v1/votes", json=ballot, headers={"Idempotency-Key": "key-00001"}).status_code == 201
+    rater_id = next(row["id"] for row in boss.get("/api/v1/owner/raters").json() if row["handle"] == "ada")
+    written: list[str] = []
+    writes = ("BEGIN IMMEDIATE", "INSERT", "UPDATE", "DELETE")
+    event.listen(store.engine, "before_cursor_execute", lambda *told: written.extend([told[2]] * told[2].startswith(writes)))
+    pages = [path for method, path in endpoints(api) if method == "GET" and path.startswith("/api/v1/owner/")]
+    assert "/api/v1/owner/campaigns/{campaign_id}/results" in pages
+    for path in pages:
+        written.clear()
+        assert boss.get(path.format(campaign_id=1, rater_id=rater_id, name="none")).status_code in (200, 404)
+        assert [statement.split("(")[0].strip() for statement in written] == (
+            ["BEGIN IMMEDIATE", "INSERT INTO audit"] if path.endswith("/copy") else []
+        ), path
 
 
 @pytest.mark.parametrize(
