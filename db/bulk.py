@@ -1,4 +1,5 @@
-"""Many rows at a time: found by their keys in one question, added in one statement. For what would take a statement a row otherwise."""
+"""Many rows at a time: found by their keys in one question, added in one statement. For what would take a statement a row otherwise.
+And one row that others may add at the same moment."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import String, and_, cast, column, func, insert, literal, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
@@ -31,3 +33,10 @@ def add(session: Session, table: type[Base], rows: list[dict[str, Any]]) -> None
     columns = dict.fromkeys(name for row in rows for name in row)
     if rows:
         session.connection().execute(insert(table), [{name: row.get(name) for name in columns} for row in rows])
+
+
+def add_missing(session: Session, table: type[Base], row: dict[str, Any]) -> bool:
+    """Inserts a row unless its key is taken; whether it did. Of two who add the same at once the second waits for the first."""
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    added = dialect.insert(table).values(row).on_conflict_do_nothing().returning(literal(1))
+    return session.connection().execute(added).first() is not None

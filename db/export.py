@@ -27,6 +27,7 @@ from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from db import quality, storage
+from db.bulk import add_missing
 from db.errors import ConflictError, NoVotesError, StoreError
 from db.quality import Rules, clip_x, clip_y
 from db.schema import Assignment, Campaign, Clip, Pair, Prompt, Rater, Snapshot, SnapshotRater, SpanMark, Vote, VoteAspect, utc_now
@@ -374,13 +375,11 @@ def is_recorded(store: Store, sha256: str) -> bool:
 
 def _record(store: Store, campaign: Campaign, snapshot: Mapping[str, Any], by_rater: Mapping[int, int]) -> None:
     """Whose votes are in the snapshot, once: the same content under a second name is the same snapshot."""
+    row = {"campaign_id": campaign.id} | {key: snapshot[key] for key in ("name", "sha256", "n_votes")}
     with store.write() as session:
-        if session.scalar(select(Snapshot.id).where(Snapshot.sha256 == snapshot["sha256"])) is not None:
-            return
-        row = Snapshot(name=snapshot["name"], sha256=snapshot["sha256"], campaign_id=campaign.id, n_votes=snapshot["n_votes"])
-        session.add(row)
-        session.flush()
-        session.add_all(SnapshotRater(snapshot_id=row.id, rater_id=rater, n_votes=n) for rater, n in sorted(by_rater.items()))
+        if add_missing(session, Snapshot, row):
+            made = session.scalars(select(Snapshot.id).where(Snapshot.sha256 == snapshot["sha256"])).one()
+            session.add_all(SnapshotRater(snapshot_id=made, rater_id=rater, n_votes=n) for rater, n in sorted(by_rater.items()))
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

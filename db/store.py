@@ -21,6 +21,7 @@ from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from db.bulk import add_missing
 from db.campaigns import CampaignSummary, Measure, Rules, check_rows, create
 from db.errors import ConflictError, NotFoundError, RefusedError, ScreenDueError, StoreError
 from db.schema import CHOICES, Assignment, Campaign, Pair, Rater, Setting, Vote, utc_now
@@ -347,11 +348,8 @@ class Store:
     def pseudonym_salt(self) -> str:
         """This database's own salt for pseudonyms: drawn once, never exported."""
         with self.write() as session:
-            salt = session.scalar(select(Setting.value).where(Setting.key == "pseudonym_salt"))
-            if salt is None:
-                salt = secrets.token_hex(16)
-                session.add(Setting(key="pseudonym_salt", value=salt))
-            return salt
+            add_missing(session, Setting, {"key": "pseudonym_salt", "value": secrets.token_hex(16)})
+            return session.scalars(select(Setting.value).where(Setting.key == "pseudonym_salt")).one()
 
 
 def open_store(url: str, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Store:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from sqlalchemy import select, update
 
 from db import owners
 from db.errors import ConflictError, NotFoundError, StoreError
-from db.export import export_preferences, export_snapshot, snapshot_sha256
+from db.export import export_preferences, export_snapshot, is_recorded, snapshot_sha256
 from db.imports import import_votes
 from db.leaderboard import leaderboard
 from db.quality import qualities
@@ -175,6 +176,27 @@ def test_a_blocked_raters_votes_alone_are_no_snapshot(store: Store, campaign: st
     store.block_rater("rater 0")
     with pytest.raises(StoreError, match="8 votes, 8 of them excluded"):
         export_snapshot(store, campaign, tmp_path / "out", "one")
+
+
+def test_the_first_two_who_ask_for_the_salt_at_once_get_the_same(store: Store, meet: Callable) -> None:
+    meet("SELECT setting")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: store.pseudonym_salt(), range(2))
+    assert first == second == store.pseudonym_salt()
+
+
+def test_two_exports_of_the_same_votes_at_once_are_one_snapshot(
+    store: Store, campaign: str, add_raters: Callable, tmp_path: Path, meet: Callable
+) -> None:
+    (rater,) = add_raters(1)
+    vote_for_base(store, rater)
+    store.pseudonym_salt()
+    meet("SELECT snapshot.id")
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda name: export_snapshot(store, campaign, tmp_path / "out", name), ("one", "two"))
+    assert one["sha256"] == two["sha256"]
+    assert is_recorded(store, one["sha256"])
+    assert [(held.sha256, held.n_votes) for held in owners.trained_on(store, "rater 0")] == [(one["sha256"], 8)]
 
 
 def test_raters_go_by_pseudonyms_that_differ_between_databases(
