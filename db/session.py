@@ -20,6 +20,8 @@ from sqlalchemy.orm import Session
 from db.errors import RefusedError, StoreError, UnavailableError
 
 BUSY_TIMEOUT_S = 5.0
+UPGRADING = int.from_bytes(b"encore")
+"""PostgreSQL's lock for whoever makes or migrates a database: there may be no table yet to lock."""
 
 _SQLITE_TROUBLE = {
     "SQLITE_BUSY": ("a locked database", "that no other program holds a write lock", "wait, then try again"),
@@ -200,6 +202,8 @@ def _upgrade(connection: Connection, revision: str) -> None:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": UPGRADING})
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.set_main_option("path_separator", "os")

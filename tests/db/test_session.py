@@ -65,6 +65,13 @@ def test_upgrade_twice_keeps_what_is_stored(db_url: str) -> None:
         assert store.sign_in("ada", token) is not None
 
 
+def test_two_programs_that_open_a_new_database_at_once_make_it_once(db_url: str) -> None:
+    slowly = "import sys, time, db.session as s; look = s.current_revision; s.current_revision = lambda c: (look(c), time.sleep(2))[0]; "
+    command = [sys.executable, "-c", slowly + "s.upgrade(sys.argv[1])", db_url]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [program.communicate(timeout=60)[1] for program in both] == ["", ""]
+
+
 def test_votes_of_the_first_schema_come_through_the_second(db_url: str) -> None:
     upgrade(db_url, "0001")
     old = make_engine(db_url)
