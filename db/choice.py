@@ -233,8 +233,10 @@ _counted = (
     .where(Pair.campaign_id == _campaign, Assignment.kind == "normal", Vote.excluded_reason.is_(None), Vote.choice != "both_bad")
     .group_by(Assignment.pair_id, Assignment.swapped, Vote.choice)
 )
-_systems = select(Pair.id, Pair.priority, Pair.system_x, Pair.system_y, Pair.n_open < Pair.target_votes).where(
-    Pair.campaign_id == _campaign, Pair.gold.is_(None)
+_systems = (
+    select(Pair.id, Pair.priority, Pair.system_x, Pair.system_y, Pair.n_open < Pair.target_votes)
+    .where(Pair.campaign_id == _campaign, Pair.gold.is_(None))
+    .order_by(Pair.id)  # one order for all who write: no deadlock
 )
 _newest = select(func.max(Vote.id)).scalar_subquery()
 NEWEST_VOTES = select(Campaign.name, _newest).where(Campaign.status == "open", Campaign.chooser == "informative")

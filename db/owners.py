@@ -163,6 +163,8 @@ def change_rules(store: Store, actor_id: int | None, campaign_id: int, **changes
         for column, value in rules.columns().items():
             setattr(campaign, column, value)
         if rules.target_votes != was.target_votes:
+            in_order = select(Pair.id).where(Pair.campaign_id == campaign_id).order_by(Pair.id)
+            session.execute(in_order.with_for_update(key_share=True))  # one order for all: no deadlock
             kept = case((Pair.n_open > rules.target_votes, Pair.n_open), else_=rules.target_votes)
             session.execute(update(Pair).where(Pair.campaign_id == campaign_id).values(target_votes=kept))
         changed = {key: value for key, value in rules.columns().items() if was.columns()[key] != value}
@@ -300,7 +302,7 @@ def erase_rater(store: Store, actor_id: int | None, rater_id: int, votes: Litera
         rater.screen = rater.practised_at = None
         session.execute(delete(Membership).where(Membership.rater_id == rater_id))
         held = _held_slots(session, rater_id, with_votes=votes == "remove")
-        for pair_id, n in held.items():
+        for pair_id, n in sorted(held.items()):  # one order for all: no deadlock
             session.execute(update(Pair).where(Pair.id == pair_id).values(n_open=Pair.n_open - n))
         if votes == "remove":
             mine = select(Vote.id).where(Vote.rater_id == rater_id)

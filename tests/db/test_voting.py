@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, event, func, select, text, update
 
 from db import owners
-from db.choice import Draw, draw
+from db.choice import Draw, draw, refresh_priorities
 from db.errors import ConflictError, NotFoundError, RefusedError, ScreenDueError
 from db.people import record_screen
 from db.schema import Assignment, Campaign, Pair, SpanMark, Vote, VoteAspect, utc_now
 from db.store import Store
-from db.voting import Mark, Receipt
+from db.voting import Mark, Receipt, expire_leases
 
 
 @pytest.fixture
@@ -421,3 +423,47 @@ def test_pairs_behind_the_headphone_check_wait_for_those_who_pass_it(
     record_screen(store, ada, 0, 0)  # the newest check counts, but nothing waits behind it
     assert store.next_assignment(ada) is None
     assert store.next_assignment(ada, "strict") is None
+
+
+MANY_PAIRS: dict[str, Callable[[Store, int], object]] = {
+    "changed rules": lambda store, _: owners.change_rules(store, None, 1, target_votes=7),
+    "new priorities": lambda store, _: refresh_priorities(store, "c"),
+    "an erased rater": lambda store, rater_id: owners.erase_rater(store, None, rater_id, "remove"),
+}
+
+
+@pytest.mark.parametrize("what", MANY_PAIRS)
+def test_what_writes_to_many_pairs_does_so_in_one_order(
+    store: Store, make_rows: Callable, tmp_path: Path, add_raters: Callable, what: str
+) -> None:
+    """Leases run out for pair 1, then 2 and so on; whoever else writes to them begins when pair 1 is taken."""
+    store.create_campaign("c", make_rows(12), tmp_path / "clips", target_votes=3, min_listen_ms=0)
+    gone, away = add_raters(2)
+    with store.write() as session:
+        session.execute(update(Pair).values(n_open=2, priority=0.5))
+        for pair_id in range(12, 0, -1):
+            for rater_id, lasts in ((gone, 10), (away, -10)):
+                lease = {
+                    "id": f"{rater_id}-{pair_id}",
+                    "pair_id": pair_id,
+                    "rater_id": rater_id,
+                    "expires_at": utc_now() + timedelta(lasts),
+                }
+                session.add(Assignment(**lease, swapped=False, policy="p", propensity=1.0, min_listen_ms=0, aspects=[]))
+    with store.write() as session:
+        session.execute(update(Pair).where(Pair.id == 1).values(priority=0.4))  # PostgreSQL finds it last from now on
+        session.execute(text("analyze"))  # as both do for themselves once a table has grown
+    with ThreadPoolExecutor(1) as pool:
+        other: list[Future] = []
+
+        def begin(*told: Any) -> None:
+            if told[2].startswith("UPDATE pair") and not other:
+                other.append(pool.submit(MANY_PAIRS[what], store, gone))
+                time.sleep(0.5)
+
+        event.listen(store.engine, "after_cursor_execute", begin)
+        with store.write_core() as connection:
+            assert expire_leases(connection, utc_now()) == 12
+        other[0].result()
+    with store.read() as session:
+        assert set(session.scalars(select(Pair.n_open))) == {0 if what == "an erased rater" else 1}
