@@ -143,7 +143,7 @@ def set_status(store: Store, actor_id: int | None, campaign_id: int, status: str
     if status not in ("open", "paused", "closed"):
         raise RefusedError(f"status {status!r}", "open, paused or closed", "choose one of them")
     with store.write() as session:
-        campaign = _campaign(session, campaign_id)
+        campaign = _campaign(session, campaign_id, lock=True)
         if campaign.status != status:
             record(session, actor_id, "campaign.status", campaign_id=campaign_id, was=campaign.status, status=status)
             campaign.status = status
@@ -157,7 +157,7 @@ def change_rules(store: Store, actor_id: int | None, campaign_id: int, **changes
     Raises: NotFoundError; StoreError for rules that cannot be.
     """
     with store.write() as session:
-        campaign = _campaign(session, campaign_id)
+        campaign = _campaign(session, campaign_id, lock=True)
         was = rules_of(campaign)
         rules = replace(was, **changes)
         for column, value in rules.columns().items():
@@ -361,8 +361,8 @@ def _trained_on(session: Session, rater_id: int) -> list[TrainedOn]:
     return [TrainedOn(*row) for row in session.execute(rows.where(SnapshotRater.rater_id == rater_id).order_by(Snapshot.id))]
 
 
-def _campaign(session: Session, campaign_id: int) -> Campaign:
-    campaign = session.get(Campaign, campaign_id)
+def _campaign(session: Session, campaign_id: int, lock: bool = False) -> Campaign:
+    campaign = session.get(Campaign, campaign_id, with_for_update={"key_share": True} if lock else None)
     if campaign is None:
         raise NotFoundError(f"campaign {campaign_id}", "a registered campaign", "look at the list of campaigns")
     return campaign

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -75,6 +76,14 @@ def test_rules_change_together_and_a_lower_target_takes_nothing_back(store: Stor
         with pytest.raises(StoreError):
             owners.change_rules(store, None, 1, **wrong)
     assert actions(store)[:2] == ["campaign.rules"] * 2
+
+
+def test_rules_that_two_owners_change_at_once_are_judged_together(store: Store, voted: list[int], meet: Callable) -> None:
+    meet("SELECT campaign")
+    with ThreadPoolExecutor(2) as pool:
+        changes = [pool.submit(owners.change_rules, store, None, 1, **{share: 0.4}) for share in ("gold_rate", "repeat_rate")]
+        refused = [change.exception() for change in changes]
+    assert sorted(type(error).__name__ for error in refused) == ["NoneType", "StoreError"]
 
 
 def test_an_invitation_is_stored_hashed_and_can_be_ended(store: Store, voted: list[int]) -> None:
