@@ -199,3 +199,11 @@ def sequence_kl(logps: ArrayLike, ref_logps: ArrayLike, mask: ArrayLike, prompts
     valid = np.asarray(mask, dtype=bool)
     difference = np.where(valid, np.asarray(logps, dtype=float) - np.asarray(ref_logps, dtype=float), 0.0)
     return mean_ci(difference.sum(axis=1), prompts, seed=seed)
+
+
+def decimals(value: float | None, limit: float) -> int:
+    """How many places a number is told to: three, and as many more as it takes to read otherwise than a limit that it is not."""
+    places = 3
+    while value is not None and value != limit and float(f"{value:.{places}f}") == float(f"{limit:.{places}f}"):
+        places += 1
+    return places

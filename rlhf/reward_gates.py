@@ -15,6 +15,7 @@ from torch import Tensor
 
 from base_models.checkpoint import read_json
 from base_models.errors import UserError
+from rlhf.metrics import decimals
 from rlhf.reward_committee import Committee
 from rlhf.reward_heads import EARNED, Head, Pairs
 
@@ -39,11 +40,17 @@ class Gate:
     asked: str
     passed: bool | None
     """None: it was not asked of so few votes."""
+    places: int = 3
+    """Decimals by which the number is told: as many as tell it from what was asked."""
+
+    @property
+    def told(self) -> str:
+        return "unknown" if self.value is None else f"{self.value:.{self.places}f}"
 
     @property
     def line(self) -> str:
         verdict = {True: "PASS", False: "FAIL", None: "n/a "}[self.passed]
-        return f"{verdict}  {self.name}: {'unknown' if self.value is None else f'{self.value:.3f}'} (asked: {self.asked})"
+        return f"{verdict}  {self.name}: {self.told} (asked: {self.asked})"
 
 
 def gates(figures: Mapping[str, Any]) -> list[Gate]:
@@ -54,19 +61,20 @@ def gates(figures: Mapping[str, Any]) -> list[Gate]:
     """
     share = share_of_ceiling(figures)
     enough = figures["n_pairs"] >= SHARE_FROM
-    beats = figures["above_baseline"]
+    low, beats = figures["ci"][0], figures["above_baseline"]["ci"][0]
     most_ece = max(MAX_ECE, figures.get("ece_by_chance", 0.0))
+    of_ece = decimals(figures["ece"], most_ece)
     return [
-        Gate("accuracy, lower end of its interval", figures["ci"][0], "above .5", figures["ci"][0] > 0.5),
+        Gate("accuracy, lower end of its interval", low, "above .5", low > 0.5, decimals(low, 0.5)),
         Gate(
             "share of the ceiling above chance", share, f"{MIN_SHARE} from {SHARE_FROM} pairs on; here {figures['n_pairs']}",
-            (share is not None and share >= MIN_SHARE) if enough else None,
+            (share is not None and share >= MIN_SHARE) if enough else None, decimals(share, MIN_SHARE),
         ),
-        Gate("calibration error", figures["ece"], f"at most {most_ece:.3f}", figures["ece"] <= most_ece),
-        Gate("accuracy above loudness and length, lower end", beats["ci"][0], "above 0", beats["ci"][0] > 0),
+        Gate("calibration error", figures["ece"], f"at most {most_ece:.{of_ece}f}", figures["ece"] <= most_ece, of_ece),
+        Gate("accuracy above loudness and length, lower end", beats, "above 0", beats > 0, decimals(beats, 0)),
         Gate(
             f"accuracy on {OVERFIT_PAIRS} pairs it was fitted on", figures["overfit"], f"{MIN_OVERFIT} or more",
-            figures["overfit"] >= MIN_OVERFIT,
+            figures["overfit"] >= MIN_OVERFIT, decimals(figures["overfit"], MIN_OVERFIT),
         ),
     ]  # fmt: skip
 
@@ -104,7 +112,7 @@ def doubt(reward: Path | None) -> str | None:
 def missed(asked: Sequence[Gate]) -> tuple[str, str] | None:
     """What the gates that failed got, and what they asked; None where none failed."""
     failed = [gate for gate in asked if gate.passed is False]
-    got = "; ".join(f"{gate.name} {'unknown' if gate.value is None else f'{gate.value:.3f}'}" for gate in failed)
+    got = "; ".join(f"{gate.name} {gate.told}" for gate in failed)
     return (got, "; ".join(gate.asked for gate in failed)) if failed else None
 
 

@@ -22,7 +22,7 @@ from scipy.stats import t as student_t
 
 from base_models.checkpoint import read_jsonl
 from base_models.errors import UserError
-from rlhf.metrics import Estimate, crossed_bootstrap
+from rlhf.metrics import Estimate, crossed_bootstrap, decimals
 
 MIN_PROMPTS = 6
 """Of two rivals that are alike, one wins every one of six prompts in 1 of 64 cases, of five in 1 of 32, which is more than .025."""
@@ -114,7 +114,7 @@ def decide(outcomes: Sequence[Outcome], min_decided: int, seed: int = 0, min_pro
         return False, figures | {"win_rate": rate.value, "why": why}
     low, high = widened(rate)
     promoted = low > 0.5
-    told = f"wins {rate.value:.3f} [{low:.3f}, {high:.3f}] of {len(decided)} decided votes"
+    told = f"wins {rate.value:.3f} [{low:.{decimals(low, 0.5)}f}, {high:.3f}] of {len(decided)} decided votes"
     why = f"{told}, the interval {'lies above' if promoted else 'does not lie above'} .5"
     return promoted, figures | {"win_rate": rate.value, "ci": [low, high], "why": why}
 

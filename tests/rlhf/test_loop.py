@@ -23,7 +23,7 @@ from base_models.policy import load_policy
 from db.export import is_recorded
 from db.schema import utc_now
 from db.store import open_store
-from rlhf import cli, stages
+from rlhf import cli, stages, verdict
 from rlhf.collecting import Collecting, admit, collect, counted, freeze
 from rlhf.loop import METHODS, Loop, Round, settings
 from rlhf.loop_report import status
@@ -494,6 +494,14 @@ def test_raters_who_always_take_one_side_promote_nobody():
     told = decide([Outcome(1.0, f"p{i}", "r", True) for i in range(30)] + [Outcome(0.0, f"p{i}", "r", False) for i in range(20)], 20)[1]
     assert (told["first"], told["win_rate_first"]) == (30, 1.0)
     assert (told["second"], told["win_rate_second"]) == (20, 0.0)
+
+
+@pytest.mark.parametrize(("low", "told"), [(0.50004, "[0.50004, 0.700]"), (0.49996, "[0.49996, 0.700]"), (0.5, "[0.500, 0.700]")])
+def test_a_verdict_tells_an_end_of_its_interval_that_is_not_one_half(low, told, monkeypatch):
+    monkeypatch.setattr(verdict, "widened", lambda rate: (low, 0.7))
+    promoted, figures = decide([Outcome(float(i % 3 > 0), f"p{i}", f"r{i % 2}") for i in range(30)], 20)
+    assert told in figures["why"]
+    assert promoted == (low > 0.5)
 
 
 def test_what_both_play_is_not_put_to_ears_and_clips_of_one_seed_meet():

@@ -110,3 +110,12 @@ def test_figures_are_plain_json():
     figure = metrics.mean_ci([1.0, 0.0], ["a", "b"]).as_json()
     assert set(figure) == {"value", "ci", "n", "n_clusters"}
     assert isinstance(figure["ci"], list)
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "told"),
+    [(0.61, 0.5, "0.610"), (0.5, 0.5, "0.500"), (0.4999, 0.5, "0.4999"), (-2e-5, 0, "-0.00002"), (0.1 + 0.2, 0.3, "0.30000000000000004")],
+)
+def test_a_number_reads_otherwise_than_a_limit_that_it_is_not(value, limit, told):
+    assert f"{value:.{metrics.decimals(value, limit)}f}" == told
+    assert metrics.decimals(None, limit) == metrics.decimals(float("nan"), limit) == 3

@@ -6,7 +6,7 @@ from base_models.checkpoint import write_json
 from rlhf import reward_gates
 from rlhf.metrics import calibration_error_by_chance, pair_calibration_error
 from rlhf.reward_committee import Committee
-from rlhf.reward_gates import GateError, demand, doubt, gates, overfit, share_of_ceiling
+from rlhf.reward_gates import Gate, GateError, demand, doubt, gates, overfit, share_of_ceiling
 from rlhf.reward_heads import Head, Pairs
 
 GOOD = {
@@ -72,6 +72,30 @@ def test_lines_say_verdict_and_number():
     assert "0.061" in lines[2]
     assert "unknown" in lines[1]
     assert reward_gates.as_json(gates(GOOD))[0]["passed"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "which", "value", "asked"),
+    [
+        ({"ece": 0.05004}, 2, "0.05004", "at most 0.05000"),
+        ({"ece": 0.08741, "ece_by_chance": 0.08736}, 2, "0.08741", "at most 0.08736"),
+        ({"ci": [0.49996, 0.6]}, 0, "0.49996", "above .5"),
+        ({"ci": [0.5, 0.6]}, 0, "0.500", "above .5"),
+        ({"accuracy": 0.73998, "ceiling": 0.8}, 1, "0.7999", "0.8 from 500 pairs on; here 600"),
+        ({"above_baseline": {"value": 0.1, "ci": [-0.00004, 0.2]}}, 3, "-0.00004", "above 0"),
+        ({"overfit": 0.9496}, 4, "0.9496", "0.95 or more"),
+    ],
+)
+def test_a_gate_that_fails_tells_a_number_that_is_not_its_limit(changes, which, value, asked):
+    """Unless they are the same, which is not above."""
+    gate = gates(GOOD | changes)[which]
+    assert gate.line == f"FAIL  {gate.name}: {value} (asked: {asked})"
+    assert reward_gates.missed([gate]) == (f"{gate.name} {value}", asked)
+    assert Gate(**reward_gates.as_json([gate])[0]) == gate
+
+
+def test_gates_of_figures_that_an_earlier_version_wrote_are_read():
+    assert Gate(name="calibration error", value=0.06, asked="at most 0.050", passed=False).line.startswith("FAIL  ")
 
 
 def test_a_head_that_sees_nothing_does_not_overfit():
