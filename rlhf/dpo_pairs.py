@@ -7,11 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
 from rlhf.dpo_task import Task
 from rlhf.ppo_task import tempi_sha256
-from rlhf.preferences import Preference, decided, demand_decided, shuffled, split_by_prompt
+from rlhf.preferences import Preference, codes_sha256, decided, demand_decided, shuffled, split_by_prompt
 
 if TYPE_CHECKING:
     from rlhf.train_dpo import Config
@@ -48,12 +46,13 @@ def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str
     """What a resumed run has to find again: the base, the votes and their pairs in order, their codes, the reward, the prompts to play
     and those of them that are held out, all tempi, and SETTLED."""
     pairs = [(p.chosen_sha256, p.rejected_sha256, p.prompt_id, p.p, p.weight) for p in train]
+    clips = [("", codes) for p in train for codes in (p.chosen_codes, p.rejected_codes)] + [("", clip.codes) for clip in task.bad]
     own = task.own
     return {
         "base_sha256": task.base_sha256,
         "snapshot_sha256": task.snapshot_sha256,
         "ordered_pairs_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-        "codes_sha256": _codes_sha256([codes for p in train for codes in (p.chosen_codes, p.rejected_codes)] + [c.codes for c in task.bad]),
+        "codes_sha256": codes_sha256(clips) if clips else None,
         "reward_sha256": own and own.reward_sha256,
         "ears_sha256": own and own.ears_sha256,
         "prompts_sha256": own and hashlib.sha256("\n".join(own.prompts).encode()).hexdigest(),
@@ -61,11 +60,3 @@ def parents_of(cfg: Config, task: Task, train: Sequence[Preference]) -> dict[str
         "tempi_sha256": tempi_sha256(task.table),
         **{name: getattr(cfg, name) for name in SETTLED},
     }
-
-
-def _codes_sha256(clips: Sequence[NDArray[Any]]) -> str | None:
-    """What the codes of rated clips [K, T], in order, are known by; None without any."""
-    digest = hashlib.sha256()
-    for codes in clips:
-        digest.update(f"{codes.shape}|".encode() + codes.tobytes())
-    return digest.hexdigest() if clips else None

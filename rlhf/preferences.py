@@ -23,8 +23,8 @@ from rlhf.snapshot import BOTH_BAD, TIE, Codes, Snapshot, Spans, Vote, X, Y, che
 
 __all__ = [
     "BOTH_BAD", "TIE", "BothBad", "Codes", "Preference", "Snapshot", "Spans", "Vote", "X", "Y", "both_bad", "checked_codes", "clip_marks",
-    "content_sha256", "decided", "demand_decided", "load_snapshot", "pairs_sha256", "prompt_folds", "prompt_groups", "read_codes",
-    "shuffled", "split_by_prompt", "training_pairs",
+    "codes_sha256", "content_sha256", "decided", "demand_decided", "load_snapshot", "pairs_sha256", "prompt_folds", "prompt_groups",
+    "read_codes", "shuffled", "split_by_prompt", "training_pairs",
 ]  # fmt: skip
 
 
@@ -289,3 +289,11 @@ def _content(pair: Preference) -> dict[str, Any]:
     clips = [pair.chosen_sha256, pair.rejected_sha256, pair.chosen_codes.shape, pair.rejected_codes.shape, codes]
     said = [round(pair.p, 9), round(pair.weight, 9), dict(pair.aspects), pair.chosen_marks, pair.rejected_marks]
     return {"prompt": [pair.prompt_id, pair.prompt, pair.tempo_bpm], "clips": clips, "said": said}
+
+
+def codes_sha256(clips: Iterable[tuple[str, Codes]]) -> str:
+    """What the codes [K, T] that a run learns are known by: in their order, each with what is said of it. A resumed run asks for them."""
+    digest = hashlib.sha256()
+    for said, codes in clips:
+        digest.update(f"{said}{codes.shape}|".encode() + codes.tobytes())
+    return digest.hexdigest()

@@ -19,7 +19,7 @@ from base_models.lm import MusicLM, MusicLMConfig
 from base_models.policy import load_policy
 from rlhf.journal import Sound, sound_of
 from rlhf.ppo_task import toy_sound
-from rlhf.preferences import decided, load_snapshot
+from rlhf.preferences import codes_sha256, decided, load_snapshot
 from rlhf.trusted import Voted, trusted
 
 if TYPE_CHECKING:
@@ -120,10 +120,7 @@ def split(winners: Sequence[Winner], held_out: float, groups: Mapping[str, str])
 
 def winners_sha256(winners: Sequence[Winner]) -> str:
     """Of those that are learnt, their order and weights: what a resumed run has to find again, or it would measure on what it learnt."""
-    digest = hashlib.sha256()
-    for winner in winners:
-        digest.update(f"{winner.row}|{winner.weight!r}|{tuple(winner.codes.shape)}|".encode() + winner.codes.numpy().tobytes())
-    return digest.hexdigest()
+    return codes_sha256((f"{winner.row}|{winner.weight!r}|", winner.codes.numpy()) for winner in winners)
 
 
 def toy_task(seed: int, n: int = 64, n_prompts: int = 16, n_frames: int = 12) -> Task:
