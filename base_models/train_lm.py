@@ -46,7 +46,7 @@ from base_models.codec import Codec, load_codec
 from base_models.conditions import Conditions, encode_prompts, parse_tempo
 from base_models.corpus.tokens import TokenisedCorpus, codec_of, load_tokens, synthetic_tokens
 from base_models.errors import UserError
-from base_models.launch import agreed, check_sharding, open_accelerator
+from base_models.launch import WHOLE, agreed, check_sharding, open_accelerator
 from base_models.lm import MusicLM, MusicLMConfig
 from base_models.sampling import generate
 from base_models.settings import run, to_mapping
@@ -103,7 +103,7 @@ class Config:
     ema: float = 0.999
     """Decay of the averaged weights, which are what is evaluated and saved."""
     dtype: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision of the forward and backward pass."""
+    """Mixed precision of the forward and backward pass; in shards (fsdp2.yaml) no fp16."""
     eval_every: int = 500
     """Updates between evaluations on the val split."""
     save_every: int = 500
@@ -211,6 +211,9 @@ def learning_rate(cfg: Config, step: int, progress: float) -> float:
 
 def main(cfg: Config) -> dict[str, float]:
     sharded = check_sharding(("fsdp",)) != "no"
+    if sharded and cfg.dtype == "fp16":  # accelerate scales the loss, and unscales in optimisers that it has prepared, none of shards
+        got = "--dtype fp16 with a launch configuration of fsdp"
+        raise UserError(got, "a precision whose gradients need no scaling", f"pass --dtype bf16, or launch with {WHOLE}")
     accelerator = open_accelerator(
         cfg.processes, ("fsdp",), mps=True, mixed_precision=cfg.dtype, gradient_accumulation_steps=cfg.grad_accumulation
     )

@@ -130,6 +130,15 @@ def test_settings_that_cannot_work_are_refused_before_the_first_step(changes, ma
         main(smoke(out, cache, **changes))
 
 
+def test_fp16_in_shards_is_refused_before_anything_is_opened(tmp_path, cache, monkeypatch):
+    """Its gradients would be clipped 65,536 times too large, and one that overflows would make all weights NaN: nobody unscales them."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(train_lm, "open_accelerator", None)
+    with pytest.raises(UserError, match=r"got --dtype fp16 with a launch configuration of fsdp; .* --dtype bf16"):
+        main(smoke(tmp_path / "run", cache, dtype="fp16"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_does_not_go_on_with_other_tokens(tmp_path, cache, monkeypatch):
     main(smoke(tmp_path / "run", cache, steps=1, save_every=1))
     other = dataclasses.replace(synthetic_tokens(), sha256="other")
