@@ -521,7 +521,12 @@ class Round:
         except NoVotesError as error:
             return False, nothing | {"why": f"no vote counts: {error.got}"}
         challenger = self.named(CHALLENGER)
-        played = {(row["prompt_id"], row["sha256"]) for row in read_jsonl(self.folder / "heldout" / challenger / "manifest.jsonl")}
+        manifest = self.folder / "heldout" / challenger / "manifest.jsonl"
+        if not manifest.is_file():
+            expected = "the clips of the challenger, by which it is known whom a vote is for"
+            again = f"restore it, or remove {stamp_path(self.folder, 'ab_samples')} and call again: the same seeds play the same clips"
+            raise UserError(f"no {manifest}", expected, again)
+        played = {(row["prompt_id"], row["sha256"]) for row in read_jsonl(manifest)}
         outcomes = read_outcomes(self.folder / "ab_snapshot", challenger, played)
         promoted, votes = decide(outcomes, self.cfg.min_decided, self.cfg.seed, self.cfg.min_prompts)
         of = {"ab_snapshot_sha256": frozen["sha256"], **{key: frozen[key] for key in ("n_votes", "n_raters", "n_excluded")}}

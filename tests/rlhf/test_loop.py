@@ -320,6 +320,25 @@ def test_a_clear_winner_is_promoted_with_its_lineage_and_a_narrow_one_is_not(pla
     assert narrow.loop.champion()["round"] == 0
 
 
+def test_a_verdict_without_the_challengers_manifest_says_how_to_have_it_again(played, tmp_path):
+    out = tmp_path / "loop"
+    shutil.copytree(played, out)
+    folder = out / "rounds" / "01"
+    manifest, before = folder / "heldout" / "challenger-01" / "manifest.jsonl", stamp(folder, "verdict")
+    (folder / "stages" / "verdict.json").unlink()
+    write_json(out / "champion.json", read_json(out / "champion.json").get("before") or read_json(out / "champion.json"))
+    clips = manifest.read_bytes()
+    manifest.unlink()
+    loop = Loop(settings({"out": out}), Collecting())
+    with pytest.raises(UserError, match=rf"got no {manifest}; expected the clips .*; remedy: restore it, or remove \S+/ab_samples.json"):
+        loop.run(1)
+    (folder / "stages" / "ab_samples.json").unlink()
+    loop.run(1)
+    assert manifest.read_bytes() == clips
+    changed = ("at", "seconds")
+    assert {k: v for k, v in stamp(folder, "verdict").items() if k not in changed} == {k: v for k, v in before.items() if k not in changed}
+
+
 def test_a_round_plays_the_champion_and_trains_from_the_base(played, tmp_path):
     """What is rated in round 2 is the champion's; what is trained on it begins as the base: without a step of learning it is the base."""
     made = promoted_round(played, tmp_path, won=36, lost=4)
