@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -136,7 +137,7 @@ def run(
 ) -> NoReturn:
     """A script's last line: parse, run, print what `show` says of the result (on the first process alone). say, groups: as of `parse`.
 
-    Bad input and a disk in trouble end it with exit code 2 and one line on stderr.
+    Bad input and a disk in trouble end it with exit code 2 and one line on stderr; ERROR_FILE has the error then, for a program.
     """
     threading.excepthook = _quiet_on_disk_trouble
     with _running:
@@ -152,6 +153,8 @@ def run(
     sys.exit(exit_code)
 
 
+ERROR_FILE = "ENCORE_ERROR_FILE"
+"""The variable by which whoever starts a script names a file for the error that ends it: {"error", "got", "expected", "remedy"} in JSON."""
 _running, _kept = threading.Lock(), list[object]()
 
 
@@ -168,6 +171,7 @@ def _run(main: Callable[[Config], Result], parsed: Callable[[], Config], show: C
 
     A process group that an error left open stays open: closing it waits for what other processes may never answer.
     """
+    error_file = os.environ.pop(ERROR_FILE, None)  # it is not for the errors of programs that the script itself starts
     try:
         try:
             result = main(parsed())
@@ -177,6 +181,10 @@ def _run(main: Callable[[Config], Result], parsed: Callable[[], Config], show: C
             raise trouble from error
     except UserError as error:
         tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)  # on a line of its own, also under a progress bar
+        if error_file is not None:
+            told = {"error": type(error).__name__, "got": error.got, "expected": error.expected, "remedy": error.remedy}
+            with contextlib.suppress(OSError):
+                Path(error_file).write_text(json.dumps(told), encoding="utf-8")
         return error.exit_code
     if show is not None and int(os.environ.get("RANK", "0")) == 0:
         print(show(result))

@@ -28,7 +28,7 @@ def learnt_and_held_out(cfg: Config, task: Task) -> tuple[list[Preference], list
     """The task's pairs on two sides, no prompt (and no artist's prompts) on both; by --shuffle-votes the learnt ones are turned at random.
     Pairs of prompts whose own clips are held out are held out too.
 
-    Raises: UserError where a snapshot has nothing but ties to learn from.
+    Raises: NothingToLearnError where a snapshot has nothing but ties to learn from.
     """
     pairs = task.pairs if cfg.ties == "soft" else decided(task.pairs)
     groups = task.voted.groups if task.voted else None

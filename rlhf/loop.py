@@ -24,7 +24,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,12 +44,17 @@ from rlhf.collecting import Collecting, admit, collect, database_file, freeze, p
 from rlhf.evaluate_models import BASE, evaluate
 from rlhf.reward_gates import Gate, GateError, missed
 from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
+from rlhf.snapshot import NothingToLearnError
 from rlhf.stages import ROOT, Stage, only_one, resume_flag, run_python, run_stages, stamp, stamp_path
 from rlhf.verdict import MIN_PROMPTS, comparisons, decide, read_outcomes, rule
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 WATCHED, MOST_WATCHED = 6, 48
 """PPO watches one prompt in so many of those that were rated, two at least and no more than so many, and learns from the others."""
+
+
+ALL_THE_SAME = "or give --reward-args without --strict, to learn from this reward all the same"
+"""What an owner may do beside collecting more votes, where gates refused a reward."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,12 @@ def _place_of(uri: str, inside: Path) -> Path | None:
     return Path(*path.parts[:-n]) if path is not None and path.is_absolute() and path.parts[-n:] == inside.parts else None
 
 
+def why_refused(refused: Mapping[str, Any], whose: str) -> str:
+    """In words, what stands in a round's refused.json; whose: the round's, as "the" or "its"."""
+    of = f"{whose} reward model did not pass its gates" if "gates" in refused else f"nothing can be learnt from {whose} votes"
+    return f"{of}: {refused['missed']}"
+
+
 class Loop:
     """The loop's folder and its rounds."""
 
@@ -232,7 +244,9 @@ class Loop:
                 admit(self.db, self.collecting.people)
             for number in missing:
                 print(f"round {number} of {rounds}", flush=True)
-                run_stages(self.round(number).folder, self.round(number).stages())
+                made = self.round(number)
+                made.look_again()
+                run_stages(made.folder, made.stages())
         return self.champion()
 
     def round(self, number: int) -> Round:
@@ -360,7 +374,8 @@ class Round:
             Stage("snapshot", "freezing the votes of all rounds", 1, self.snapshot),
         ]
         if self.refused_again:
-            return [*collected, Stage("verdict", "the verdict, without a challenger", 1, self.verdict)]
+            done = [stage for stage in collected if stamp_path(self.folder, stage.name).is_file()]
+            return [*done, Stage("verdict", "the verdict, without a challenger", 1, self.verdict)]
         return [
             *collected,
             *([Stage("reward", "training the reward model", 30, self.reward)] if self.method.by_reward else []),
@@ -386,25 +401,40 @@ class Round:
         return collect(self.loop.db, self.cfg.campaign, self.loop.collecting)
 
     def snapshot(self) -> dict[str, Any]:
-        return freeze(self.loop.db, self.cfg.campaign, self.folder, "snapshot")
+        """Freeze the votes. Raises: NothingToLearnError where none counts, once; the next call ends the round, unless some count then."""
+        try:
+            return freeze(self.loop.db, self.cfg.campaign, self.folder, "snapshot")
+        except NoVotesError as error:
+            remedy = f"where some of them count by then, round {self.number} goes on with them"
+            raise self._refuse("snapshot", NothingToLearnError(error.got, error.expected, remedy)) from error
+
+    def look_again(self) -> None:
+        """A round of which no vote counted goes on where some count now, those of a rater who was let in again say."""
+        refused = self.refused()
+        if refused is not None and refused["stage"] == "snapshot":
+            with suppress(NoVotesError):
+                freeze(self.loop.db, self.cfg.campaign, self.folder, "snapshot")
+                (self.folder / "refused.json").unlink()
 
     def reward(self) -> dict[str, Any]:
         """Train it. One that its gates refuse (--strict) is noted: the votes are frozen, so that the same training would be refused again.
 
-        Raises: GateError, once; the next call ends the round, unless it has other options for the training.
+        Raises: GateError, or NothingToLearnError, once; the next call ends the round, unless it has other options for the training.
         """
         out = self.folder / "reward"
         (out / "figures.json").unlink(missing_ok=True)  # of a start before: what stands there afterwards is of this one
         common = ["--snapshot", self.folder / "snapshot", "--policy", self.cfg.policy, "--out", out]
         try:
             run_python([ROOT / "rlhf" / "train_reward.py", *common, *shlex.split(self.cfg.reward)])
+        except NothingToLearnError as error:
+            raise self._refuse("reward", error) from error
         except UserError as error:
             if not (out / "figures.json").is_file() or not read_json(out / "config.json")["strict"]:
                 raise
             found = self._figures()
             if (short := missed([Gate(**gate) for gate in found["gates"]])) is None:
                 raise
-            write_json(self.folder / "refused.json", {"reward_args": self.cfg.reward, "missed": short[0], **found})
+            self._note("reward", short[0], ALL_THE_SAME, found)
             got = f"round {self.number}'s reward model, by {stamp(self.folder, 'snapshot')['n_votes']} votes: {short[0]}"
             raise GateError(got, short[1], self.after_refusal) from error
         return self._figures()
@@ -413,24 +443,44 @@ class Round:
         found = read_json(self.folder / "reward" / "figures.json")
         return {key: found[key] for key in ("accuracy", "ci", "ceiling", "gates")}
 
+    def _note(self, stage: str, missed: str, remedy: str, figures: Mapping[str, Any]) -> None:
+        """Keep that a stage refused what was voted, by which options, and what would help beside more votes."""
+        told = {"stage": stage, "args": self._options(stage), "missed": missed, "remedy": remedy}
+        write_json(self.folder / "refused.json", told | dict(figures))
+
+    def _options(self, stage: str) -> str:
+        return {"reward": self.cfg.reward, "train": self.cfg.train}.get(stage, "")
+
+    def _refuse(self, stage: str, error: NothingToLearnError) -> NothingToLearnError:
+        """What to raise where a stage can learn nothing from the votes: they are frozen, so that the same call would fail again."""
+        remedy = error.remedy if stage == "snapshot" else f"{error.remedy}; other --{stage}-args are tried on the same votes"
+        self._note(stage, error.got, remedy, {})
+        return NothingToLearnError(f"round {self.number}'s votes: {error.got}", error.expected, self.after_refusal)
+
     def refused(self) -> dict[str, Any] | None:
-        """The figures of a reward model that its gates refused, what they `missed`, and the options it was trained with; None where there
-        is none, or another one was taken."""
-        note = self.folder / "refused.json"
-        return read_json(note) if note.is_file() and not stamp_path(self.folder, "reward").is_file() else None
+        """Which `stage` refused what was voted, by which `args`, what it `missed`, and the figures of a reward that its gates refused. None
+        where nothing was, or the stage was done since."""
+        if not (self.folder / "refused.json").is_file():
+            return None
+        found: dict[str, Any] = read_json(self.folder / "refused.json")
+        if "stage" not in found:  # an earlier version, of which gates alone refused
+            found |= {"stage": "reward", "args": found["reward_args"], "remedy": ALL_THE_SAME}
+        return None if stamp_path(self.folder, found["stage"]).is_file() else found
 
     @property
     def refused_again(self) -> bool:
-        """Whether its gates refused what the options of now would train, on the same votes."""
+        """Whether the options of now would be refused as before, on the same votes."""
         refused = self.refused()
-        return refused is not None and shlex.split(refused["reward_args"]) == shlex.split(self.cfg.reward)
+        return refused is not None and shlex.split(refused["args"]) == shlex.split(self._options(refused["stage"]))
 
     @property
     def after_refusal(self) -> str:
         """What the owner can do."""
+        refused = self.refused()
+        assert refused is not None
         return (
             f"call again with --rounds {self.number + 1} or more: round {self.number} ends without a challenger, and the next one asks "
-            "about new clips, whose votes add to these; or give --reward-args without --strict, to learn from this reward all the same"
+            f"about new clips, whose votes add to these; {refused['remedy']}"
         )
 
     def train(self) -> dict[str, Any]:
@@ -443,7 +493,10 @@ class Round:
         else:
             own = ["--snapshot", self.folder / "snapshot"]
         script = ROOT / "rlhf" / f"{self.method.script}.py"
-        run_python([script, *self.method.options, *common, *own, *shlex.split(self.cfg.train), *resume_flag(out)])
+        try:
+            run_python([script, *self.method.options, *common, *own, *shlex.split(self.cfg.train), *resume_flag(out)])
+        except NothingToLearnError as error:
+            raise self._refuse("train", error) from error
         manifest = read_adapter(out / "adapter").manifest
         return {"adapter_sha256": manifest.adapter_sha256, "figures": manifest.figures}
 
@@ -513,7 +566,7 @@ class Round:
     def _compare(self) -> tuple[bool, dict[str, Any]]:
         nothing: dict[str, Any] = {"win_rate": None, "ci": None, "decided": 0, "ties": 0}
         if (refused := self.refused()) is not None:
-            return False, nothing | {"why": f"the reward model did not pass its gates: {refused['missed']}"}
+            return False, nothing | {"why": why_refused(refused, "the")}
         if not stamp(self.folder, "ab_votes")["votes"]:
             return False, nothing | {"why": "the challenger plays what the champion plays"}
         try:

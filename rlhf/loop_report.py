@@ -18,7 +18,7 @@ from base_models.checkpoint import read_json
 from base_models.errors import UserError
 from base_models.settings import from_mapping
 from rlhf.collecting import Collecting, counted
-from rlhf.loop import CHALLENGER, Loop, LoopConfig, Round
+from rlhf.loop import CHALLENGER, Loop, LoopConfig, Round, why_refused
 from rlhf.stages import stamp, stamp_path
 from rlhf.verdict import rule
 
@@ -74,7 +74,8 @@ def _cells(made: Round) -> list[str]:
     def told(stage: str) -> Mapping[str, Any]:
         return stamp(made.folder, stage) if stamp_path(made.folder, stage).is_file() else {}
 
-    snapshot, reward, verdict = told("snapshot"), told("reward") or made.refused() or {}, told("verdict")
+    snapshot, verdict, refused = told("snapshot"), told("verdict"), made.refused() or {}
+    reward = told("reward") or (refused if "gates" in refused else {})
     moved = told("ab_samples").get(CHALLENGER, {})
     asked = [gate["passed"] for gate in reward.get("gates", ()) if gate["passed"] is not None]
     before = _name(verdict.get("champion_sha256") if verdict else told("samples").get("adapter_sha256"))
@@ -115,12 +116,12 @@ def _now(made: Round) -> list[str]:
     now = next(stage for stage in stages if stage.name not in done)
     lines = ["", f"Round {made.number}: {len(done)} of {len(stages)} stages done; now: {now.what}."]
     if (refused := made.refused()) is not None:
-        missed = f"its reward model did not pass its gates: {refused['missed']}"
+        why = why_refused(refused, "its")
         if made.refused_again:
-            lines.append(f"I{missed[1:]}. To go on, {made.after_refusal}.")
+            lines.append(f"{why[0].upper()}{why[1:]}. To go on, {made.after_refusal}.")
         else:
-            by = f"--reward-args={shlex.quote(refused['reward_args'])}"
-            lines.append(f"Before, by {by} {missed}. Giving these again ends the round without a challenger.")
+            by = f"--{refused['stage']}-args={shlex.quote(refused['args'])}"
+            lines.append(f"Before, by {by} {why}. Giving these again ends the round without a challenger.")
     if now.name in ("votes", "ab_votes"):
         made.loop.check_database()
         votes, wanted = counted(made.loop.db, made.cfg.campaign if now.name == "votes" else made.ab)

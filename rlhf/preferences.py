@@ -18,8 +18,21 @@ from typing import Any
 
 import numpy as np
 
-from base_models.errors import UserError
-from rlhf.snapshot import BOTH_BAD, TIE, Codes, Snapshot, Spans, Vote, X, Y, checked_codes, content_sha256, load_snapshot, read_codes
+from rlhf.snapshot import (
+    BOTH_BAD,
+    TIE,
+    Codes,
+    NothingToLearnError,
+    Snapshot,
+    Spans,
+    Vote,
+    X,
+    Y,
+    checked_codes,
+    content_sha256,
+    load_snapshot,
+    read_codes,
+)
 
 __all__ = [
     "BOTH_BAD", "TIE", "BothBad", "Codes", "Preference", "Snapshot", "Spans", "Vote", "X", "Y", "both_bad", "checked_codes", "clip_marks",
@@ -83,7 +96,7 @@ def training_pairs(
 
     Args: reliability: rater -> weight (rlhf.raters.reliability). n_q, card: what the codec speaks, to refuse foreign
         codes. min_weight: leave out pairs whose votes weigh this or less. known: codes of clips that were read already.
-    Raises: UserError when no ordered pair is left, or for codes that are not of this codec.
+    Raises: NothingToLearnError when no ordered pair is left; UserError for codes that are not of this codec.
     """
     groups: dict[tuple[str, str, str], list[Vote]] = defaultdict(list)
     for vote in snapshot.judged:
@@ -128,7 +141,7 @@ def training_pairs(
             )
         )
     if not pairs:
-        raise UserError(
+        raise NothingToLearnError(
             f"snapshot {snapshot.name!r} with {len(snapshot.votes)} votes but no pair that is ordered by them",
             "votes for a side or ties from raters who are trusted",
             "collect more votes; both-bad answers and gold questions order nothing",
@@ -178,9 +191,9 @@ def decided(pairs: Iterable[Preference]) -> list[Preference]:
 
 
 def demand_decided(pairs: list[Preference]) -> list[Preference]:
-    """The pairs as they are. Raises: UserError when each of them is a tie, from which an order cannot be learnt."""
+    """The pairs as they are. Raises: NothingToLearnError when each of them is a tie, from which an order cannot be learnt."""
     if not decided(pairs):
-        raise UserError(f"{len(pairs)} pairs, all of them ties", "votes for a side", "collect votes on pairs that differ more")
+        raise NothingToLearnError(f"{len(pairs)} pairs, all of them ties", "votes for a side", "collect votes on pairs that differ more")
     return pairs
 
 
@@ -219,12 +232,12 @@ def shuffled(pairs: Sequence[Preference], seed: int) -> list[Preference]:
 def prompt_folds(prompt_ids: Iterable[str], n_folds: int, seed: int = 0) -> dict[str, int]:
     """prompt_id -> fold, as even as can be, a function of the ids and the seed only (not of their order).
 
-    Raises: UserError with fewer prompts than folds.
+    Raises: NothingToLearnError with fewer prompts than folds.
     """
     ids = sorted(set(prompt_ids), key=lambda name: hashlib.sha256(f"{seed}|{name}".encode()).hexdigest())
     if len(ids) < n_folds:
         got = f"votes on {len(ids)} prompts, those that share an artist or a clip taken as one"
-        raise UserError(got, f"at least {n_folds}, one a fold", "collect votes on more prompts, or ask for fewer folds")
+        raise NothingToLearnError(got, f"at least {n_folds}, one a fold", "collect votes on more prompts, or ask for fewer folds")
     return {name: index % n_folds for index, name in enumerate(ids)}
 
 
@@ -256,12 +269,12 @@ def split_by_prompt(
     """(training, held-out) pairs without a common prompt; about `held_out` of the prompts, at least one, are held out.
 
     Args: groups: prompt_id -> group (`prompt_groups`); prompts of one group stand on one side, so that no artist stands on both.
-    Raises: UserError when there is but one prompt, or one group.
+    Raises: NothingToLearnError when there is but one prompt, or one group.
     """
     group = {pair.prompt_id: (groups or {}).get(pair.prompt_id, pair.prompt_id) for pair in pairs}
     names = set(group.values())
     if len(names) < 2:
-        raise UserError(
+        raise NothingToLearnError(
             f"votes on {len(group)} prompt(s), all linked by an artist or a clip, or one",
             "two or more that can stand apart",
             "collect more, or pass --held-out 0",

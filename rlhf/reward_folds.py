@@ -83,7 +83,7 @@ class Clips:
     def fold_of_prompt(self, n_folds: int, seed: int) -> Tensor:
         """[prompts] long: the fold of each prompt; prompts that share an artist share a fold.
 
-        Raises: UserError when votes order clips of fewer groups than folds.
+        Raises: NothingToLearnError when votes order clips of fewer groups than folds.
         """
         fold = prompt_folds({self.groups[name] for name in self.voted}, n_folds, seed)
         return torch.tensor([fold.get(self.groups[name], 0) for name in self.prompt_number])

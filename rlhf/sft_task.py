@@ -20,6 +20,7 @@ from base_models.policy import load_policy
 from rlhf.journal import Sound, sound_of
 from rlhf.ppo_task import toy_sound
 from rlhf.preferences import codes_sha256, decided, load_snapshot
+from rlhf.snapshot import NothingToLearnError
 from rlhf.trusted import Voted, trusted
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def split(winners: Sequence[Winner], held_out: float, groups: Mapping[str, str])
     ids = sorted(set(group.values()), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     kept = set(ids[: max(1, round(held_out * len(ids)))])
     if len(kept) == len(ids):
-        raise UserError(f"winners of {len(ids)} prompt(s) or artist(s)", "two or more", "collect votes on more, or pass --held-out 0")
+        got = f"winners of {len(ids)} prompt(s) or artist(s)"
+        raise NothingToLearnError(got, "two or more", "collect votes on more, or pass --held-out 0")
     return [w for w in winners if group[w.prompt_id] not in kept], [w for w in winners if group[w.prompt_id] in kept]
 
 

@@ -26,6 +26,11 @@ from base_models.errors import UserError
 Codes = NDArray[np.int64]
 """[K, T]"""
 
+
+class NothingToLearnError(UserError):
+    """Votes that are sound, and teach nothing: none is for a side, all are one rater's, or on too few prompts. More of them may serve."""
+
+
 X, Y, TIE, BOTH_BAD = "x", "y", "tie", "both_bad"
 CHOICES = (X, Y, TIE, BOTH_BAD)
 TRAIN = "train"
@@ -138,8 +143,8 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
 
     Votes on prompts of another split than "train" are left out, and counted as `split_<name>`: what is held out is never learnt from.
     Args: policy_sha256: the base that is to be trained; its codes are the only ones that mean anything to it.
-    Raises: UserError when files are missing, cut or changed after the export, when no usable vote is left beside gold questions,
-        when votes name unknown clips, or when clips that are learnt from come from another base, or from none."""
+    Raises: NothingToLearnError when no usable vote is left beside gold questions; UserError when files are missing, cut or changed after
+        the export, when votes name unknown clips, or when clips that are learnt from come from another base, or from none."""
     folder = Path(folder)
     for name in ("snapshot.json", *FILES):
         if not (folder / name).is_file():
@@ -164,7 +169,7 @@ def load_snapshot(folder: str | Path, policy_sha256: str | None = None) -> Snaps
     if not snapshot.judged:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(excluded.items())) or "none was given"
         gold = f"{len(votes)} on gold questions; " if votes else ""
-        raise UserError(
+        raise NothingToLearnError(
             f"snapshot {snapshot.name!r} without a usable vote ({gold}excluded: {reasons})",
             "at least one vote",
             "collect votes in the app, or look at why they were excluded",

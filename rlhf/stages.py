@@ -11,6 +11,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from typing import Any
 
 from base_models.checkpoint import read_json, write_json
 from base_models.errors import UserError
+from base_models.settings import ERROR_FILE
+from rlhf.snapshot import NothingToLearnError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,12 +139,23 @@ def run_together(commands: Sequence[Sequence[str]], environment: Mapping[str, st
 
 
 def run_python(*programs: Sequence[Any]) -> None:
-    """Run Python programs of ours side by side; their progress goes to the terminal, and a failure ends the work with its words."""
+    """Run Python programs of ours side by side; their progress goes to the terminal, and a failure ends the work with its words.
+
+    Raises: UserError; of a single program NothingToLearnError, where that is what ended it.
+    """
     environment = python_environment()
     if len(programs) > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(programs)))
     commands = [[sys.executable, *map(str, arguments)] for arguments in programs]
-    for command, code in zip(commands, run_together(commands, environment)):
+    with tempfile.TemporaryDirectory() as folder:
+        error_file = Path(folder) / "error.json"
+        if len(programs) == 1:
+            environment[ERROR_FILE] = str(error_file)
+        codes = run_together(commands, environment)
+        told = read_json(error_file) if error_file.is_file() else {"error": None}
+    if told.pop("error") == NothingToLearnError.__name__ and any(codes):
+        raise NothingToLearnError(**told)
+    for command, code in zip(commands, codes):
         if code:
             got = f"exit code {code} of {' '.join(command[1:4])}"
             raise UserError(got, "0", "mend what it says above and call again: it resumes")

@@ -54,6 +54,7 @@ from rlhf.reward_heads import Share, candidates, expand, make_lens, sure_tempera
 from rlhf.reward_model import RewardModel
 from rlhf.reward_report import judgement, name, report
 from rlhf.reward_toy import toy_base, write_toy_snapshot
+from rlhf.snapshot import NothingToLearnError
 from rlhf.token_fit import Recipe
 from rlhf.token_reward import TrunkShape
 from rlhf.token_trial import Trial, verdict
@@ -247,7 +248,8 @@ def check_votes(snapshot: Snapshot, cfg: Config) -> None:
     ordered = ordering(snapshot.votes)
     who = sorted({vote.rater for vote in ordered})
     if ordered and all(vote.choice == TIE for vote in ordered):
-        raise UserError(f"{len(ordered)} votes that order, all of them ties", "votes for a side", "collect votes on pairs that differ more")
+        got = f"{len(ordered)} votes that order, all of them ties"
+        raise NothingToLearnError(got, "votes for a side", "collect votes on pairs that differ more")
     demand_raters(who, cfg.one_rater)
 
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from base_models.errors import UserError
 from rlhf import raters
 from rlhf.preferences import BOTH_BAD, Preference, Snapshot, demand_decided, pairs_sha256, prompt_groups, training_pairs
+from rlhf.snapshot import NothingToLearnError
 
 WeightsBy = Literal["agreement", "nothing"]
 
@@ -36,9 +36,9 @@ class Voted:
 
 
 def demand_raters(who: Sequence[str], one_rater: bool) -> None:
-    """Raises: UserError where all votes that order are one rater's, and nobody said that this is meant."""
+    """Raises: NothingToLearnError where all votes that order are one rater's, and nobody said that this is meant."""
     if len(who) == 1 and not one_rater:
-        raise UserError(
+        raise NothingToLearnError(
             f"votes of one rater alone ({who[0]})",
             "at least two raters, else nobody can tell how right a model of them can be",
             "invite a second rater, or pass --one-rater to learn this one person's taste",
@@ -48,8 +48,8 @@ def demand_raters(who: Sequence[str], one_rater: bool) -> None:
 def trusted(snapshot: Snapshot, weights_by: WeightsBy, n_q: int, card: int, one_rater: bool = False) -> Voted:
     """The pairs of a snapshot with its raters weighed as `train_reward.py` weighs them by agreement; adversaries are silent.
 
-    Raises: UserError when no pair is ordered by raters who are trusted, all are ties, or codes are not of n_q books of `card` entries;
-        for the votes of a single rater, but with `one_rater`.
+    Raises: NothingToLearnError when no pair is ordered by raters who are trusted, or all are ties; for the votes of a single rater, but
+        with `one_rater`. UserError when codes are not of n_q books of `card` entries.
     """
     who = sorted({vote.rater for vote in snapshot.votes if vote.choice != BOTH_BAD and not vote.gold})
     demand_raters(who, one_rater)

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from base_models.errors import UserError
-from base_models.settings import attribute_docstrings, parse, to_mapping
+from base_models.settings import ERROR_FILE, attribute_docstrings, parse, to_mapping
 
 
 @dataclass(frozen=True)
@@ -208,3 +209,23 @@ def test_a_script_leaves_without_the_threads_of_its_process_group(tmp_path, flag
     assert int(training.removeprefix("training ")) > 0
     assert told == shown
     assert leaving == "leaving 0"
+
+
+def test_whoever_starts_a_script_can_read_the_error_that_ended_it_and_its_children_cannot_write_there(tmp_path):
+    """The loop tells votes that teach nothing from all else that may end a training."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import dataclasses, os\n"
+        "from base_models.errors import UserError\n"
+        "from base_models.settings import ERROR_FILE, run\n"
+        "class OwnError(UserError):\n    pass\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Config:\n    wrong: bool = False\n"
+        "def main(cfg):\n    assert ERROR_FILE not in os.environ\n    if cfg.wrong:\n        raise OwnError('a', 'b', 'c')\n"
+        "run(main, Config)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), ERROR_FILE: str(tmp_path / "error.json")}
+    done = subprocess.run([sys.executable, str(script)], env=environment, check=False, capture_output=True)
+    assert (done.returncode, (tmp_path / "error.json").exists()) == (0, False)
+    done = subprocess.run([sys.executable, str(script), "--wrong"], env=environment, check=False, capture_output=True)
+    assert done.returncode == 2
+    assert json.loads((tmp_path / "error.json").read_text()) == {"error": "OwnError", "got": "a", "expected": "b", "remedy": "c"}

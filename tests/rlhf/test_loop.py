@@ -29,8 +29,10 @@ from rlhf.loop import METHODS, Loop, Round, settings
 from rlhf.loop_report import status
 from rlhf.metrics import crossed_bootstrap
 from rlhf.sample_pairs import Prompt, Settings, sample
+from rlhf.snapshot import NothingToLearnError
 from rlhf.stages import ROOT, RatingApp, Stage, only_one, stamp
 from rlhf.verdict import Outcome, comparisons, decide, read_outcomes
+from tests.rlhf.vote_toys import write_snapshot
 
 RATER = """
 import hashlib, json, sys, urllib.request, uuid
@@ -186,6 +188,106 @@ def test_a_reward_that_its_gates_refuse_ends_the_round_and_the_next_one_collects
     told = "\n".join(status(out))
     assert "Round 1: the champion stays: the reward model did not pass its gates" in told
     assert "Its reward model" not in told
+
+
+def test_votes_that_teach_nothing_end_the_round_and_the_next_one_collects_more(files, policy_dir, tmp_path, capfd):
+    """Of one rater, say: they are frozen, so that the same training would be refused for ever. Another one's come with the next round."""
+    out = tmp_path / "run"
+    argv = arguments(files, policy_dir, out)
+    argv[argv.index("--train") + 1] = argv[argv.index("--train") + 1].replace(" --one-rater", "")
+    folder = out / "rounds" / "01"
+    assert cli.main(argv) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "error: got round 1's votes: votes of one rater alone" in said
+    assert "expected at least two raters" in said
+    assert "call again with --rounds 2 or more" in said
+    assert "other --train-args are tried on the same votes" in said
+    told = "\n".join(status(out))
+    assert "Nothing can be learnt from its votes: votes of one rater alone" in told
+    assert "To go on, call again with --rounds 2 or more" in told
+    mine = Loop(settings({"out": out, "train": read_json(out / "loop.json")["train"] + " --one-rater"}), Collecting()).round(1)
+    assert [stage.name for stage in mine.stages()][3:] == ["train", "ab_samples", "ab_votes", "verdict"]
+    kept = {path: path.read_bytes() for name in ("snapshot", "samples") for path in (folder / name).glob("*.json*")}
+
+    (tmp_path / "other.py").write_text(RATER.replace("json.load(open(accounts))", "json.load(open(accounts))[::-1]"))
+    raters = f"python {tmp_path / 'other.py'} {{url}} {{campaign}} {{accounts}} 1000"
+    assert cli.main(["loop", "--out", str(out), "--rounds", "2", "--raters", raters, "--accounts", "3"]) == 0
+    assert stamp(folder, "verdict")["why"].startswith("nothing can be learnt from the votes: votes of one rater alone")
+    assert not stamp(folder, "verdict")["promoted"]
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert stamp(out / "rounds" / "02", "snapshot")["n_raters"] == 2
+    assert stamp(out / "rounds" / "02", "snapshot")["n_votes"] == 8
+    assert stamp(out / "rounds" / "02", "verdict")["why"]
+    assert "Round 1: the champion stays: nothing can be learnt from the votes" in "\n".join(status(out))
+
+
+TIES = [(pair, rater, "tie", {}) for pair in range(8) for rater in ("ada", "bo")]
+FOUR = [(pair, rater, "x", {}) for pair in range(8) for rater in ("ada", "bo")]
+
+
+@pytest.mark.parametrize(
+    ("method", "votes", "said"),
+    [
+        ("sft", TIES, "8 pairs, all of them ties; expected votes for a side"),
+        ("dpo", [(*row[:2], "both_bad", {}) for row in TIES], "with 16 votes but no pair that is ordered by them"),
+        ("ppo", TIES, "16 votes that order, all of them ties"),
+        ("ppo", FOUR, "votes on 4 prompts, those that share an artist or a clip taken as one; expected at least 5"),
+        ("ppo", [(*row[:3], {"gold": "x"}) for row in FOUR], r"without a usable vote \(16 on gold questions"),
+    ],
+)
+def test_a_frozen_snapshot_that_teaches_nothing_holds_no_round_up(method, votes, said, files, policy_dir, tmp_path):
+    names = {"prompts": files / "train.txt", "heldout": files / "heldout.txt"}
+    cfg = settings({**names, "policy": policy_dir, "out": tmp_path / "run", "method": method})
+    made = Loop(cfg, Collecting()).round(1)
+    write_snapshot(made.folder / "snapshot", votes, 8, base=made.loop.policy.sha256, card=made.loop.policy.codec.card, n_q=4)
+    for name in ("samples", "votes", "snapshot"):
+        write_json(made.folder / "stages" / f"{name}.json", {"seconds": 0.0, "n_votes": len(votes)})
+    with pytest.raises(NothingToLearnError, match=rf"got round 1's votes: .*{said}.*remedy: call again with --rounds 2 or more"):
+        made.reward() if made.method.by_reward else made.train()
+    assert [stage.name for stage in made.stages()] == ["samples", "votes", "snapshot", "verdict"]
+    write_json(made.loop.out / "champion.json", made.loop._first_champion())
+    assert made.verdict()["why"].startswith("nothing can be learnt from the votes: ")
+
+
+def test_a_round_of_which_no_vote_counts_ends_unless_some_count_by_the_next_call(played, tmp_path):
+    out = tmp_path / "loop"
+    shutil.copytree(played, out)
+    folder = out / "rounds" / "01"
+    for name in ("snapshot", "train", "ab_samples", "ab_votes", "verdict"):
+        (folder / "stages" / f"{name}.json").unlink()
+    shutil.rmtree(folder / "snapshot")
+    write_json(out / "champion.json", read_json(out / "champion.json").get("before") or read_json(out / "champion.json"))
+    loop = Loop(settings({"out": out}), Collecting())
+
+    def let(status: str) -> None:
+        with sqlite3.connect(out / "encore.db") as connection:
+            connection.execute("update rater set status = ?", (status,))
+        connection.close()
+
+    let("blocked")
+    with pytest.raises(NothingToLearnError, match=r"got round 1's votes: campaign 'loop' with 4 votes, 4 of them excluded .*--rounds 2"):
+        loop.run(1)
+    assert "Nothing can be learnt from its votes: campaign 'loop' with 4 votes" in "\n".join(status(out))
+    let("active")
+    made = loop.round(1)
+    made.look_again()
+    assert [stage.name for stage in made.stages()][2:4] == ["snapshot", "train"]
+    assert made.snapshot()["n_votes"] == 4
+    shutil.rmtree(folder / "snapshot")
+    let("blocked")
+    with pytest.raises(NothingToLearnError, match="round 1 goes on with them"):
+        loop.run(1)
+    loop.run(1)
+    assert stamp(folder, "verdict")["why"].startswith("nothing can be learnt from the votes: campaign 'loop' with 4 votes")
+
+
+def test_what_an_earlier_version_noted_of_a_refused_reward_is_read(played, tmp_path):
+    shutil.copytree(played, tmp_path / "loop")
+    made = Loop(settings({"out": tmp_path / "loop"}), Collecting()).round(2)
+    write_json(made.folder / "refused.json", {"reward_args": "", "missed": "accuracy 0.4", "gates": []})
+    assert made.refused_again
+    assert "--rounds 3 or more" in made.after_refusal
+    assert "--reward-args without --strict" in made.after_refusal
 
 
 def test_a_reward_training_that_breaks_is_not_taken_for_one_that_its_gates_refused(files, policy_dir, tmp_path, capfd):
