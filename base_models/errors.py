@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -16,6 +18,15 @@ class UserError(Exception):
     def __init__(self, got: str, expected: str, remedy: str) -> None:
         self.got, self.expected, self.remedy = got, expected, remedy
         super().__init__(f"got {got}; expected {expected}; remedy: {remedy}")
+
+
+def ended(main: Callable[[], int]) -> int:
+    """The exit code of a program's `main`; bad input ends it with that of the error, and one line on stderr."""
+    try:
+        return main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
 
 
 DISK_TROUBLE = {

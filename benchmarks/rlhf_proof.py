@@ -34,7 +34,7 @@ import argparse
 import dataclasses
 from itertools import product
 
-from base_models.errors import UserError
+from base_models.errors import ended
 from base_models.policy import PRETRAINED
 from rlhf.proof.cells import Cell, closure, run_all
 from rlhf.proof.ledger import remember
@@ -196,8 +196,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(ended(main))

@@ -106,7 +106,7 @@ def beside(row: Row, name: str) -> tuple[str, str]:
     )
 
 
-def copied(row: Row, name: str) -> bool:
+def copies_more(row: Row, name: str) -> bool:
     """Whether a replication's copies are more than the base's and, where it is measured, more than those of unseen clips."""
     measured = [row[kind][name] for kind in ("copies", "beyond") if name in row[kind]]
     return name in row["copies"] and all(part["ci"][0] > 0 for part in measured)
@@ -118,7 +118,7 @@ def guard_table(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
         worse = ["diversity"] if (row["diversity_ratio"] or 0) < DIVERSE else []
-        worse += [COPIED[name] for name in COPIES if copied(row, name)]
+        worse += [COPIED[name] for name in COPIES if copies_more(row, name)]
         body.append((
             row["experiment"], row["taste"], NAMES[row["method"]], str(row["seed"]), str(row["votes"] or "-"),
             number(row["diversity_ratio"], ".2f"), *(cell for name in COPIES for cell in beside(row, name)),

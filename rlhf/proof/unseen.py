@@ -29,7 +29,7 @@ import torch
 
 from base_models.checkpoint import read_jsonl, write_json
 from base_models.corpus.tokens import load_tokens
-from base_models.errors import UserError
+from base_models.errors import UserError, ended
 from base_models.evaluate_base import nearest_training_clip
 from rlhf.evaluate_models import read_codes
 from rlhf.proof.figures import HALF
@@ -126,8 +126,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(ended(main))
