@@ -42,6 +42,7 @@ from db.store import open_store
 from rlhf.apart import write_furthest
 from rlhf.collecting import Collecting, admit, collect, database_file, freeze, places
 from rlhf.evaluate_models import BASE, evaluate
+from rlhf.loop_places import PLACES, demand_there, kept_settings, moved, note_contents, refuse_other_content
 from rlhf.reward_gates import Gate, GateError, missed
 from rlhf.sample_pairs import Prompt, Settings, read_prompts, sample, write_prompts
 from rlhf.snapshot import NothingToLearnError
@@ -123,9 +124,14 @@ def settings(given: dict[str, Any]) -> LoopConfig:
     """The loop's settings: those kept in loop.json, and those given now (None: not given). UserError where they contradict."""
     out = Path(given.get("out") or LoopConfig.out)
     said = {key: value for key, value in given.items() if value is not None}
-    kept: dict[str, Any] = read_json(out / "loop.json") if (out / "loop.json").is_file() else {}
+    said |= {name: moved(said[name], out, out) for name in PLACES if name in said}
+    kept = kept_settings(out)
     new = to_mapping(from_mapping(LoopConfig, {**kept, **said}))
-    if other := [key for key, value in kept.items() if new[key] != value and key not in CHANGEABLE]:
+    other = [key for key, value in kept.items() if new[key] != value and key not in CHANGEABLE]
+    for name in [name for name in PLACES if name in other and kept[name] is not None]:
+        refuse_other_content(out, name, Path(new[name]), Path(kept[name]))
+        other.remove(name)
+    if other:
         got = ", ".join(f"{key} {new[key]!r}" for key in other)
         expected = ", ".join(repr(kept[key]) for key in other)
         raise UserError(f"{got} for the loop in {out}", expected, "leave them out, or choose another --out")
@@ -209,6 +215,8 @@ class Loop:
         self.db = cfg.db or f"sqlite:///{(cfg.out / 'encore.db').resolve()}"
         assert cfg.prompts is not None
         assert cfg.heldout is not None
+        demand_there(cfg.out, "prompts", cfg.prompts)
+        demand_there(cfg.out, "heldout", cfg.heldout)
         self.prompts, self.heldout = read_prompts(cfg.prompts), read_prompts(cfg.heldout)
         refuse_shared(self.heldout, [prompt.prompt for prompt in self.prompts], "held-out prompts that are trained on")
         if watches_own(cfg) and len(self.prompts) < 3:
@@ -234,11 +242,15 @@ class Loop:
             first = None if (self.out / "champion.json").is_file() else self._first_champion()
             if first is not None:
                 self._check_campaign()
+            note_contents(self.out, {"prompts": self.cfg.prompts, "heldout": self.cfg.heldout})
             write_json(self.out / "loop.json", to_mapping(self.cfg))  # of a loop that can begin: the next call is held to it
             if first is not None:
                 write_json(self.out / "champion.json", first)
             missing = [number for number in range(1, rounds + 1) if not stamp_path(self.round(number).folder, "verdict").is_file()]
             if missing:
+                demand_there(self.out, "policy", self.cfg.policy)
+                if not self.champion()["round"]:
+                    demand_there(self.out, "champion", self.cfg.champion)
                 self._check_place()
             if missing and self.collecting.serve:
                 admit(self.db, self.collecting.people)
@@ -259,7 +271,9 @@ class Loop:
 
     def adapter_of(self, champion: dict[str, Any]) -> str | None:
         """Where a champion's adapter lies: a promoted one in its round's folder, wherever the loop is; the first one where it was given."""
-        return self.round(champion["round"]).challenger if champion["round"] else champion["adapter"]
+        if champion["round"]:
+            return self.round(champion["round"]).challenger
+        return str(self.cfg.champion) if self.cfg.champion else None
 
     def standing(self) -> dict[str, Any]:
         """The champion's record, with the place of its adapter, once that was found to hold what was promoted: the first one may be

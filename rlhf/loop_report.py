@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from base_models.atomic import atomic_file
-from base_models.checkpoint import read_json
 from base_models.errors import UserError
 from base_models.settings import from_mapping
 from rlhf.collecting import Collecting, counted
 from rlhf.loop import CHALLENGER, Loop, LoopConfig, Round, why_refused
+from rlhf.loop_places import kept_settings
 from rlhf.stages import stamp, stamp_path
 from rlhf.verdict import rule
 
@@ -42,7 +41,7 @@ def status(out: Path) -> list[str]:
     """What the loop has done and waits for, in lines. UserError for a folder without a loop, or where the votes' database is not there."""
     if not (out / "loop.json").is_file():
         raise UserError(f"{out} without loop.json", "the folder of a loop", "check --out")
-    cfg = replace(from_mapping(LoopConfig, read_json(out / "loop.json")), out=out)  # the folder may have moved
+    cfg = from_mapping(LoopConfig, kept_settings(out))
     loop = Loop(cfg, Collecting())
     rounds = [loop.round(int(folder.name)) for folder in sorted((out / "rounds").glob("[0-9][0-9]"))]
     lines = [f"# Loop in {out}", ""]

@@ -516,6 +516,91 @@ def test_a_moved_loop_says_where_its_clips_are_known_and_goes_on_behind_a_link(f
     assert stamp(new / "rounds" / "01", "verdict")["n_votes"] == 2
 
 
+def begun(out: Path, files: Path, **more) -> dict[str, Path | int]:
+    """The settings of a loop that was begun in `out`, with nothing played yet."""
+    given = {"prompts": files / "train.txt", "heldout": files / "heldout.txt", "min_decided": 4, "min_prompts": 2, "out": out, **more}
+    Loop(settings(given), Collecting()).run(0)
+    return given
+
+
+def test_what_a_loop_has_in_its_folder_moves_with_it(files, policy_dir, played, tmp_path, monkeypatch):
+    """Prompts, base and first champion, however they were named; those of loops that an earlier version began as well."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.txt", "heldout.txt"):
+        shutil.copy(files / name, old / name)
+    shutil.copytree(policy_dir, old / "policy")
+    shutil.copytree(played / "rounds" / "01" / "train" / "adapter", old / "first")
+    begun(Path("old"), old, policy=Path("old/policy"), champion=old / "first")
+    assert read_json(old / "loop.json")["prompts"] == "old/train.txt"
+    write_json(old / "loop.json", read_json(old / "loop.json") | {"prompts": str(old / "train.txt")})  # as it was kept before
+    old.rename(new)
+    for out in (Path("new"), new):
+        loop = Loop(settings({"out": out}), Collecting())
+        assert [loop.cfg.prompts, loop.cfg.heldout] == [out / "train.txt", out / "heldout.txt"]
+        assert [loop.cfg.policy, loop.cfg.champion] == [out / "policy", out / "first"]
+        assert f"Champion: {out / 'first'}" in "\n".join(status(out))
+        loop.run(0)
+    monkeypatch.chdir("/")
+    assert Loop(settings({"out": new, "heldout": new / "heldout.txt"}), Collecting()).round(1).samples()["adapter_sha256"]
+
+
+def test_what_a_loop_has_elsewhere_may_be_given_anew_with_the_same_content_alone(files, policy_dir, other_policy_dir, played, tmp_path):
+    far, near = tmp_path / "far", tmp_path / "near"
+    adapter = played / "rounds" / "01" / "train" / "adapter"
+    for place in (far, tmp_path / "other"):
+        place.mkdir()
+        for name in ("train.txt", "heldout.txt"):
+            shutil.copy(files / name, place / name)
+    shutil.copytree(policy_dir, far / "policy")
+    shutil.copytree(adapter, far / "first")
+    out = tmp_path / "run"
+    begun(out, far, policy=far / "policy", champion=far / "first")
+    far.rename(near)
+    kept = (out / "loop.json").read_bytes()
+    with pytest.raises(UserError, match=rf"got no {far / 'train.txt'}; expected the prompts .*remedy: put .*--prompts PLACE"):
+        Loop(settings({"out": out}), Collecting())
+    with pytest.raises(UserError, match=rf"got no {far / 'train.txt'}"):
+        status(out)
+    (tmp_path / "other" / "train.txt").write_text("slow waltz\n")
+    (tmp_path / "other" / "heldout.txt").write_text("calm waltz\n")
+    save_mix(tmp_path / "other" / "first", [adapter], [0.5])
+    others = {"prompts": tmp_path / "other" / "train.txt", "heldout": tmp_path / "other" / "heldout.txt"}
+    others |= {"policy": other_policy_dir, "champion": tmp_path / "other" / "first"}
+    for name, place in others.items():
+        with pytest.raises(UserError, match=rf"got --{name} {place} of sha256 \w{{12}}; expected \w{{12}}, as of what the loop"):
+            settings({"out": out, name: place})
+        with pytest.raises(UserError, match=rf"no (file )?{near / 'none'}|{near / 'none'} without"):
+            settings({"out": out, name: near / "none"})
+    assert (out / "loop.json").read_bytes() == kept
+    texts = {"prompts": near / "train.txt", "heldout": near / "heldout.txt"}
+    for name, left in (("policy", {"champion": near / "first"}), ("champion", {"policy": near / "policy"})):
+        with pytest.raises(UserError, match=rf"got no {far / ('policy' if name == 'policy' else 'first')}.*--{name} PLACE"):
+            Loop(settings({"out": out, **texts, **left}), Collecting()).run(1)
+        (out / "loop.json").write_bytes(kept)
+    again = {**texts, "policy": near / "policy", "champion": near / "first"}
+    Loop(settings({"out": out, **again}), Collecting()).run(0)
+    assert {name: Path(read_json(out / "loop.json")[name]) for name in again} == again
+    assert Loop(settings({"out": out}), Collecting()).round(1).samples()["adapter_sha256"] == read_adapter(adapter).manifest.adapter_sha256
+    (near / "train.txt").write_text("sad piano\ncalm folk\nslow waltz\n")  # in its place it may change from round to round
+    Loop(settings({"out": out}), Collecting()).run(0)
+    with pytest.raises(UserError, match="of sha256"):
+        settings({"out": out, "prompts": files / "train.txt"})
+
+
+def test_prompts_of_a_loop_that_noted_no_content_are_known_by_the_file_alone(files, policy_dir, tmp_path):
+    """Of an earlier version. Where they are gone nobody knows whether others are the same."""
+    shutil.copytree(files, tmp_path / "far")
+    out = tmp_path / "run"
+    begun(out, tmp_path / "far", policy=policy_dir)
+    (out / "contents.json").unlink()
+    assert settings({"out": out, "prompts": files / "train.txt"}).prompts == files / "train.txt"
+    (tmp_path / "far" / "train.txt").unlink()
+    with pytest.raises(UserError, match=rf"nothing that tells .* put the prompts back at {tmp_path / 'far' / 'train.txt'}"):
+        settings({"out": out, "prompts": files / "train.txt"})
+
+
 def test_a_moved_loop_makes_no_second_database_at_its_old_place(files, policy_dir, tmp_path, capfd):
     """An empty one would be taken for the loop's, and the next snapshot would lack all earlier votes."""
     old, new = tmp_path / "old", tmp_path / "new"
