@@ -3,6 +3,7 @@
     python benchmarks/rlhf_proof.py --jobs 2                                # main table: 3 tastes x 3 seeds x {PPO, DPO}
     python benchmarks/rlhf_proof.py --jobs 2 --methods ppo,ppo_best         # PPO, and the best of four clips of its adapter
     python benchmarks/rlhf_proof.py --jobs 2 --methods ppo_strong           # its adapter at weight 1.2
+    python benchmarks/rlhf_proof.py --jobs 2 --methods ppo_rounds,dpo_rounds    # half of the votes on clips of an adapter of the first half
     python benchmarks/rlhf_proof.py --jobs 2 --methods dpo_rated,ppo_score  # DPO on the rated pairs; PPO by a score a clip, with a critic
     python benchmarks/rlhf_proof.py --jobs 2 --experiments familiar         # the main table's adapters on pairs that training had
     python benchmarks/rlhf_proof.py --jobs 2 --tastes drive --seeds 0 --methods ppo
@@ -36,18 +37,19 @@ from itertools import product
 
 from base_models.errors import ended
 from base_models.policy import PRETRAINED
+from rlhf.proof.builder import Builder
 from rlhf.proof.cells import Cell, closure, run_all
 from rlhf.proof.ledger import remember
 from rlhf.proof.left import expected, seconds_left
 from rlhf.proof.page import sections, write_page
-from rlhf.proof.plan import CONTROLLED, METHODS, SMALL, Arguments, Builder, Plan, Sizes
+from rlhf.proof.plan import CONTROLLED, METHODS, SMALL, Arguments, Plan, Sizes
 from rlhf.proof.tables import collect_figures
 
 TASTES = ("warm", "drive", "space")
-SEEDS = (40, 41, 42)
+SEEDS = (43, 44, 45)
 """Of the main table. Settings were compared on the votes and training prompts of 0 to 8, on 10, and, for drift and the unit of weights, on
-12, 13, 15 and 16; 9, 11, 14 and 17 to 27 were looked at before the last of them, 28 to 39 have been since, and settings of now were
-compared on 34. These have been run by PPO and DPO with the settings of now; a table of other settings takes others."""
+12, 13, 15 and 16; 9, 11, 14 and 17 to 27 were looked at before the last of them, 28 to 42 have been since, and settings of now were
+compared on 34 and 35. A table of other settings takes other seeds."""
 EXPERIMENTS = ("main", "familiar", "curve", "over_optimisation", "controls")
 
 # ---- what each training script is given: tuned with --tuning, on prompts that the figures do not use ----------------------
@@ -62,7 +64,7 @@ def flags(**settings: str | float) -> tuple[str, ...]:
 PPO = (
     *flags(steps=40, samples_per_prompt=2, lr=1.5e-3, kl_coef=0.005, kl_coef_least=0.0025, target_kl=65, kl_horizon=120),
     *flags(kl_power=1, average=0.9, look_every=5, heldout_clips=2),
-    *flags(kl_budget=150, weights="human=1,similarity=0.4,tempo=0.06,genre=0.8,diversity=0.2", base_looks=4),
+    *flags(kl_budget=150, weights="human=1,similarity=0.4,tempo=0.15,genre=0.8,diversity=0.3", base_looks=4),
     *flags(hold="similarity,tempo,genre,diversity", hold_rate=0.5, hold_slack=1),
 )
 # The last word counts. A number a clip says less than a slope: larger rounds at half the rate, and what a prompt's other clips scored taken
@@ -71,7 +73,7 @@ PPO_SCORE = (*PPO, *flags(credit="score", batch_size=128, lr=7e-4, samples_per_p
 DPO = (
     *flags(pairing="expected", edit_price=0.2, rated_share=0, beta=0.03, kl_weight=3e-4, target_kl=65, kl_ramp=6, kl_power=2, lr=1e-3),
     *flags(rounds=10, round_prompts=100, round_clips=2, round_epochs=2, batch_size=40, held_out_clips=96, base_looks=4),
-    *flags(kl_budget=150, weights="human=1,similarity=0.3,tempo=0.06,genre=0.6,diversity=0.4"),
+    *flags(kl_budget=150, weights="human=1,similarity=0.3,tempo=0.15,genre=0.6,diversity=0.4"),
     *flags(hold="similarity,tempo,genre,diversity", hold_rate=0.5, hold_slack=1),
 )
 DPO_RATED = flags(beta=0.1, sft_weight=0, kl_weight=0, lr=2e-4, batch_size=8, epochs=3)  # what train_dpo.py --snapshot does by itself

@@ -264,7 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 40,
         "held_out_clips": 96,
         "base_looks": 4,
-        "weights": f"{HUMAN}=1,similarity=0.3,tempo=0.06,genre=0.6,diversity=0.4",
+        "weights": f"{HUMAN}=1,similarity=0.3,tempo=0.15,genre=0.6,diversity=0.4",
         "hold": "similarity,tempo,genre,diversity",
         "hold_rate": 0.5,
         "hold_slack": 1.0,

@@ -243,7 +243,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "look_every": 5,
         "heldout_clips": 2,
         "base_looks": 4,
-        "weights": f"{HUMAN}=1,similarity=0.4,tempo=0.06,genre=0.8,diversity=0.2",
+        "weights": f"{HUMAN}=1,similarity=0.4,tempo=0.15,genre=0.8,diversity=0.3",
         "hold": "similarity,tempo,genre,diversity",
         "hold_rate": 0.5,
         "hold_slack": 1.0,

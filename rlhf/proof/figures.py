@@ -21,7 +21,7 @@ from base_models.checkpoint import read_json
 from rlhf.metrics import mean_ci, paired_outcomes, win_rate
 from rlhf.proof.cells import result
 from rlhf.proof.keep import FINAL
-from rlhf.proof.plan import METHODS, Outcome, RewardRow, Trail
+from rlhf.proof.plan import METHODS, ROUNDS, Outcome, RewardRow, Trail
 
 FIT = ("similarity", "tempo", "genre", "genre_real")
 COPIES = ("nearest_rated", "nearest_training")
@@ -215,6 +215,7 @@ def reward_row(entry: RewardRow, root: Path) -> Row:
         "taste": entry.taste,
         "seed": entry.seed,
         "votes": entry.votes,
+        "rounds": 2 if entry.method == ROUNDS else 1,
         "accuracy": accuracy,
         "ci": told.get("ci"),
         "ceiling": ceiling,

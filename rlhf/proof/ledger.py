@@ -38,8 +38,9 @@ def named(value: Any) -> Any:
 
 
 def identity(entry: Entry) -> tuple[str, ...]:
-    """What makes two entries answers to one question: all but the cells."""
-    return tuple(f"{name}={value}" for name, value in sorted(entry.items()) if name not in (*CELLS, MEASURED))
+    """What makes two entries answers to one question: all but the cells, and but what is not said."""
+    told = {name: value for name, value in entry.items() if name not in (*CELLS, MEASURED) and value is not None}
+    return tuple(f"{name}={value}" for name, value in sorted(told.items()))
 
 
 def table_of(entry: Entry) -> tuple[str, ...]:

@@ -143,11 +143,11 @@ def row_table(rows: Sequence[Row]) -> str:
 
 
 def reward_table(rows: Sequence[Row]) -> str:
-    head = ("taste", "seed", "votes", "accuracy", "95 % by prompt", "ceiling", "(acc-.5)/(ceil-.5)", "ECE")
-    ordered = sorted(rows, key=lambda row: (row["taste"], row["seed"], row["votes"]))
+    head = ("taste", "seed", "votes", "in rounds", "accuracy", "95 % by prompt", "ceiling", "(acc-.5)/(ceil-.5)", "ECE")
+    ordered = sorted(rows, key=lambda row: (row["taste"], row["seed"], row["votes"], row["rounds"]))
     return table(head, [
-        (row["taste"], str(row["seed"]), str(row["votes"]), number(row["accuracy"]), interval(row["ci"]), number(row["ceiling"]),
-         number(row["of_ceiling"], ".2f"), number(row["ece"]))
+        (row["taste"], str(row["seed"]), str(row["votes"]), str(row["rounds"]), number(row["accuracy"]), interval(row["ci"]),
+         number(row["ceiling"]), number(row["of_ceiling"], ".2f"), number(row["ece"]))
         for row in ordered
     ])  # fmt: skip
 

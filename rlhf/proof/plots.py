@@ -21,10 +21,12 @@ COLOURS = {
     "ppo": "#d9480f",
     "ppo_strong": "#e8590c",
     "ppo_best": "#f59f00",
+    "ppo_rounds": "#9f1239",
     "ppo_score": "#db2777",
     "dpo": "#2563eb",
     "dpo_strong": "#4f46e5",
     "dpo_best": "#0891b2",
+    "dpo_rounds": "#1e3a8a",
     "dpo_rated": "#38bdf8",
     "best_of_n": "#15803d",
     "sft": "#7e22ce",
@@ -36,10 +38,12 @@ NAMES = {
     "ppo": "PPO",
     "ppo_strong": f"PPO, at weight {STRENGTH:g}",
     "ppo_best": "PPO, best of several",
+    "ppo_rounds": "PPO, votes in two rounds",
     "ppo_score": "PPO, by score",
     "dpo": "DPO",
     "dpo_strong": f"DPO, at weight {STRENGTH:g}",
     "dpo_best": "DPO, best of several",
+    "dpo_rounds": "DPO, votes in two rounds",
     "dpo_rated": "DPO, on rated pairs",
     "best_of_n": "best of n",
     "sft": "SFT on winners",
@@ -152,10 +156,12 @@ def plot_rewards(rows: Sequence[Row], path: Path) -> Path:
     """Accuracy on unseen prompts against the number of votes, and the ceiling."""
     figure, axes = _axes("Reward model: votes foretold on unseen prompts", "votes (log)", "accuracy")
     colours = plt.get_cmap("tab10")
-    for index, taste in enumerate(sorted({row["taste"] for row in rows})):
-        own = sorted((row for row in rows if row["taste"] == taste and row["accuracy"] is not None), key=lambda row: row["votes"])
+    for index, (taste, rounds) in enumerate(sorted({(row["taste"], row["rounds"]) for row in rows})):
+        chosen = (row for row in rows if (row["taste"], row["rounds"]) == (taste, rounds) and row["accuracy"] is not None)
+        own = sorted(chosen, key=lambda row: row["votes"])
         x = [row["votes"] * 1.02 ** row["seed"] for row in own]
-        axes.plot(x, [row["accuracy"] for row in own], "o", color=colours(index), label=taste)
+        marker, name = ("D", f"{taste}, two rounds") if rounds == 2 else ("o", taste)
+        axes.plot(x, [row["accuracy"] for row in own], marker, color=colours(index), label=name)
         for at, row in zip(x, own):
             axes.plot([at, at], row["ci"], color=colours(index), linewidth=1)
             if row["ceiling"]:

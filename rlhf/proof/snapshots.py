@@ -1,6 +1,8 @@
-"""Other snapshots made of one: the first N of its votes, all votes turned round, or half of each prompt's pairs turned round.
+"""Other snapshots made of one: the first N of its votes, all votes turned round, or half of each prompt's pairs turned round; or one made
+of two, with the votes of both.
 
     python -m rlhf.proof.snapshots --snapshot DIR --out DIR [--votes 500] [--turn all|half] [--seed 0]
+    python -m rlhf.proof.snapshots --snapshot DIR --also DIR --out DIR
 
 The subset is drawn by a hash of the seed and the vote, so that smaller ones lie within larger ones. The result is a snapshot like any
 other, with a content hash of its own and its parent's; trainers see no difference between it and one that the app exported."""
@@ -69,39 +71,66 @@ def derive(parent: Path, out: Path, n: int | None = None, turn: str = "none", se
     elif turn == "half":
         kept = half_turned(kept, seed)
     used = {vote[side] for vote in kept for side in ("clip_x", "clip_y")}
-    clips = [clip for clip in read_jsonl(parent / "clips.jsonl") if clip["sha256"] in used]
+    clips = [clip for clip in clips_of(parent) if clip["sha256"] in used]
+    about = read_json(parent / "snapshot.json")
+    told = {"parent_sha256": about["sha256"], "derived": {"votes": n, "turn": turn, "seed": seed}}
+    return write(out, kept, clips, {**about, "name": f"{about['name']}-{turn}-{len(kept)}", **told})
+
+
+def joined(first: Path, second: Path, out: Path) -> dict[str, Any]:
+    """Write the votes of two campaigns as one snapshot. Raters of one name are one person; votes and pairs of the second are numbered in
+    the second's own database, and get names of their own."""
+    votes: list[dict[str, Any]] = []
+    clips: dict[str, dict[str, Any]] = {}
+    parents = []
+    for part, before in ((first, ""), (second, "second.")):
+        load_snapshot(part)
+        told = [vote for vote in read_jsonl(part / "votes.jsonl") if not vote.get("excluded_reason")]
+        votes += [{**vote, **{name: f"{before}{vote[name]}" for name in ("vote_id", "pair_id")}} for vote in told]
+        clips |= {clip["sha256"]: clip for clip in clips_of(part)}
+        parents.append(read_json(part / "snapshot.json"))
+    named = {"name": "-".join(parent["name"] for parent in parents), "parent_sha256": [parent["sha256"] for parent in parents]}
+    return write(out, votes, list(clips.values()), {**parents[0], **named, "derived": {"joined": len(parents)}})
+
+
+def clips_of(parent: Path) -> list[dict[str, Any]]:
+    """Its clips, whose codes can be found from anywhere."""
+    clips = read_jsonl(parent / "clips.jsonl")
     for clip in clips:
         if "://" not in clip["codes_uri"]:
             clip["codes_uri"] = str((parent / clip["codes_uri"]).resolve())
-    about = read_json(parent / "snapshot.json")
+    return clips
+
+
+def write(out: Path, votes: list[dict[str, Any]], clips: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+    """Votes and clips as a snapshot's folder, whole or not at all, checked as a trainer would; returns its snapshot.json."""
     with atomic_folder(out) as temporary:
-        for name, rows in (("votes.jsonl", kept), ("clips.jsonl", clips)):
+        for name, rows in (("votes.jsonl", votes), ("clips.jsonl", clips)):
             lines = (json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n" for row in rows)
             (temporary / name).write_text("".join(lines), encoding="utf-8")
-        derived = {
-            **about,
-            "name": f"{about['name']}-{turn}-{len(kept)}",
-            "sha256": content_sha256(temporary),
-            "parent_sha256": about["sha256"],
-            "derived": {"votes": n, "turn": turn, "seed": seed},
-            "n_votes": len(kept),
-            "n_excluded": {},
-            "n_raters": len({vote["rater"] for vote in kept}),
-        }
-        write_json(temporary / "snapshot.json", derived)
+        raters = {vote["rater"] for vote in votes}
+        counted = {"sha256": content_sha256(temporary), "n_votes": len(votes), "n_excluded": {}, "n_raters": len(raters)}
+        write_json(temporary / "snapshot.json", {**about, **counted})
     load_snapshot(out)
-    return derived
+    return {**about, **counted}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--snapshot", type=Path, required=True)
+    parser.add_argument("--also", type=Path, help="another snapshot: the votes of both, as they are")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--votes", type=int)
     parser.add_argument("--turn", choices=("none", "all", "half"), default="none")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    print(json.dumps(derive(args.snapshot, args.out, args.votes, args.turn, args.seed)))
+    if args.also:
+        if args.votes is not None or args.turn != "none":
+            raise UserError("--also with --votes or --turn", "the votes of both snapshots as they are", "derive from each of them first")
+        told = joined(args.snapshot, args.also, args.out)
+    else:
+        told = derive(args.snapshot, args.out, args.votes, args.turn, args.seed)
+    print(json.dumps(told))
     return 0
 
 

@@ -136,6 +136,7 @@ def figures():
         "taste": "warm",
         "seed": 0,
         "votes": 200,
+        "rounds": 1,
         "accuracy": 0.66,
         "ci": [0.6, 0.7],
         "ceiling": 0.78,
@@ -159,7 +160,7 @@ def figures():
         "results": 9, "asked": 4, "missing": 1, "left_out": 0, "main": rows(), "main_by_seed": each,
         "familiar": rows(), "familiar_by_seed": each, "curve": rows() + other,
         "curve_by_seed": each, "controls": [control, {**control, "ci": None, "held": None}], "controls_by_seed": {"gold": each},
-        "rewards": [reward], "trails": {"warm, seed 3": arms, "drive, seed 3": arms},
+        "rewards": [reward, {**reward, "rounds": 2, "accuracy": 0.71}], "trails": {"warm, seed 3": arms, "drive, seed 3": arms},
         "over_optimisation": {at: {arm: lost_after_the_best(trail) for arm in arms} for at in ("warm, seed 3", "drive, seed 3")},
     }  # fmt: skip
 
@@ -173,6 +174,9 @@ def test_the_page_shows_what_is_there_and_leaves_out_what_is_not(tmp_path):
     assert "Control by run: reversed" not in text
     assert "4, of which 1 are missing" in text
     assert "0.050 - 0.070 = -0.020" in text
+    rewards = text.partition("## The reward against its ceiling")[2].partition("\n##")[0]
+    told = [[cell.strip() for cell in line.split("|")[3:6]] for line in rewards.splitlines() if line.startswith("| warm")]
+    assert told == [["200", "1", "0.660"], ["200", "2", "0.710"]]
     assert "-0.020 - -0.030 = +0.010 [-0.020, 0.040]" in text
     assert text.count("Music that is more alike comes nearer to any clip") == 3  # the main table, familiar, and the guards
     assert [line.split("|")[-3].strip() for line in text.splitlines() if line.startswith("| gold    | warm")][:2] == ["NO", "not judged"]

@@ -1,7 +1,8 @@
 from base_models.checkpoint import write_json
+from rlhf.proof.builder import Builder
 from rlhf.proof.cells import Cell, closure
 from rlhf.proof.ledger import entry_of, merged, of_one_setting, remember
-from rlhf.proof.plan import SMALL, Arguments, Builder, Plan
+from rlhf.proof.plan import ROUNDS, SMALL, Arguments, Plan
 
 
 def planned(experiment, taste="warm", seed=3, others=(), **arguments):
@@ -116,6 +117,31 @@ def test_a_ledger_of_before_is_read_and_its_outcomes_are_replaced(tmp_path):
     after = remember(plan, root, out)
     assert rows(after) == rows(before)
     assert unseen_of(after) == ["by-s4"]
+
+
+def test_rewards_of_votes_in_two_rounds_stand_beside_those_at_once_and_each_is_kept_once(tmp_path):
+    """Of ledgers of before too, whose rewards did not say how their votes came."""
+    root, out = tmp_path / "cells", tmp_path / "final"
+    both = Plan()
+    Builder(SMALL, Arguments()).main_table(both, ["warm"], [3], ["ppo", "ppo_rounds", "dpo_rounds"])
+    finish(both, root)
+    before = {name: value for name, value in entry_of(both.rewards[0]).items() if name != "method"}
+    write_json(out / "ledger.json", {"outcomes": [], "trails": [], "rewards": [before]})
+    assert [reward.method for reward in remember(Plan(), root, out).plan.rewards] == [None]
+    found = remember(both, root, out).plan
+    assert sorted(reward.method or "" for reward in found.rewards) == ["", ROUNDS]
+    assert len({reward.cell.name for reward in found.rewards}) == 2
+    assert sorted(outcome.method for outcome in found.outcomes) == ["dpo_rounds", "ppo", "ppo_rounds"]
+
+
+def test_settings_of_votes_in_two_rounds_name_what_trained_the_first_adapter():
+    told = []
+    for ppo in ((), ("--lr", "1e-4")):
+        plan = Plan()
+        Builder(SMALL, Arguments(ppo=ppo)).main_table(plan, ["warm"], [3], ["dpo", "dpo_rounds"])
+        told.append({outcome.method: outcome.settings for outcome in plan.outcomes})
+    assert told[0]["dpo"] == told[1]["dpo"]
+    assert told[0]["dpo_rounds"] != told[1]["dpo_rounds"]
 
 
 def test_settings_say_nothing_of_seeds_votes_and_places_of_cells():

@@ -10,8 +10,9 @@ from base_models.settings import parse
 from benchmarks import rlhf_proof
 from rlhf import train_dpo, train_ppo
 from rlhf.proof import prompts
+from rlhf.proof.builder import TUNED_ON, Builder
 from rlhf.proof.cells import CODE, TOP, closure, place
-from rlhf.proof.plan import BEST, CONTROLLED, METHODS, SCRIPTS, SECONDS, SMALL, STRONG, TUNED_ON, Arguments, Builder, Plan, Sizes
+from rlhf.proof.plan import CONTROLLED, METHODS, ROUNDS, SCRIPTS, SECONDS, SMALL, Arguments, Plan, Sizes, trainer_of
 from rlhf.proof.plots import COLOURS, NAMES
 from rlhf.sample_pairs import read_prompts
 
@@ -72,7 +73,7 @@ def test_every_method_has_a_row_to_stand_in():
 
 @pytest.mark.parametrize("arguments", [Arguments(), rlhf_proof.FULL_ARGUMENTS, rlhf_proof.SMALL_ARGUMENTS], ids=["none", "full", "small"])
 def test_every_run_has_a_script_settings_a_time_and_something_to_learn_from(arguments):
-    runs = {method.removesuffix(BEST).removesuffix(STRONG) for method in METHODS} - {"best_of_n"}
+    runs = {trainer_of(method) for method in METHODS} - {"best_of_n"}
     assert runs == SCRIPTS.keys() == SECONDS.keys() == arguments.trained_on.keys()
     assert all((TOP / "rlhf" / f"train_{script}.py").is_file() for script in SCRIPTS.values())
     _, cells = warm_table(METHODS, arguments)
@@ -211,6 +212,38 @@ def test_familiar_prompts_are_played_by_the_adapters_of_the_main_table():
         assert outcome.base.label == "base/familiar/s0"
         assert outcome.gold.label.startswith("gold/familiar/")
         assert not any("heldout" in cell.label for cell in closure([outcome.gold]))
+
+
+def test_votes_in_two_rounds_are_as_many_and_half_of_them_about_clips_of_an_adapter_of_the_first_half():
+    plan, cells = warm_table(["ppo", "ppo_rounds", "dpo_rounds"])
+    assert [(o.method, o.votes) for o in plan.outcomes] == [("ppo", 2000), ("ppo_rounds", 2000), ("dpo_rounds", 2000)]
+    both = cells["snapshot/warm/s0/n2000_rounds"]
+    first, again = both.needs
+    assert [cell.argv[cell.argv.index("--votes") + 1] for cell in both.needs] == ["1000", "1000"]
+    assert [cell.label for cell in again.needs] == ["votes/warm/s0/after-n1000"]
+    clips = cells["samples/warm/s0/after-n1000"]
+    scout = cells["ppo/warm/s0/n1000"]
+    assert clips in again.needs[0].needs
+    assert clips.argv[clips.argv.index("--adapter") + 1] == place(scout, "run", "adapter")
+    assert first in closure([scout])  # what the scout learns from
+    assert both not in closure([scout])
+    for name in ("ppo", "dpo"):  # each learns from all of them, and from nothing else than the one that had all votes at once
+        run, at_once = cells[f"{name}/warm/s0/n2000_rounds"], cells.get(f"{name}/warm/s0/n2000")
+        assert [need for need in run.needs if need.label.startswith("reward/")] == [cells["reward/warm/s0/n2000_rounds"]]
+        if at_once:
+            assert [part for part in run.argv if "reward" not in part] == [part for part in at_once.argv if "reward" not in part]
+    assert [(r.method, r.cell.label) for r in plan.rewards] == [
+        (None, "reward/warm/s0/n2000"),
+        (ROUNDS, "reward/warm/s0/n2000_rounds"),
+    ]
+
+
+def test_clips_of_the_second_round_are_other_clips_of_the_same_prompts():
+    _, cells = warm_table(["ppo_rounds"])
+    flags = [dict(zip(argv[4::2], argv[5::2])) for argv in (cells[f"samples/{of}"].argv for of in ("s0", "warm/s0/after-n1000"))]
+    assert flags[0]["--prompts"] == flags[1]["--prompts"]
+    assert flags[0]["--seed"] != flags[1]["--seed"]
+    assert (flags[0]["--system"], "--adapter" in flags[0]) == ("base", False)
 
 
 def unseen_cells(seeds, tokens=None, methods=("ppo", "best_of_n"), experiment="main_table"):

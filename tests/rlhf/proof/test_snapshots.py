@@ -8,13 +8,13 @@ from rlhf.preferences import content_sha256, load_snapshot
 from rlhf.proof import snapshots
 
 
-def write(folder, n_prompts=6, pairs=3, votes=2):
+def write(folder, n_prompts=6, pairs=3, votes=2, prefix=""):
     """A snapshot of votes that all say x."""
     clips, rows = [], []
     for prompt in range(n_prompts):
         clips += [
             {
-                "sha256": f"{prompt}-{k}",
+                "sha256": f"{prefix}{prompt}-{k}",
                 "codes_uri": f"codes/{prompt}-{k}.npy",
                 "codes_sha256": "c" * 64,
                 "prompt_id": f"p{prompt}",
@@ -27,7 +27,8 @@ def write(folder, n_prompts=6, pairs=3, votes=2):
             for vote in range(votes):
                 rows.append({
                     "vote_id": len(rows), "pair_id": f"{prompt}.{pair}", "prompt_id": f"p{prompt}", "prompt": "x", "rater": f"r{vote}",
-                    "choice": "x", "clip_x": f"{prompt}-{2 * pair}", "clip_y": f"{prompt}-{2 * pair + 1}", "aspects": {"musicality": -2},
+                    "choice": "x", "clip_x": f"{prefix}{prompt}-{2 * pair}",
+                    "clip_y": f"{prefix}{prompt}-{2 * pair + 1}", "aspects": {"musicality": -2},
                     "marks": [{"side": "y", "t0_ms": 0, "t1_ms": 500, "tag": "bad"}], "excluded_reason": "spam" if len(rows) == 0 else None,
                 })  # fmt: skip
     folder.mkdir()
@@ -91,3 +92,33 @@ def test_more_votes_than_there_are_is_refused(whole, tmp_path):
 def test_the_command_line_makes_the_same(whole, tmp_path, capsys):
     assert snapshots.main(["--snapshot", str(whole), "--out", str(tmp_path / "a"), "--votes", "9", "--turn", "all"]) == 0
     assert json.loads(capsys.readouterr().out)["sha256"] == snapshots.derive(whole, tmp_path / "b", 9, "all")["sha256"]
+
+
+def test_two_campaigns_are_joined_with_every_vote_clip_and_pair_of_either(whole, tmp_path):
+    """Databases number votes and pairs from 1 each, so that their numbers meet."""
+    second = write(tmp_path / "second", n_prompts=4, prefix="later-")
+    told = snapshots.joined(whole, second, tmp_path / "both")
+    one, two, both = load_snapshot(whole), load_snapshot(second), load_snapshot(tmp_path / "both")
+    assert both.sha256 == told["sha256"]
+    assert told["parent_sha256"] == [one.sha256, two.sha256]
+    assert told["n_votes"] == len(both.votes) == len(one.votes) + len(two.votes)
+    assert len({vote.vote_id for vote in both.votes}) == len(both.votes)
+    assert both.clips.keys() == one.clips.keys() | two.clips.keys()
+    assert all(clip.codes_uri.startswith(str(tmp_path)) for clip in both.clips.values())
+    pairs = len({vote.pair_id for vote in one.votes}) + len({vote.pair_id for vote in two.votes})
+    assert len(training_pairs_of(both)) == pairs
+    assert {vote.rater for vote in both.votes} == {vote.rater for vote in one.votes}
+
+
+def training_pairs_of(snapshot):
+    return {(vote.pair_id, *sorted((vote.clip_x, vote.clip_y))) for vote in snapshot.votes}
+
+
+def test_joined_votes_are_told_by_the_program_and_are_not_cut_or_turned(whole, tmp_path, capsys):
+    second = write(tmp_path / "second", prefix="later-")
+    call = ["--snapshot", str(whole), "--also", str(second), "--out", str(tmp_path / "both")]
+    with pytest.raises(UserError, match="--also with --votes or --turn"):
+        snapshots.main([*call, "--votes", "5"])
+    assert not (tmp_path / "both").exists()
+    assert snapshots.main(call) == 0
+    assert json.loads(capsys.readouterr().out)["n_votes"] == len(load_snapshot(tmp_path / "both").votes)
