@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -141,8 +142,18 @@ def test_a_joining_whose_answer_was_lost_is_sent_again_and_spends_one_place(api:
 
 def test_the_same_joining_sixteen_times_at_once_is_one_person(api: FastAPI, store: Store, invite: Callable) -> None:
     token = invite(max_uses=3)
+
+    def until_there_is_room(_: int) -> Any:
+        """On a busy machine a write may wait for longer than a database waits: 503, nothing written, and asked again as the answer says."""
+        for _ in range(20):
+            answer = join(TestClient(api), token, "ada", key=KEY)
+            if answer.status_code != 503:
+                break
+            assert answer.headers["retry-after"] == "1"
+        return answer
+
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: join(TestClient(api), token, "ada", key=KEY), range(16)))
+        answers = list(pool.map(until_there_is_room, range(16)))
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.json()["access_code"] for answer in answers}) == 1
     assert (count(store, Rater), uses(store)) == (1, 1)
