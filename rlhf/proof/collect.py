@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from base_models.checkpoint import write_json
-from base_models.errors import UserError
+from base_models.errors import UserError, ended
 from db.errors import StoreError
 from db.schema import ASPECTS
 from db.store import Store, open_store
@@ -78,4 +78,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

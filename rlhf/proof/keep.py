@@ -21,7 +21,7 @@ from adapters.compose import LoraTensors
 from adapters.library import read_adapter, save_lora
 from base_models.atomic import atomic_folder
 from base_models.checkpoint import read_json
-from base_models.errors import UserError
+from base_models.errors import UserError, ended
 
 FINAL = "final"
 """What the run itself hands over: its last adapter, or the one that a brake went back to."""
@@ -82,4 +82,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -25,7 +25,7 @@ from base_models.checkpoint import write_json
 from base_models.codec import Codec
 from base_models.corpus.known import Facts, Player
 from base_models.corpus.styles import GENRES, MOODS
-from base_models.errors import UserError
+from base_models.errors import UserError, ended
 from base_models.measures import GenreProbe, probe_features
 from base_models.policy import PRETRAINED, load_policy
 
@@ -82,4 +82,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from base_models.errors import ended
 from base_models.policy import load_policy
 from rlhf.apart import write_furthest
 
@@ -25,4 +26,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

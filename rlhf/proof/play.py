@@ -27,6 +27,7 @@ from adapters.library import load_adapter
 from base_models.audio import read_audio
 from base_models.checkpoint import read_jsonl, write_json
 from base_models.corpus.tokens import load_tokens
+from base_models.errors import ended
 from base_models.evaluate_base import nearest_training_clip
 from base_models.measures import GenreProbe, estimate_tempo, tempo_matches
 from base_models.policy import PRETRAINED, Policy, load_policy
@@ -157,4 +158,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

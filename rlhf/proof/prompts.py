@@ -13,7 +13,7 @@ from pathlib import Path
 
 from base_models.checkpoint import read_jsonl
 from base_models.corpus.captions import demo_prompts
-from base_models.errors import UserError
+from base_models.errors import UserError, ended
 from rlhf.sample_pairs import write_prompts
 
 
@@ -39,4 +39,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -20,7 +20,7 @@ import numpy as np
 
 from base_models.atomic import atomic_folder
 from base_models.checkpoint import read_json, read_jsonl, write_json
-from base_models.errors import UserError
+from base_models.errors import UserError, ended
 from rlhf.preferences import content_sha256, load_snapshot
 
 OTHER = {"x": "y", "y": "x"}
@@ -135,4 +135,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from base_models.errors import ended
 from rlhf.proof import play
 from rlhf.proof.keep import FINAL
 
@@ -42,4 +43,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))
