@@ -78,6 +78,14 @@ def _error(row: Row) -> list[list[float]]:
     return [[row["win_rate"] - row["ci"][0]], [row["ci"][1] - row["win_rate"]]]
 
 
+def _votes_axis(axes: Axes, rows: Sequence[Row]) -> None:
+    """Votes on a logarithmic axis, with a tick for each number that was asked for and no other."""
+    axes.set_xscale("log")
+    ticks = sorted({row["votes"] for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+
+
 def plot_main(rows: Sequence[Row], path: Path) -> Path:
     """Win rate of each taste and method with its interval; the range over seeds as a thin line."""
     figure, axes = _axes("Gold win rate against the base, held-out prompts", "share of decided pairs won", "", (7, 1.2 + 0.42 * len(rows)))
@@ -109,10 +117,7 @@ def plot_curve(rows: Sequence[Row], path: Path) -> Path:
             errors = [[e[0] for e in part] for part in zip(*(_error(row) for row in own))]
             told = {"marker": "o", "capsize": 3, "color": COLOURS[method], "label": NAMES[method]}
             axes.errorbar(x, [row["win_rate"] for row in own], yerr=errors, **told)
-        axes.set_xscale("log")
-        ticks = sorted({row["votes"] for row in rows})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
+        _votes_axis(axes, rows)
         axes.axhline(0.5, color="#334155", linestyle="--", linewidth=1)
         axes.axhline(TARGET, color="#15803d", linestyle=":", linewidth=1)
     panels[0][0].legend(fontsize=8)
@@ -156,17 +161,18 @@ def plot_rewards(rows: Sequence[Row], path: Path) -> Path:
     """Accuracy on unseen prompts against the number of votes, and the ceiling."""
     figure, axes = _axes("Reward model: votes foretold on unseen prompts", "votes (log)", "accuracy")
     colours = plt.get_cmap("tab10")
+    seeds = sorted({row["seed"] for row in rows})
     for index, (taste, rounds) in enumerate(sorted({(row["taste"], row["rounds"]) for row in rows})):
         chosen = (row for row in rows if (row["taste"], row["rounds"]) == (taste, rounds) and row["accuracy"] is not None)
         own = sorted(chosen, key=lambda row: row["votes"])
-        x = [row["votes"] * 1.02 ** row["seed"] for row in own]
+        x = [row["votes"] * 1.02 ** (seeds.index(row["seed"]) - (len(seeds) - 1) / 2) for row in own]  # a little apart, to be read
         marker, name = ("D", f"{taste}, two rounds") if rounds == 2 else ("o", taste)
         axes.plot(x, [row["accuracy"] for row in own], marker, color=colours(index), label=name)
         for at, row in zip(x, own):
             axes.plot([at, at], row["ci"], color=colours(index), linewidth=1)
             if row["ceiling"]:
                 axes.plot([at / 1.03, at * 1.03], [row["ceiling"]] * 2, color=colours(index), linewidth=2, alpha=0.5)
-    axes.set_xscale("log")
+    _votes_axis(axes, rows)
     axes.axhline(0.5, color="#334155", linestyle="--", linewidth=1)
     axes.legend(fontsize=8, title="bars: the raters' ceiling")
     return _save(figure, path)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from base_models.checkpoint import write_json
-from rlhf.proof import page
+from rlhf.proof import page, plots
 from rlhf.proof.cells import Earlier
 from rlhf.proof.figures import Pairs, copies, fit, lost_after_the_best, pooled, read_pairs, slope_within, tell, won
 from rlhf.proof.plan import Outcome
@@ -212,3 +212,15 @@ def test_the_guards_name_copies_of_a_replication_by_the_same_rule(low):
     cells = [cell.strip() for cell in page.guard_table([row]).splitlines()[-1].split("|")[1:-1]]
     assert cells[6:8] == ["0.100 - 0.020 = +0.080 [0.040, 0.120]", f"+0.080 - +0.050 = +0.030 [{low:.3f}, 0.070]"]
     assert cells[8:] == ["-", "-", "copies rated" if low > 0 else "nothing"]
+
+
+def test_the_plot_of_rewards_shows_votes_where_they_are_whatever_the_seeds_are_called(tmp_path, monkeypatch):
+    """A seed's own number had moved its points: 2,000 votes of seed 43 stood at 4,687."""
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]) or path)
+    given = [{**figures()["rewards"][0], "seed": seed, "votes": votes} for seed in (43, 44, 45) for votes in (200, 2000)]
+    plots.plot_rewards(given, tmp_path / "rewards.png")
+    points = drawn[0].lines[0].get_xdata()
+    assert len(set(points)) == 6
+    assert all(min(abs(x / votes - 1) for votes in (200, 2000)) < 0.03 for x in points)
+    assert [tick.get_text() for tick in drawn[0].get_xticklabels()] == ["200", "2000"]
